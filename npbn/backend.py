@@ -1,0 +1,163 @@
+"""Array libraries and the devices they compute on: the only module that knows CuPy exists.
+
+A `Backend` is what the loop above the mathematics needs of a library beyond the array API:
+arrays from and to the host, waiting for the device, and a line that says what it runs on.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import platform
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+import array_api_compat
+import array_api_compat.numpy
+import numpy as np
+import threadpoolctl
+
+from npbn.errors import BackendError
+
+NAMES = ("auto", "numpy", "cupy")
+
+_WHEELS = (
+    "pip install 'cupy-cuda13x[ctk]' for a driver with CUDA 13, or 'cupy-cuda12x[ctk]' for "
+    "CUDA 12; nvidia-smi shows which"
+)
+
+
+@dataclass(frozen=True)
+class Backend:
+    """An array library, ready to use.
+
+    Attributes:
+        name: "numpy" or "cupy".
+        xp: its array-API namespace.
+        description: library, version and device, in one line.
+        note: why "auto" did not choose a GPU, where it did not.
+    """
+
+    name: str
+    xp: Any
+    description: str
+    note: str = ""
+
+    def asarray(self, array: np.ndarray, dtype: Any = None) -> Any:
+        """A host array on this backend's device, as ``dtype`` (a NumPy dtype) if given.
+
+        A host backend returns the array itself where nothing has to change.
+        """
+        return self.xp.asarray(array, dtype=dtype)
+
+    def synchronize(self) -> None:
+        """Wait until the device has finished all that was asked of it."""
+        if self.name == "cupy":
+            self.xp.cuda.get_current_stream().synchronize()
+
+
+def get_backend(name: str = "auto") -> Backend:
+    """The backend called ``name``; "auto" is CuPy where it works, else NumPy.
+
+    Raises:
+        ValueError: no such backend.
+        BackendError: CuPy was asked for and cannot be used. The message tells three cases apart:
+            not installed, no driver or device, libraries that cannot be loaded.
+    """
+    if name not in NAMES:
+        raise ValueError(f"expected a backend of {', '.join(NAMES)}, got {name!r}")
+    if name == "numpy":
+        return _numpy_backend()
+    try:
+        return _cupy_backend()
+    except BackendError as error:
+        if name == "cupy":
+            raise
+        return _numpy_backend(note=str(error))
+
+
+def to_numpy(array: Any) -> np.ndarray:
+    """A host copy of an array of any backend."""
+    if array_api_compat.is_cupy_array(array):
+        return np.asarray(array.get())
+    return np.array(array)
+
+
+def keep_freed_memory() -> None:
+    """Ask the C library to keep freed memory for the next array instead of returning it.
+
+    A training step allocates and frees the same few large arrays over and over. By default glibc
+    hands such memory back to the operating system, which then has to map and clear every page of
+    it anew: about a third of a training step of LeNet. (CuPy keeps a memory pool of its own.) The
+    setting holds for the whole process, so it is for programs to make, not for libraries. Where
+    the C library is not glibc, this does nothing.
+    """
+    if platform.libc_ver()[0] != "glibc":
+        return
+    m_trim_threshold, m_top_pad, m_mmap_max = -1, -2, -4  # from glibc's malloc.h
+    mallopt = ctypes.CDLL(None).mallopt
+    mallopt(m_mmap_max, 0)
+    mallopt(m_trim_threshold, 2**31 - 1)
+    mallopt(m_top_pad, 64 * 2**20)
+
+
+def _numpy_backend(note: str = "") -> Backend:
+    blas = ", ".join(
+        f"{pool['internal_api']} {pool['version']}, {pool['num_threads']} threads"
+        for pool in threadpoolctl.threadpool_info()
+        if pool["user_api"] == "blas"
+    )
+    description = f"NumPy {np.__version__} ({blas or 'BLAS unknown'}) on {_cpu_name()}"
+    return Backend("numpy", array_api_compat.numpy, description, note)
+
+
+def _cupy_backend() -> Backend:
+    try:
+        import cupy
+    except ModuleNotFoundError as error:
+        if error.name != "cupy":
+            raise BackendError(f"CuPy is installed but cannot be loaded: {error}") from None
+        raise BackendError(f"CuPy is not installed: {_WHEELS}") from None
+    except Exception as error:  # a broken installation raises whatever its loader raises
+        raise BackendError(
+            f"CuPy is installed but cannot be loaded: {_one_line(error)}; install it anew: {_WHEELS}"
+        ) from None
+    if not cupy.is_available():
+        raise BackendError(
+            "CuPy is installed, but there is no usable NVIDIA driver or GPU: nvidia-smi should "
+            "list one, with a driver at least as new as the CUDA version of the CuPy wheel; "
+            "--backend numpy runs without"
+        )
+    try:
+        # A kernel needs NVRTC and the CUDA headers, a matrix product needs cuBLAS.
+        ones = cupy.ones((2, 2), dtype=cupy.float32)
+        if float((ones @ (ones + ones)).sum()) != 16:
+            raise RuntimeError("a 2 x 2 matrix product came out wrong")
+        device = cupy.cuda.runtime.getDeviceProperties(cupy.cuda.Device().id)["name"].decode()
+        cuda = cupy.cuda.runtime.runtimeGetVersion()
+    except Exception as error:  # every CUDA library fails with an exception of its own
+        raise BackendError(
+            "CuPy and a GPU are there, but a CUDA library cannot be loaded or does not work: "
+            f"{_one_line(error)}; the extra [ctk] installs the libraries: {_WHEELS}"
+        ) from None
+
+    import array_api_compat.cupy
+
+    version = f"CuPy {cupy.__version__} (CUDA {cuda // 1000}.{cuda % 1000 // 10})"
+    return Backend("cupy", array_api_compat.cupy, f"{version} on {device}")
+
+
+def _one_line(error: Exception) -> str:
+    return f"{type(error).__name__}: " + " ".join(str(error).split())
+
+
+def _cpu_name() -> str:
+    if sys.platform == "linux":
+        try:
+            with open("/proc/cpuinfo", encoding="utf-8") as file:
+                for line in file:
+                    if line.startswith("model name"):
+                        return line.split(":", 1)[1].strip()
+        except OSError:
+            pass
+    return platform.processor() or platform.machine()

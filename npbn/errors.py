@@ -1,0 +1,15 @@
+"""The errors that a caller would want to catch; everything else is a ValueError or TypeError."""
+
+from __future__ import annotations
+
+
+class NpbnError(Exception):
+    """Something outside the program is not as needed; the message says what, and what to do."""
+
+
+class BackendError(NpbnError):
+    """The array library asked for cannot be used on this machine."""
+
+
+class DataError(NpbnError):
+    """A data set cannot be found, or is not what it should be."""

@@ -1,0 +1,160 @@
+r"""Two-dimensional convolution as one matrix product, and its gradient.
+
+**Formula.** (Cross-correlation, as in every deep-learning library: the kernel is not flipped.)
+With $x$ padded by zeros, output channel $o$ at position $(p, q)$ of example $n$ is
+
+$$y_{n o p q} = b_o + \sum_{c, i, j} w_{o c i j}\; x_{n, c,\, p s_H + i,\, q s_W + j}$$
+
+**As a matrix product.** Let the column of $(p, q, n)$ be the window's $c, i, j$ values written
+under one another. Collected side by side they are the matrix $X$ of shape
+$(C k_H k_W) \times (H' W' N)$; `im2col` builds it. With $W$ the weights as
+$O \times (C k_H k_W)$ and $Y$ the output as $O \times (H' W' N)$,
+
+$$Y = W X + b \mathbf{1}^\top$$
+
+**Backward.** $dY$ is given, in the same arrangement as $Y$. From
+$Y_{o r} = b_o + \sum_k W_{o k} X_{k r}$ the chain rule gives, one sum for each way an entry reaches
+the loss,
+
+$$dW_{o k} = \sum_r dY_{o r} X_{k r} \qquad dX_{k r} = \sum_o W_{o k}\, dY_{o r} \qquad
+  db_o = \sum_r dY_{o r}$$
+
+$$dW = dY\, X^\top \qquad dX = W^\top dY \qquad db = dY\, \mathbf{1}$$
+
+One step is left, from $X$ to $x$. `im2col` copies each element of $x$ to several columns, one for
+each window that sees it, so its gradient is the *sum* of theirs: `col2im`, the transpose of
+`im2col`. Elements in the padding, and elements that no window reaches, drop out.
+
+**Source.** K. Chellapilla, S. Puri and P. Simard, "High Performance Convolutional Neural Networks
+for Document Processing", 2006 (the matrix product); V. Dumoulin and F. Visin, "A guide to
+convolution arithmetic for deep learning", arXiv:1603.07285, sections 2 and 4 (sizes, transpose).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import array_api_compat
+
+from npbn.functional._arrays import Array, check_shape, common_namespace, copy
+from npbn.functional._windows import Windows, pad, unpad, windows_of
+
+
+class Conv2dCache(NamedTuple):
+    """The unfolded x, the weight, the geometry, and whether there was a bias."""
+
+    strips: Array
+    weight: Array
+    windows: Windows
+    has_bias: bool
+
+
+def conv2d(
+    x: Array,
+    weight: Array,
+    bias: Array | None = None,
+    *,
+    stride: int | tuple[int, int] = 1,
+    padding: int | tuple[int, int] = 0,
+) -> tuple[Array, Conv2dCache]:
+    r"""Convolve images with kernels: $Y_p = W X_p + b \mathbf{1}^\top$ for every output row $p$.
+
+    Args:
+        x: images, (N, C, H, W).
+        weight: kernels, (out, C, kH, kW).
+        bias: (out,), or None.
+        stride: step between windows, in pixels; an int or (vertical, horizontal).
+        padding: zeros added on *each* side, in pixels; an int or (vertical, horizontal).
+
+    Returns:
+        y of shape (N, out, H', W') with H' = ⌊(H + 2·pH - kH) / sH⌋ + 1, W' likewise; the cache.
+
+    Raises:
+        ValueError: shapes that do not fit, a kernel larger than the padded image, stride < 1 or
+            padding < 0.
+        TypeError: see `npbn.functional`.
+    """
+    xp = common_namespace(x=x, weight=weight, bias=bias)
+    if weight.ndim != 4:
+        raise ValueError(f"expected weight of shape (out, in, kH, kW), got {tuple(weight.shape)}")
+    out_channels, in_channels, kh, kw = weight.shape
+    windows = windows_of(x, (kh, kw), stride, padding)
+    n, c, h, w = x.shape
+    if c != in_channels:
+        raise ValueError(f"expected x of shape (N, {in_channels}, H, W), got {(n, c, h, w)}")
+    if bias is None:
+        dtype = xp.result_type(x, weight)
+    else:
+        check_shape("bias", bias, (out_channels,))
+        dtype = xp.result_type(x, weight, bias)
+
+    strips = unfold(x, windows)
+    weight_matrix = _as_matrix(weight, xp)
+    out_h, out_w = windows.output_size
+    shape = (out_channels, out_h, out_w * n)
+    y = xp.empty(shape, dtype=dtype, device=array_api_compat.device(x))
+    for p, rows in windows.rows():
+        y_row = weight_matrix @ xp.reshape(strips[rows], (weight_matrix.shape[1], -1))
+        y[:, p, :] = y_row if bias is None else y_row + bias[:, None]
+    y = xp.permute_dims(xp.reshape(y, (out_channels, out_h, out_w, n)), (3, 0, 1, 2))
+    return y, Conv2dCache(strips, copy(weight, xp), windows, bias is not None)
+
+
+def conv2d_backward(dy: Array, cache: Conv2dCache) -> tuple[Array, Array, Array | None]:
+    r"""$dW = \sum_p dY_p X_p^\top$, $dX_p = W^\top dY_p$, $db = \sum_p dY_p \mathbf{1}$.
+
+    Args:
+        dy: gradient of the loss by y, (N, out, H', W').
+        cache: from `conv2d`.
+
+    Returns:
+        dx, dweight and dbias, of the shapes of x, weight and bias; dbias is None without bias.
+    """
+    strips, weight, windows, has_bias = cache
+    xp = common_namespace(dy=dy, strips=strips)
+    n = strips.shape[-1]
+    out_channels, c, kh, kw = weight.shape
+    check_shape("dy", dy, (n, out_channels, *windows.output_size))
+
+    weight_matrix = _as_matrix(weight, xp)
+    dy_rows = xp.permute_dims(dy, (1, 2, 3, 0))
+    dweight = xp.zeros_like(weight_matrix, dtype=xp.result_type(dy, strips))
+    dstrips = xp.zeros_like(strips, dtype=xp.result_type(dy, weight))
+    for p, rows in windows.rows():
+        dy_row = xp.reshape(dy_rows[:, p, ...], (out_channels, -1))
+        x_row = xp.reshape(strips[rows], (weight_matrix.shape[1], -1))
+        # (X dYᵀ)ᵀ is dY Xᵀ, and BLAS is up to twice as fast at it with the long side first.
+        dweight += (x_row @ dy_row.T).T
+        dstrips[rows] += xp.reshape(weight_matrix.T @ dy_row, strips[rows].shape)
+    dweight = xp.permute_dims(xp.reshape(dweight, (out_channels, kh, c, kw)), (0, 2, 1, 3))
+    dbias = xp.sum(dy, axis=(0, 2, 3)) if has_bias else None
+    return fold(dstrips, windows), dweight, dbias
+
+
+def unfold(x: Array, windows: Windows) -> Array:
+    """im2col along the width: x (N, C, H, W) → strips (H + 2pH, C, kW, W', N)."""
+    xp = array_api_compat.array_namespace(x)
+    n, c, _, _ = x.shape
+    padded = xp.permute_dims(pad(x, windows, xp), (1, 0, 2, 3))
+    shape = (padded.shape[0], c, windows.kernel_size[1], windows.output_size[1], n)
+    strips = xp.empty(shape, dtype=x.dtype, device=array_api_compat.device(x))
+    for j, columns in windows.columns():
+        strips[:, :, j, :, :] = padded[:, :, columns, :]
+    return strips
+
+
+def fold(strips: Array, windows: Windows) -> Array:
+    """The transpose of `unfold`: each element of x (N, C, H, W) is the sum of its copies."""
+    xp = array_api_compat.array_namespace(strips)
+    _, c, _, _, n = strips.shape
+    shape = (c, *windows.padded_size, n)
+    padded = xp.zeros(shape, dtype=strips.dtype, device=array_api_compat.device(strips))
+    for j, columns in windows.columns():
+        padded[:, :, columns, :] += xp.permute_dims(strips[:, :, j, :, :], (1, 0, 2, 3))
+    return unpad(padded, windows, xp)
+
+
+def _as_matrix(weight: Array, xp: Any) -> Array:
+    """(out, C, kH, kW) → (out, kH·C·kW), in the order of the strips' rows."""
+    return xp.reshape(xp.permute_dims(weight, (0, 2, 1, 3)), (weight.shape[0], -1))

@@ -1,0 +1,82 @@
+r"""The affine map of a fully connected layer, and its gradient.
+
+**Formula.** For example $n$ and output $o$,
+
+$$y_{n o} = \sum_d x_{n d}\, w_{o d} + b_o \qquad\text{that is}\qquad
+  Y = X W^\top + \mathbf{1} b^\top$$
+
+**Backward.** The chain rule sums over every $y$ that an entry reaches. $x_{n d}$ reaches
+$y_{n o}$ for all $o$, by $w_{o d}$; $w_{o d}$ reaches $y_{n o}$ for all $n$, by $x_{n d}$; $b_o$
+reaches $y_{n o}$ for all $n$, by 1:
+
+$$dx_{n d} = \sum_o dy_{n o}\, w_{o d} \qquad dw_{o d} = \sum_n dy_{n o}\, x_{n d} \qquad
+  db_o = \sum_n dy_{n o}$$
+
+$$dX = dY\, W \qquad dW = dY^\top X \qquad db = dY^\top \mathbf{1}$$
+
+**Source.** I. Goodfellow, Y. Bengio and A. Courville, "Deep Learning", MIT Press 2016, section
+6.5.4.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from npbn.functional._arrays import Array, check_shape, common_namespace, copy
+
+
+class LinearCache(NamedTuple):
+    """x, the weight, and whether there was a bias."""
+
+    x: Array
+    weight: Array
+    has_bias: bool
+
+
+def linear(x: Array, weight: Array, bias: Array | None = None) -> tuple[Array, LinearCache]:
+    r"""$Y = X W^\top + \mathbf{1} b^\top$.
+
+    Args:
+        x: (N, D).
+        weight: (out, D).
+        bias: (out,), or None.
+
+    Returns:
+        y of shape (N, out); the cache.
+
+    Raises:
+        ValueError: shapes that do not fit.
+        TypeError: see `npbn.functional`.
+    """
+    xp = common_namespace(x=x, weight=weight, bias=bias)
+    if weight.ndim != 2:
+        raise ValueError(f"expected weight of shape (out, in), got {tuple(weight.shape)}")
+    out_features, in_features = weight.shape
+    if x.ndim != 2 or x.shape[1] != in_features:
+        raise ValueError(f"expected x of shape (N, {in_features}), got {tuple(x.shape)}")
+    if bias is not None:
+        check_shape("bias", bias, (out_features,))
+
+    y = x @ weight.T
+    if bias is not None:
+        y = y + bias
+    return y, LinearCache(copy(x, xp), copy(weight, xp), bias is not None)
+
+
+def linear_backward(dy: Array, cache: LinearCache) -> tuple[Array, Array, Array | None]:
+    r"""$dX = dY W$, $dW = dY^\top X$, $db = dY^\top \mathbf{1}$.
+
+    Args:
+        dy: gradient of the loss by y, (N, out).
+        cache: from `linear`.
+
+    Returns:
+        dx, dweight and dbias, of the shapes of x, weight and bias; dbias is None without bias.
+    """
+    x, weight, has_bias = cache
+    xp = common_namespace(dy=dy, x=x)
+    check_shape("dy", dy, (x.shape[0], weight.shape[0]))
+    dx = dy @ weight
+    dweight = dy.T @ x
+    dbias = xp.sum(dy, axis=0) if has_bias else None
+    return dx, dweight, dbias

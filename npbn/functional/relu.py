@@ -1,0 +1,55 @@
+r"""The rectified linear unit, and its gradient.
+
+**Formula.** $y = \max(x, 0)$.
+
+**Backward.** $y$ moves with $x$ where $x > 0$ and not at all where $x < 0$:
+
+$$dx = \begin{cases} dy & x > 0 \\ 0 & x \le 0 \end{cases}$$
+
+At $x = 0$ the derivative does not exist; 0 is used, as everywhere. A NaN passes through.
+
+**Source.** V. Nair and G. Hinton, "Rectified Linear Units Improve Restricted Boltzmann Machines",
+ICML 2010.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from npbn.functional._arrays import Array, check_shape, common_namespace, real_part
+
+
+class ReLUCache(NamedTuple):
+    """Where the input was cut off, that is, x <= 0."""
+
+    cut: Array
+
+
+def relu(x: Array) -> tuple[Array, ReLUCache]:
+    r"""$y = \max(x, 0)$, elementwise.
+
+    Args:
+        x: any shape.
+
+    Returns:
+        y, of the shape and dtype of x; the cache.
+
+    Raises:
+        TypeError: see `npbn.functional`.
+    """
+    xp = common_namespace(x=x)
+    cut = real_part(x, xp) <= 0
+    return xp.where(cut, xp.zeros_like(x), x), ReLUCache(cut)
+
+
+def relu_backward(dy: Array, cache: ReLUCache) -> Array:
+    r"""$dx = dy$ where $x > 0$, else 0.
+
+    Args:
+        dy: gradient of the loss by y, of the shape of y.
+        cache: from `relu`.
+    """
+    (cut,) = cache
+    xp = common_namespace(dy=dy)
+    check_shape("dy", dy, tuple(cut.shape))
+    return xp.where(cut, xp.zeros_like(dy), dy)

@@ -1,0 +1,482 @@
+"""Layers: what an operation needs to remember from one call to the next, and nothing else.
+
+A layer owns its parameters and moving statistics, knows whether it is training or predicting, and
+keeps the cache of its last forward pass. The mathematics is in `npbn.functional`.
+
+Layers start on the host in float32, with NumPy; `Layer.to` moves them to another backend or dtype.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import array_api_compat
+import numpy as np
+
+from npbn import functional as F
+from npbn.backend import Backend, to_numpy
+from npbn.functional._arrays import Array
+from npbn.functional._windows import pair
+
+
+class Parameter:
+    """An array that is trained, and the gradient of the loss by it.
+
+    Attributes:
+        name: its role in the layer: "weight", "bias", "gamma" or "beta".
+        data: the value.
+        gradient: set by each backward pass (not added to); None before the first.
+    """
+
+    def __init__(self, name: str, data: Array) -> None:
+        self.name = name
+        self.data = data
+        self.gradient: Array | None = None
+
+    def __repr__(self) -> str:
+        return f"Parameter({self.name!r}, shape={tuple(self.data.shape)}, {self.data.dtype})"
+
+
+class Layer:
+    """What all layers share. A layer of your own needs ``forward`` and ``backward``."""
+
+    _buffers: tuple[str, ...] = ()
+    """Attributes that are part of the state but not trained."""
+
+    def __init__(self) -> None:
+        self.training = True
+        self._cache: Any = None
+
+    def forward(self, x: Array) -> Array:
+        """The layer's output for the batch x."""
+        raise TypeError(f"{type(self).__name__} defines no forward")
+
+    def backward(self, dy: Array) -> Array:
+        """The gradient by x, given the gradient by the last forward pass's output.
+
+        Sets the gradient of every parameter on the way.
+        """
+        raise TypeError(f"{type(self).__name__} defines no backward")
+
+    def parameters(self) -> dict[str, Parameter]:
+        """What is trained, by name."""
+        return {p.name: p for p in vars(self).values() if isinstance(p, Parameter)}
+
+    def train(self) -> None:
+        """Switch to training mode: batch norm uses the batch's statistics."""
+        self.training = True
+
+    def eval(self) -> None:
+        """Switch to prediction mode: batch norm uses its moving statistics."""
+        self.training = False
+
+    def to(self, backend: Backend, dtype: Any = None) -> None:
+        """Move parameters and statistics to ``backend``, as ``dtype`` (a NumPy dtype) if given."""
+        for owner, attribute in self._state().values():
+            value = to_numpy(getattr(owner, attribute))
+            setattr(owner, attribute, backend.asarray(value, dtype))
+        for parameter in self.parameters().values():
+            parameter.gradient = None
+
+    def state_dict(self) -> dict[str, np.ndarray]:
+        """Parameters and moving statistics by name, as copies on the host."""
+        return {name: to_numpy(getattr(*place)) for name, place in self._state().items()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over the values of ``state``, keeping this layer's dtype and backend.
+
+        Raises:
+            ValueError: a name is missing or unexpected, or a shape differs. Nothing is changed
+                then.
+        """
+        places = self._state()
+        missing, unexpected = places.keys() - state.keys(), state.keys() - places.keys()
+        if missing or unexpected:
+            raise ValueError(
+                f"expected a state with the names of this model; missing: "
+                f"{', '.join(sorted(missing)) or 'none'}; unexpected: "
+                f"{', '.join(sorted(unexpected)) or 'none'}"
+            )
+        values = {name: to_numpy(value) for name, value in state.items()}
+        for name, place in places.items():
+            expected = tuple(getattr(*place).shape)
+            if values[name].shape != expected:
+                raise ValueError(f"expected {name} of shape {expected}, got {values[name].shape}")
+        for name, place in places.items():
+            array = getattr(*place)
+            xp = array_api_compat.array_namespace(array)
+            array[...] = xp.asarray(values[name], dtype=array.dtype)
+
+    def _state(self) -> dict[str, tuple[object, str]]:
+        """Where each array of the state lives: name → (owner, attribute)."""
+        state: dict[str, tuple[object, str]] = {
+            name: (parameter, "data") for name, parameter in self.parameters().items()
+        }
+        return state | {name: (self, name) for name in self._buffers}
+
+    def _last_cache(self) -> Any:
+        if self._cache is None:
+            raise RuntimeError(f"{self!r}: backward needs a forward pass before it")
+        return self._cache
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}()"
+
+
+class Sequential(Layer):
+    """Layers one after another; the names of the i-th one's parameters begin with "i."."""
+
+    def __init__(self, *layers: Layer) -> None:
+        super().__init__()
+        if len({id(layer) for layer in layers}) < len(layers):
+            raise ValueError("expected every layer once: its cache holds one batch only")
+        self.layers = layers
+
+    def forward(self, x: Array) -> Array:
+        for layer in self.layers:
+            x = layer.forward(x)
+        return x
+
+    def backward(self, dy: Array) -> Array:
+        for layer in reversed(self.layers):
+            dy = layer.backward(dy)
+        return dy
+
+    def parameters(self) -> dict[str, Parameter]:
+        return {
+            f"{i}.{name}": parameter
+            for i, layer in enumerate(self.layers)
+            for name, parameter in layer.parameters().items()
+        }
+
+    def train(self) -> None:
+        super().train()
+        for layer in self.layers:
+            layer.train()
+
+    def eval(self) -> None:
+        super().eval()
+        for layer in self.layers:
+            layer.eval()
+
+    def summary(self, input_shape: tuple[int, ...]) -> str:
+        """A table of the layers with their output shapes and parameter counts.
+
+        Args:
+            input_shape: of one example, without the batch axis; for instance (1, 28, 28).
+        """
+        model = copy.deepcopy(self)  # a forward pass must leave no trace in this one
+        model.eval()
+        like = next((p.data for p in model.parameters().values()), np.empty((), np.float32))
+        xp = array_api_compat.array_namespace(like)
+        x = xp.zeros((1, *input_shape), dtype=like.dtype)
+        rows = [("", "layer", "output shape", "parameters")]
+        total = 0
+        for i, layer in enumerate(model.layers):
+            x = layer.forward(x)
+            count = sum(math.prod(p.data.shape) for p in layer.parameters().values())
+            total += count
+            shape = ", ".join(str(size) for size in x.shape[1:])
+            name = type(layer).__name__ if isinstance(layer, Sequential) else repr(layer)
+            rows.append((str(i), name, f"(N, {shape})", f"{count:,}"))
+        rows.append(("", "total", "", f"{total:,}"))
+        widths = [max(len(row[k]) for row in rows) for k in range(4)]
+        return "\n".join(
+            f"{i:>{widths[0]}}  {name:<{widths[1]}}  {shape:<{widths[2]}}  {count:>{widths[3]}}"
+            for i, name, shape, count in rows
+        )
+
+    def _state(self) -> dict[str, tuple[object, str]]:
+        return {
+            f"{i}.{name}": place
+            for i, layer in enumerate(self.layers)
+            for name, place in layer._state().items()
+        }
+
+    def __repr__(self) -> str:
+        lines = [f"({i}) {layer!r}" for i, layer in enumerate(self.layers)]
+        body = "\n".join(lines).replace("\n", "\n  ")
+        return f"{type(self).__name__}(\n  {body}\n)"
+
+
+class Conv2d(Layer):
+    """`npbn.functional.conv2d` with its weight and bias.
+
+    The weight starts Xavier-uniform, U(±√(6 / (fan_in + fan_out))) (Glorot and Bengio, AISTATS
+    2010, section 4.2), the bias U(±1/√fan_in); fan_in = in_channels·kH·kW, fan_out =
+    out_channels·kH·kW.
+
+    Args:
+        in_channels, out_channels: channels of x and of y.
+        kernel_size, stride, padding: in pixels; an int or (vertical, horizontal).
+        bias: whether to add one; a batch norm that follows makes it superfluous.
+        generator: where the random numbers come from; a fresh one unless given.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, int],
+        *,
+        stride: int | tuple[int, int] = 1,
+        padding: int | tuple[int, int] = 0,
+        bias: bool = True,
+        generator: np.random.Generator | None = None,
+    ) -> None:
+        super().__init__()
+        self.kernel_size = pair("kernel_size", kernel_size, minimum=1)
+        self.stride = pair("stride", stride, minimum=1)
+        self.padding = pair("padding", padding, minimum=0)
+        shape = (_positive("out_channels", out_channels), _positive("in_channels", in_channels))
+        self.weight, self.bias = _initial_weight_and_bias(
+            (*shape, *self.kernel_size), bias, generator
+        )
+
+    def forward(self, x: Array) -> Array:
+        bias = None if self.bias is None else self.bias.data
+        y, self._cache = F.conv2d(
+            x, self.weight.data, bias, stride=self.stride, padding=self.padding
+        )
+        return y
+
+    def backward(self, dy: Array) -> Array:
+        dx, self.weight.gradient, dbias = F.conv2d_backward(dy, self._last_cache())
+        if self.bias is not None:
+            self.bias.gradient = dbias
+        return dx
+
+    def __repr__(self) -> str:
+        out_channels, in_channels, _, _ = self.weight.data.shape
+        options = {"stride": (self.stride, (1, 1)), "padding": (self.padding, (0, 0))}
+        text = "".join(
+            f", {name}={_short(value)}"
+            for name, (value, default) in options.items()
+            if value != default
+        )
+        text += "" if self.bias is not None else ", bias=False"
+        return f"Conv2d({in_channels}, {out_channels}, {_short(self.kernel_size)}{text})"
+
+
+class Linear(Layer):
+    """`npbn.functional.linear` with its weight and bias.
+
+    They start as those of `Conv2d` do, with fan_in = in_features and fan_out = out_features.
+
+    Args:
+        in_features, out_features: features of x and of y.
+        bias: whether to add one.
+        generator: where the random numbers come from; a fresh one unless given.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        bias: bool = True,
+        generator: np.random.Generator | None = None,
+    ) -> None:
+        super().__init__()
+        shape = (_positive("out_features", out_features), _positive("in_features", in_features))
+        self.weight, self.bias = _initial_weight_and_bias(shape, bias, generator)
+
+    def forward(self, x: Array) -> Array:
+        bias = None if self.bias is None else self.bias.data
+        y, self._cache = F.linear(x, self.weight.data, bias)
+        return y
+
+    def backward(self, dy: Array) -> Array:
+        dx, self.weight.gradient, dbias = F.linear_backward(dy, self._last_cache())
+        if self.bias is not None:
+            self.bias.gradient = dbias
+        return dx
+
+    def __repr__(self) -> str:
+        out_features, in_features = self.weight.data.shape
+        text = "" if self.bias is not None else ", bias=False"
+        return f"Linear({in_features}, {out_features}{text})"
+
+
+class BatchNorm(Layer):
+    """`npbn.functional.batch_norm` with γ, β and the moving statistics.
+
+    γ starts at 1, β and the moving mean at 0.
+
+    Args:
+        num_features: D of an input (N, D), C of an input (N, C, H, W).
+        num_dims: 2 for (N, D), 4 for (N, C, H, W).
+        eps: added to the variance, in the units of x².
+        momentum: the fraction of the moving statistics that is *kept* at each step. (PyTorch's
+            momentum is the fraction that is new.)
+        initial_moving_var: what the moving variance starts at. Predicting before the first
+            training step with 0 would scale by 1/√eps.
+    """
+
+    _buffers = ("moving_mean", "moving_var")
+
+    def __init__(
+        self,
+        num_features: int,
+        num_dims: int,
+        *,
+        eps: float = 1e-5,
+        momentum: float = 0.9,
+        initial_moving_var: float = 1.0,
+    ) -> None:
+        super().__init__()
+        if num_dims not in (2, 4):
+            raise ValueError(f"expected num_dims 2 for (N, D) or 4 for (N, C, H, W), got {num_dims}")
+        if not eps > 0:
+            raise ValueError(f"expected eps > 0, got {eps}")
+        if not 0 <= momentum <= 1:
+            raise ValueError(f"expected momentum between 0 and 1, got {momentum}")
+        if not initial_moving_var >= 0:
+            raise ValueError(f"expected initial_moving_var >= 0, got {initial_moving_var}")
+        shape = (1, _positive("num_features", num_features)) + (1,) * (num_dims - 2)
+        self.num_dims = num_dims
+        self.eps = eps
+        self.momentum = momentum
+        self.gamma = Parameter("gamma", np.ones(shape, np.float32))
+        self.beta = Parameter("beta", np.zeros(shape, np.float32))
+        self.moving_mean: Array = np.zeros(shape, np.float32)
+        self.moving_var: Array = np.full(shape, initial_moving_var, np.float32)
+
+    def forward(self, x: Array) -> Array:
+        if x.ndim != self.num_dims:
+            raise ValueError(f"expected x of {self.num_dims} dimensions, got {tuple(x.shape)}")
+        y, self._cache, (self.moving_mean, self.moving_var) = F.batch_norm(
+            x,
+            self.gamma.data,
+            self.beta.data,
+            self.moving_mean,
+            self.moving_var,
+            training=self.training,
+            eps=self.eps,
+            momentum=self.momentum,
+        )
+        return y
+
+    def backward(self, dy: Array) -> Array:
+        dx, self.gamma.gradient, self.beta.gradient = F.batch_norm_backward(
+            dy, self._last_cache()
+        )
+        return dx
+
+    def __repr__(self) -> str:
+        options = {"eps": (self.eps, 1e-5), "momentum": (self.momentum, 0.9)}
+        text = "".join(
+            f", {name}={value}" for name, (value, default) in options.items() if value != default
+        )
+        return f"BatchNorm({self.gamma.data.shape[1]}, {self.num_dims}{text})"
+
+
+class AvgPool2d(Layer):
+    """`npbn.functional.avg_pool2d`; the arguments are its own."""
+
+    def __init__(
+        self,
+        kernel_size: int | tuple[int, int],
+        *,
+        stride: int | tuple[int, int] | None = None,
+        padding: int | tuple[int, int] = 0,
+    ) -> None:
+        super().__init__()
+        self.kernel_size = pair("kernel_size", kernel_size, minimum=1)
+        self.stride = self.kernel_size if stride is None else pair("stride", stride, minimum=1)
+        self.padding = pair("padding", padding, minimum=0)
+
+    def forward(self, x: Array) -> Array:
+        y, self._cache = F.avg_pool2d(
+            x, self.kernel_size, stride=self.stride, padding=self.padding
+        )
+        return y
+
+    def backward(self, dy: Array) -> Array:
+        return F.avg_pool2d_backward(dy, self._last_cache())
+
+    def __repr__(self) -> str:
+        stride = "" if self.stride == self.kernel_size else f", stride={_short(self.stride)}"
+        padding = "" if self.padding == (0, 0) else f", padding={_short(self.padding)}"
+        return f"{type(self).__name__}({_short(self.kernel_size)}{stride}{padding})"
+
+
+class MaxPool2d(AvgPool2d):
+    """`npbn.functional.max_pool2d`; the arguments are its own."""
+
+    def forward(self, x: Array) -> Array:
+        y, self._cache = F.max_pool2d(
+            x, self.kernel_size, stride=self.stride, padding=self.padding
+        )
+        return y
+
+    def backward(self, dy: Array) -> Array:
+        return F.max_pool2d_backward(dy, self._last_cache())
+
+
+class Sigmoid(Layer):
+    """`npbn.functional.sigmoid`."""
+
+    def forward(self, x: Array) -> Array:
+        y, self._cache = F.sigmoid(x)
+        return y
+
+    def backward(self, dy: Array) -> Array:
+        return F.sigmoid_backward(dy, self._last_cache())
+
+
+class ReLU(Layer):
+    """`npbn.functional.relu`."""
+
+    def forward(self, x: Array) -> Array:
+        y, self._cache = F.relu(x)
+        return y
+
+    def backward(self, dy: Array) -> Array:
+        return F.relu_backward(dy, self._last_cache())
+
+
+class Flatten(Layer):
+    """(N, C, H, W) → (N, C·H·W), and back; a view where the memory order allows one."""
+
+    def forward(self, x: Array) -> Array:
+        self._cache = tuple(x.shape)
+        return _reshape(x, (x.shape[0], math.prod(x.shape[1:])))
+
+    def backward(self, dy: Array) -> Array:
+        return _reshape(dy, self._last_cache())
+
+
+def _reshape(x: Array, shape: tuple[int, ...]) -> Array:
+    return array_api_compat.array_namespace(x).reshape(x, shape)
+
+
+def _positive(name: str, value: int) -> int:
+    if value < 1:
+        raise ValueError(f"expected {name} >= 1, got {value}")
+    return value
+
+
+def _short(value: tuple[int, int]) -> str:
+    """A pair as a person would write it: one number where both are the same."""
+    return str(value[0] if value[0] == value[1] else value)
+
+
+def _initial_weight_and_bias(
+    shape: tuple[int, ...], bias: bool, generator: np.random.Generator | None
+) -> tuple[Parameter, Parameter | None]:
+    """Xavier-uniform weight of shape (out, in, ...), and a bias U(±1/√fan_in) or None."""
+    generator = np.random.default_rng() if generator is None else generator
+    receptive_field = math.prod(shape[2:])
+    fan_out, fan_in = shape[0] * receptive_field, shape[1] * receptive_field
+
+    def uniform(bound: float, shape: tuple[int, ...]) -> np.ndarray:
+        return generator.uniform(-bound, bound, shape).astype(np.float32)
+
+    weight = Parameter("weight", uniform(math.sqrt(6 / (fan_in + fan_out)), shape))
+    if not bias:
+        return weight, None
+    return weight, Parameter("bias", uniform(1 / math.sqrt(fan_in), shape[:1]))

@@ -1,0 +1,86 @@
+"""The two networks that npbn trains, both after LeNet-5 (LeCun et al. 1998) with batch norm added.
+
+Each is also there without batch norm, for comparison.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from npbn.layers import AvgPool2d, BatchNorm, Conv2d, Flatten, Layer, Linear, Sequential, Sigmoid
+
+
+class LeNet(Sequential):
+    """Network A: LeNet with batch norm, for images of 1 × 28 × 28 and 10 classes.
+
+    Two blocks of convolution (5 × 5) · batch norm · sigmoid · average pooling (2 × 2), then three
+    linear layers with batch norm and sigmoid between them. The maps shrink 28 → 24 → 12 → 8 → 4.
+    44,878 parameters with batch norm.
+
+    Args:
+        batch_norm: False leaves batch norm out.
+        generator: where the initial weights come from; a fresh one unless given.
+    """
+
+    def __init__(
+        self, *, batch_norm: bool = True, generator: np.random.Generator | None = None
+    ) -> None:
+        super().__init__(*_lenet_layers(1, 28, 10, 0, batch_norm, generator))
+
+
+class BLeNet(Sequential):
+    """Network B: the same with padding 2 on the first convolution, for images of any size.
+
+    With side f, the maps shrink f → f → f/2 → f/2 - 4 → (f/2 - 4)/2 (halves rounded down): for 28,
+    28 → 28 → 14 → 10 → 5.
+
+    Args:
+        channels: of the images; 1 for grey ones.
+        fig_size: side of the images, in pixels; at least 12.
+        num_class: how many classes.
+        batch_norm: False leaves batch norm out.
+        generator: where the initial weights come from; a fresh one unless given.
+    """
+
+    def __init__(
+        self,
+        channels: int = 1,
+        fig_size: int = 28,
+        num_class: int = 10,
+        *,
+        batch_norm: bool = True,
+        generator: np.random.Generator | None = None,
+    ) -> None:
+        if fig_size < 12:
+            raise ValueError(f"expected fig_size >= 12, got {fig_size}")
+        super().__init__(
+            *_lenet_layers(channels, fig_size, num_class, 2, batch_norm, generator)
+        )
+
+
+def _lenet_layers(
+    channels: int,
+    side: int,
+    num_class: int,
+    padding: int,
+    batch_norm: bool,
+    generator: np.random.Generator | None,
+) -> list[Layer]:
+    generator = np.random.default_rng() if generator is None else generator
+    side = (side + 2 * padding - 4) // 2  # first convolution and pooling
+    side = (side - 4) // 2  # second
+
+    def block(affine: Layer, features: int, num_dims: int) -> list[Layer]:
+        norm: list[Layer] = [BatchNorm(features, num_dims)] if batch_norm else []
+        return [affine, *norm, Sigmoid()]
+
+    return [
+        *block(Conv2d(channels, 6, 5, padding=padding, generator=generator), 6, 4),
+        AvgPool2d(2),
+        *block(Conv2d(6, 16, 5, generator=generator), 16, 4),
+        AvgPool2d(2),
+        Flatten(),
+        *block(Linear(16 * side * side, 120, generator=generator), 120, 2),
+        *block(Linear(120, 84, generator=generator), 84, 2),
+        Linear(84, num_class, generator=generator),
+    ]

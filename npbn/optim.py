@@ -1,0 +1,122 @@
+"""Stochastic gradient descent and learning-rate schedules.
+
+A schedule is any function from the number of steps taken so far to a learning rate.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TypeAlias
+
+from npbn.functional._arrays import Array
+from npbn.layers import Parameter
+
+Schedule: TypeAlias = Callable[[int], float]
+
+
+@dataclass(frozen=True)
+class Constant:
+    """lr at every step."""
+
+    lr: float
+
+    def __call__(self, step: int) -> float:
+        return self.lr
+
+
+@dataclass(frozen=True)
+class StepDecay:
+    """lr · factor^⌊step / every⌋: multiplied by ``factor`` once in ``every`` steps."""
+
+    lr: float
+    every: int
+    factor: float = 0.1
+
+    def __call__(self, step: int) -> float:
+        return self.lr * self.factor ** (step // self.every)
+
+
+@dataclass(frozen=True)
+class Cosine:
+    """lr · (1 + cos(π · step / total)) / 2, from lr down to 0 at ``total`` and after.
+
+    Source: I. Loshchilov and F. Hutter, "SGDR", ICLR 2017 (arXiv:1608.03983), equation 5, without
+    restarts.
+    """
+
+    lr: float
+    total: int
+
+    def __call__(self, step: int) -> float:
+        return self.lr * (1 + math.cos(math.pi * min(step / self.total, 1))) / 2
+
+
+class SGD:
+    r"""Stochastic gradient descent, with momentum and weight decay.
+
+    For each parameter w with gradient g, learning rate η, momentum m and weight decay λ:
+
+    $$v \leftarrow m\, v + (g + \lambda w) \qquad w \leftarrow w - \eta\, v$$
+
+    Source: I. Sutskever, J. Martens, G. Dahl and G. Hinton, "On the importance of initialization
+    and momentum in deep learning", ICML 2013, equations 1 and 2, with η outside of the velocity as
+    in PyTorch.
+
+    Args:
+        parameters: of a model, by name.
+        schedule: the learning rate, or a function from steps taken to the learning rate.
+        momentum: m, the fraction of the velocity that is kept, in [0, 1).
+        weight_decay: λ, on weights only: pulling γ, β and biases towards 0 limits what a layer can
+            compute and regularizes nothing.
+        decay_all: weight decay on γ, β and biases, too.
+    """
+
+    def __init__(
+        self,
+        parameters: Mapping[str, Parameter],
+        schedule: float | Schedule,
+        *,
+        momentum: float = 0.0,
+        weight_decay: float = 0.0,
+        decay_all: bool = False,
+    ) -> None:
+        if not 0 <= momentum < 1:
+            raise ValueError(f"expected momentum in [0, 1), got {momentum}")
+        if not weight_decay >= 0:
+            raise ValueError(f"expected weight_decay >= 0, got {weight_decay}")
+        self.parameters = dict(parameters)
+        self.schedule = schedule if callable(schedule) else Constant(schedule)
+        self.momentum = momentum
+        self.weight_decay = weight_decay
+        self.decay_all = decay_all
+        self.steps = 0
+        self.velocity: dict[str, Array] = {}
+
+    @property
+    def lr(self) -> float:
+        """The learning rate of the next step."""
+        return self.schedule(self.steps)
+
+    def step(self) -> None:
+        """Move every parameter against its gradient, in place.
+
+        Raises:
+            RuntimeError: a parameter has no gradient yet. Nothing is changed then.
+        """
+        gradients: dict[str, Array] = {}
+        for name, parameter in self.parameters.items():
+            if parameter.gradient is None:
+                raise RuntimeError(f"{name} has no gradient: step needs a backward pass before it")
+            gradients[name] = parameter.gradient
+        for name, parameter in self.parameters.items():
+            v = gradients[name]
+            if self.weight_decay and (self.decay_all or parameter.name == "weight"):
+                v = v + self.weight_decay * parameter.data
+            if self.momentum:
+                if name in self.velocity:
+                    v = v + self.momentum * self.velocity[name]
+                self.velocity[name] = v
+            parameter.data -= self.lr * v
+        self.steps += 1

@@ -1,0 +1,183 @@
+"""The training loop: epochs, metrics, evaluation. It knows no terminal and no file."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from npbn import functional as F
+from npbn.backend import Backend
+from npbn.data import Split
+from npbn.functional._arrays import Array
+from npbn.layers import Layer
+from npbn.optim import SGD
+
+EVALUATION_BATCH_SIZE = 256
+"""Larger batches are no faster on a CPU: they fall out of its cache."""
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """What a pass over a split found.
+
+    Attributes:
+        loss: mean cross-entropy per example, in nats.
+        accuracy: fraction of examples whose largest logit is the right one.
+        examples: how many examples that is the mean of.
+        seconds: wall time of the pass, until the device had finished.
+    """
+
+    loss: float
+    accuracy: float
+    examples: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """What one epoch found.
+
+    Attributes:
+        number: from 1.
+        lr: the learning rate of its last step.
+        train: averaged over the epoch *while* the parameters changed.
+        test: after it, in prediction mode.
+        skipped: examples of a last batch of one, left out because batch norm over one example has
+            no variance and teaches nothing.
+    """
+
+    number: int
+    lr: float
+    train: Metrics
+    test: Metrics
+    skipped: int
+
+
+class _Totals:
+    """Sums of loss and hits, kept on the device: reading them is what stops a GPU."""
+
+    def __init__(self, backend: Backend) -> None:
+        self.backend = backend
+        self.loss = backend.xp.zeros((), dtype=backend.xp.float64)
+        self.hits = backend.xp.zeros((), dtype=backend.xp.int64)
+        self.examples = 0
+        self.started = time.perf_counter()
+
+    def add(self, loss: Array, logits: Array, labels: Array) -> None:
+        xp, n = self.backend.xp, logits.shape[0]
+        self.loss = self.loss + n * xp.astype(xp.asarray(loss), xp.float64)
+        self.hits = self.hits + xp.count_nonzero(xp.argmax(logits, axis=1) == labels)
+        self.examples += n
+
+    def metrics(self) -> Metrics:
+        """The means; waits for the device."""
+        n = self.examples or math.nan
+        loss, accuracy = float(self.loss) / n, int(self.hits) / n
+        return Metrics(loss, accuracy, self.examples, time.perf_counter() - self.started)
+
+
+def train_epoch(
+    model: Layer,
+    optimizer: SGD,
+    split: Split,
+    *,
+    batch_size: int,
+    generator: np.random.Generator,
+    backend: Backend,
+    dtype: Any = "float32",
+    on_batch: Callable[[int], None] | None = None,
+) -> tuple[Metrics, int]:
+    """One pass over ``split`` in random order, a step of the optimizer for each batch.
+
+    Args:
+        model, optimizer, split: all on ``backend``.
+        batch_size: a last batch of a single example is left out, unless every batch is one.
+        generator: draws the order, on the host, so that every backend sees the same batches.
+        dtype: of the model's arrays.
+        on_batch: called after each batch with the number of its examples; must not wait for the
+            device.
+
+    Returns:
+        The metrics, and how many examples were left out.
+    """
+    if batch_size < 1:
+        raise ValueError(f"expected batch_size >= 1, got {batch_size}")
+    model.train()
+    order = generator.permutation(len(split))
+    skipped = 1 if batch_size > 1 and len(order) % batch_size == 1 else 0
+    device_order = backend.asarray(order[: len(order) - skipped])
+    totals = _Totals(backend)
+    for x, labels in split.batches(batch_size, dtype, order=device_order):
+        logits = model.forward(x)
+        loss, cache = F.softmax_cross_entropy(logits, labels)
+        model.backward(F.softmax_cross_entropy_backward(cache))
+        optimizer.step()
+        totals.add(loss, logits, labels)
+        if on_batch is not None:
+            on_batch(int(labels.shape[0]))
+    return totals.metrics(), skipped
+
+
+def evaluate(
+    model: Layer,
+    split: Split,
+    *,
+    backend: Backend,
+    dtype: Any = "float32",
+    batch_size: int = EVALUATION_BATCH_SIZE,
+) -> Metrics:
+    """Loss and accuracy on ``split`` in prediction mode; the model's own mode is kept."""
+    was_training = model.training
+    model.eval()
+    totals = _Totals(backend)
+    for x, labels in split.batches(batch_size, dtype):
+        logits = model.forward(x)
+        loss, _ = F.softmax_cross_entropy(logits, labels)
+        totals.add(loss, logits, labels)
+    if was_training:
+        model.train()
+    return totals.metrics()
+
+
+def fit(
+    model: Layer,
+    optimizer: SGD,
+    train: Split,
+    test: Split,
+    *,
+    epochs: int,
+    batch_size: int,
+    generator: np.random.Generator,
+    backend: Backend,
+    dtype: Any = "float32",
+    on_batch: Callable[[int], None] | None = None,
+    on_epoch: Callable[[Epoch], None] | None = None,
+) -> list[Epoch]:
+    """Train for some epochs, evaluating after each.
+
+    Arguments are those of `train_epoch`; ``on_epoch`` is called with each epoch's record.
+    """
+    history = []
+    for number in range(1, epochs + 1):
+        metrics, skipped = train_epoch(
+            model,
+            optimizer,
+            train,
+            batch_size=batch_size,
+            generator=generator,
+            backend=backend,
+            dtype=dtype,
+            on_batch=on_batch,
+        )
+        lr = optimizer.schedule(max(optimizer.steps - 1, 0))
+        found = evaluate(model, test, backend=backend, dtype=dtype)
+        epoch = Epoch(number, lr, metrics, found, skipped)
+        history.append(epoch)
+        if on_epoch is not None:
+            on_epoch(epoch)
+    return history

@@ -1,0 +1,244 @@
+"""Train LeNet with batch norm on Fashion-MNIST, every gradient computed by hand-written code."""
+
+from __future__ import annotations
+
+import time
+
+STARTED = time.perf_counter()
+
+import argparse  # noqa: E402  (the clock starts before the imports: they are part of the wait)
+import platform  # noqa: E402
+import sys  # noqa: E402
+
+import numpy as np  # noqa: E402
+from _command_line import ArgumentParser, integer, number, run  # noqa: E402
+from tqdm import tqdm  # noqa: E402
+
+import npbn  # noqa: E402
+from npbn import backend, data, models, optim, training  # noqa: E402
+from npbn.layers import BatchNorm, Sequential  # noqa: E402
+
+EPILOG = """\
+examples:
+  python scripts/train.py                                the published setting, on what is there
+  python scripts/train.py --backend cupy                 on a GPU
+  python scripts/train.py --model blenet --epochs 3
+  python scripts/train.py --no-batch-norm --lr 0.5       what it is like without
+  python scripts/train.py --schedule cosine --momentum 0.9 --lr 0.1
+
+exit codes: 0 trained, 2 bad input or something missing on this machine, 130 interrupted
+"""
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = ArgumentParser(
+        prog="train.py",
+        description=__doc__,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"npbn {npbn.__version__}")
+
+    where = parser.add_argument_group("where to compute")
+    where.add_argument(
+        "--backend",
+        choices=backend.NAMES,
+        default="auto",
+        help="array library: numpy (CPU), cupy (NVIDIA GPU), or auto, a GPU if there is a usable "
+        "one (default: auto)",
+    )
+    where.add_argument(
+        "--dtype", choices=("float32", "float64"), default="float32", help="(default: float32)"
+    )
+
+    what = parser.add_argument_group("data")
+    what.add_argument(
+        "--dataset",
+        choices=data.DATASETS,
+        default="auto",
+        help="fashion-mnist, downloaded if need be; digits, scikit-learn's handwritten ones; or "
+        "auto, Fashion-MNIST if it can be had, else digits (default: auto)",
+    )
+    what.add_argument(
+        "--data",
+        metavar="DIR",
+        help="directory with Fashion-MNIST's four IDX files, gzipped or not, or with torchvision's "
+        "FashionMNIST/raw; no other place is tried then (default: $NPBN_DATA, else the system's "
+        "and the user's data directories, else a download)",
+    )
+
+    model = parser.add_argument_group("model")
+    model.add_argument(
+        "--model",
+        choices=("lenet", "blenet"),
+        default="lenet",
+        help="lenet, network A; or blenet, network B, with a padded first convolution "
+        "(default: lenet)",
+    )
+    model.add_argument("--no-batch-norm", action="store_true", help="leave batch norm out")
+
+    how = parser.add_argument_group("training")
+    how.add_argument("--epochs", type=integer(1), default=10, metavar="N", help="(default: 10)")
+    how.add_argument(
+        "--batch-size", type=integer(1), default=256, metavar="N", help="(default: 256)"
+    )
+    positive = number("a number > 0", lambda value: value > 0)
+    fraction = number("a number in [0, 1)", lambda value: 0 <= value < 1)
+    how.add_argument(
+        "--lr", type=positive, default=1.0, metavar="X", help="learning rate (default: 1.0)"
+    )
+    how.add_argument(
+        "--schedule",
+        choices=("constant", "step", "cosine"),
+        default="constant",
+        help="how the learning rate goes on: constant; step, multiplied by --lr-factor every "
+        "--lr-epochs epochs; cosine, down to 0 at the end (default: constant)",
+    )
+    how.add_argument(
+        "--lr-epochs", type=integer(1), default=3, metavar="N", help="for step (default: 3)"
+    )
+    how.add_argument(
+        "--lr-factor", type=positive, default=0.1, metavar="X", help="for step (default: 0.1)"
+    )
+    how.add_argument(
+        "--momentum", type=fraction, default=0.0, metavar="X", help="of SGD (default: 0)"
+    )
+    how.add_argument(
+        "--weight-decay",
+        type=number("a number >= 0", lambda value: value >= 0),
+        default=0.0,
+        metavar="X",
+        help="on weights, not on biases, gamma and beta (default: 0)",
+    )
+    how.add_argument(
+        "--seed",
+        type=integer(0),
+        default=0,
+        metavar="N",
+        help="of initial weights and shuffling; on one machine and backend, two runs of a seed are "
+        "equal to the last bit (default: 0)",
+    )
+    return parser.parse_args()
+
+
+def build_model(
+    arguments: argparse.Namespace, dataset: data.Dataset, generator: np.random.Generator
+) -> Sequential:
+    batch_norm = not arguments.no_batch_norm
+    if arguments.model == "lenet":
+        return models.LeNet(batch_norm=batch_norm, generator=generator)
+    _, channels, side, _ = dataset.train.images.shape
+    return models.BLeNet(
+        channels, side, len(dataset.classes), batch_norm=batch_norm, generator=generator
+    )
+
+
+def build_schedule(arguments: argparse.Namespace, steps_per_epoch: int) -> optim.Schedule:
+    if arguments.schedule == "step":
+        every = arguments.lr_epochs * steps_per_epoch
+        return optim.StepDecay(arguments.lr, every, arguments.lr_factor)
+    if arguments.schedule == "cosine":
+        return optim.Cosine(arguments.lr, arguments.epochs * steps_per_epoch)
+    return optim.Constant(arguments.lr)
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    generator = np.random.default_rng(arguments.seed)
+    backend.keep_freed_memory()
+
+    device = backend.get_backend(arguments.backend)
+    say(f"npbn {npbn.__version__}, Python {platform.python_version()}, {device.description}")
+    if device.note:
+        say(f"on the CPU, because: {device.note}")
+
+    dataset = data.load(arguments.dataset, arguments.data)
+    for note in dataset.notes:
+        say(f"note: {note}")
+    train, test = dataset.train.to(device), dataset.test.to(device)
+    say(
+        f"data: {dataset.name} from {dataset.source}, "
+        f"{len(train):,} training and {len(test):,} test images"
+    )
+
+    model = build_model(arguments, dataset, generator)
+    model.to(device, arguments.dtype)
+    count = sum(parameter.data.size for parameter in model.parameters().values())
+    with_or_without = "without" if arguments.no_batch_norm else "with"
+    say(
+        f"model: {type(model).__name__} {with_or_without} batch norm, {count:,} parameters, "
+        f"{arguments.dtype}"
+    )
+
+    # A last batch of one example is no step, see npbn.training.
+    steps_per_epoch = -(-len(train) // arguments.batch_size)
+    optimizer = optim.SGD(
+        model.parameters(),
+        build_schedule(arguments, steps_per_epoch),
+        momentum=arguments.momentum,
+        weight_decay=arguments.weight_decay,
+    )
+    say(
+        f"training: {arguments.epochs} epochs, batches of {arguments.batch_size}, SGD with "
+        f"{arguments.schedule} learning rate {arguments.lr}, seed {arguments.seed}"
+    )
+    say("")
+    say("epoch    loss  train acc  test acc  examples/s")
+
+    bar = tqdm(
+        total=len(train),
+        unit=" examples",
+        unit_scale=True,
+        leave=False,
+        disable=not sys.stderr.isatty(),
+    )
+
+    def on_epoch(epoch: training.Epoch) -> None:
+        bar.clear()
+        say(
+            f"{epoch.number:5d}  {epoch.train.loss:6.4f}  {epoch.train.accuracy:9.4f}  "
+            f"{epoch.test.accuracy:8.4f}  {epoch.train.examples / epoch.train.seconds:10,.0f}"
+        )
+        if epoch.skipped and epoch.number == 1:
+            say("       (one example an epoch is left out: as a batch it has no variance)")
+        bar.reset()
+        bar.set_description(f"epoch {epoch.number + 1}")
+
+    bar.set_description("epoch 1")
+    try:
+        history = training.fit(
+            model,
+            optimizer,
+            train,
+            test,
+            epochs=arguments.epochs,
+            batch_size=arguments.batch_size,
+            generator=generator,
+            backend=device,
+            dtype=arguments.dtype,
+            on_batch=bar.update,
+            on_epoch=on_epoch,
+        )
+    finally:
+        bar.close()
+
+    seconds = sum(epoch.train.seconds for epoch in history)
+    examples = sum(epoch.train.examples for epoch in history)
+    say("")
+    say(
+        f"{examples / seconds:,.0f} examples/s in training on {device.name}: {seconds:.1f} s of "
+        f"training, {time.perf_counter() - STARTED:.1f} s in all"
+    )
+    first = next((layer for layer in model.layers if isinstance(layer, BatchNorm)), None)
+    if first is not None:
+        for parameter in (first.gamma, first.beta):
+            values = " ".join(f"{v:.3f}" for v in backend.to_numpy(parameter.data).ravel())
+            say(f"{parameter.name} of the first batch norm: {values}")
+
+
+def say(line: str) -> None:
+    print(line, flush=True)
+
+
+if __name__ == "__main__":
+    run("train.py", main)
