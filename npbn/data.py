@@ -270,14 +270,13 @@ def _read_verified(path: Path, name: str) -> bytes:
 _DOWNLOAD = """
 import socket, sys
 socket.setdefaulttimeout(20)  # a connection that stalls; the whole is bounded from outside
+problem = "torchvision cannot be imported"
 try:
     from torchvision.datasets import FashionMNIST
-except Exception as error:
-    sys.exit(f"torchvision cannot be imported: {type(error).__name__}: {error}")
-try:
+    problem = "torchvision could not download it"
     FashionMNIST(sys.argv[1], download=True)
 except Exception as error:
-    sys.exit(f"torchvision could not download it: {type(error).__name__}: {error}")
+    sys.exit(f"{problem}: {type(error).__name__}: {' '.join(str(error).split())}")
 """
 
 

@@ -118,7 +118,10 @@ def parse_arguments() -> argparse.Namespace:
         help="of initial weights and shuffling; on one machine and backend, two runs of a seed are "
         "equal to the last bit (default: 0)",
     )
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    if arguments.dataset == "digits" and arguments.data is not None:
+        parser.error("argument --data: not allowed with --dataset digits, which needs no files")
+    return arguments
 
 
 def build_model(

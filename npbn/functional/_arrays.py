@@ -11,28 +11,37 @@ Array: TypeAlias = Any
 
 
 def common_namespace(**arrays: Array | None) -> Any:
-    """The array-API namespace that the named arrays share; ``None`` is passed over.
+    """The array-API namespace of the named arrays, which have to fit together.
+
+    ``None`` is passed over.
 
     Raises:
-        TypeError: an argument is no array, or not of a floating-point dtype; the arrays come from
-            more than one library; or float32 and float64 are mixed. Real and complex numbers of
-            one precision may meet: that is how the complex step runs through a forward pass.
+        TypeError: as `common_library`; or an array is not of a floating-point dtype, or float32 and
+            float64 are mixed. Real and complex numbers of one precision may meet: that is how the
+            complex step runs through a forward pass.
     """
     given = {name: array for name, array in arrays.items() if array is not None}
-    for name, array in given.items():
-        if not array_api_compat.is_array_api_obj(array):
-            raise TypeError(f"expected {name} to be an array, got {type(array).__name__}")
-    try:
-        xp = array_api_compat.array_namespace(*given.values())
-    except TypeError:
-        found = ", ".join(f"{name}: {type(a).__module__}" for name, a in given.items())
-        raise TypeError(f"expected all arrays from one library, got {found}") from None
-
-    precisions = {name: _precision(xp, name, array) for name, array in given.items()}
-    if len(set(precisions.values())) > 1:
+    xp = common_library(**given)
+    if len({_precision(xp, name, array) for name, array in given.items()}) > 1:
         found = ", ".join(f"{name}: {array.dtype}" for name, array in given.items())
         raise TypeError(f"expected arrays of one precision, got {found}")
     return xp
+
+
+def common_library(**arrays: Array) -> Any:
+    """The array-API namespace of the named arrays, of whatever dtypes.
+
+    Raises:
+        TypeError: an argument is no array, or the arrays come from more than one library.
+    """
+    for name, array in arrays.items():
+        if not array_api_compat.is_array_api_obj(array):
+            raise TypeError(f"expected {name} to be an array, got {type(array).__name__}")
+    try:
+        return array_api_compat.array_namespace(*arrays.values())
+    except TypeError:
+        found = ", ".join(f"{name}: {type(array).__module__}" for name, array in arrays.items())
+        raise TypeError(f"expected all arrays from one library, got {found}") from None
 
 
 def _precision(xp: Any, name: str, array: Array) -> str:

@@ -23,7 +23,7 @@ from npbn.functional._arrays import Array
 
 def pair(name: str, value: int | tuple[int, int], *, minimum: int) -> tuple[int, int]:
     """``value`` as (vertical, horizontal); one int stands for both."""
-    both = (value, value) if isinstance(value, int) else tuple(value)
+    both = tuple(value) if isinstance(value, (tuple, list)) else (value, value)
     if len(both) != 2 or not all(isinstance(v, int) and v >= minimum for v in both):
         raise ValueError(f"expected {name} as an int >= {minimum} or a pair of them, got {value}")
     return both
@@ -79,7 +79,7 @@ class Windows:
         """
         for i, rows in _places(self.kernel_size[0], self.stride[0], self.output_size[0]):
             for j, columns in self.columns():
-                yield i, j, (slice(None), rows, columns)
+                yield i, j, (slice(None), rows, columns, slice(None))
 
 
 def _places(kernel: int, stride: int, outputs: int) -> Iterator[tuple[int, slice]]:

@@ -95,7 +95,7 @@ def conv2d(
     shape = (out_channels, out_h, out_w * n)
     y = xp.empty(shape, dtype=dtype, device=array_api_compat.device(x))
     for p, rows in windows.rows():
-        y_row = weight_matrix @ xp.reshape(strips[rows], (weight_matrix.shape[1], -1))
+        y_row = weight_matrix @ xp.reshape(strips[rows, ...], (weight_matrix.shape[1], -1))
         y[:, p, :] = y_row if bias is None else y_row + bias[:, None]
     y = xp.permute_dims(xp.reshape(y, (out_channels, out_h, out_w, n)), (3, 0, 1, 2))
     return y, Conv2dCache(strips, copy(weight, xp), windows, bias is not None)
@@ -123,10 +123,10 @@ def conv2d_backward(dy: Array, cache: Conv2dCache) -> tuple[Array, Array, Array 
     dstrips = xp.zeros_like(strips, dtype=xp.result_type(dy, weight))
     for p, rows in windows.rows():
         dy_row = xp.reshape(dy_rows[:, p, ...], (out_channels, -1))
-        x_row = xp.reshape(strips[rows], (weight_matrix.shape[1], -1))
+        x_row = xp.reshape(strips[rows, ...], (weight_matrix.shape[1], -1))
         # (X dYᵀ)ᵀ is dY Xᵀ, and BLAS is up to twice as fast at it with the long side first.
         dweight += (x_row @ dy_row.T).T
-        dstrips[rows] += xp.reshape(weight_matrix.T @ dy_row, strips[rows].shape)
+        dstrips[rows, ...] += xp.reshape(weight_matrix.T @ dy_row, strips[rows, ...].shape)
     dweight = xp.permute_dims(xp.reshape(dweight, (out_channels, kh, c, kw)), (0, 2, 1, 3))
     dbias = xp.sum(dy, axis=(0, 2, 3)) if has_bias else None
     return fold(dstrips, windows), dweight, dbias

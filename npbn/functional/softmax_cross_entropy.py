@@ -23,7 +23,15 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from npbn.functional._arrays import Array, check_shape, common_namespace, real_part
+import array_api_compat
+
+from npbn.functional._arrays import (
+    Array,
+    check_shape,
+    common_library,
+    common_namespace,
+    real_part,
+)
 
 
 class SoftmaxCrossEntropyCache(NamedTuple):
@@ -48,7 +56,8 @@ def softmax_cross_entropy(logits: Array, labels: Array) -> tuple[Array, SoftmaxC
         ValueError: shapes that do not fit, or an empty batch.
         TypeError: labels of a dtype that is no integer; and see `npbn.functional`.
     """
-    xp = common_namespace(logits=logits)
+    xp = common_library(logits=logits, labels=labels)
+    common_namespace(logits=logits)
     if logits.ndim != 2 or logits.size == 0:
         raise ValueError(
             f"expected logits of shape (N, K), not empty, got {tuple(logits.shape)}"
@@ -58,7 +67,7 @@ def softmax_cross_entropy(logits: Array, labels: Array) -> tuple[Array, SoftmaxC
         raise TypeError(f"expected labels of an integer dtype, got {labels.dtype}")
     check_shape("labels", labels, (n,))
 
-    classes = xp.arange(k, dtype=labels.dtype, device=labels.device)
+    classes = xp.arange(k, dtype=labels.dtype, device=array_api_compat.device(labels))
     is_label = labels[:, None] == classes[None, :]
     shifted = logits - xp.max(real_part(logits, xp), axis=1, keepdims=True)
     exponentials = xp.exp(shifted)

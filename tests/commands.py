@@ -1,0 +1,41 @@
+"""Running the command lines as a user would: as processes, from another directory."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+SCRIPTS = ROOT / "scripts"
+
+# A machine without a network: nothing listens on port 9 of this machine.
+NO_NETWORK = {"http_proxy": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9"}
+
+
+def run(
+    script: str, *arguments: str, cwd: Path, env: dict[str, str] | None = None, prelude: str = ""
+) -> subprocess.CompletedProcess[str]:
+    """``python scripts/SCRIPT ARGUMENTS``; ``prelude`` is Python code run in the process before."""
+    environment = {k: v for k, v in os.environ.items() if k != "NPBN_DATA"} | (env or {})
+    command = [sys.executable, str(SCRIPTS / script), *arguments]
+    if prelude:
+        start = (
+            f"import runpy, sys; sys.path.insert(0, {str(SCRIPTS)!r}); sys.argv = sys.argv[1:]\n"
+            f"{prelude}\nrunpy.run_path(sys.argv[0], run_name='__main__')"
+        )
+        command[1:2] = ["-c", start, str(SCRIPTS / script)]
+    return subprocess.run(
+        command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300
+    )
+
+
+def assert_refused(process: subprocess.CompletedProcess[str], *expected: str) -> None:
+    """One clear line on standard error, exit code 2, and no traceback."""
+    assert process.returncode == 2, process.stderr
+    lines = process.stderr.strip().splitlines()
+    assert len(lines) == 1, process.stderr
+    assert "Traceback" not in process.stderr
+    for text in expected:
+        assert text in lines[0]

@@ -1,0 +1,62 @@
+"""Fixtures: array libraries, dtypes, Fashion-MNIST where it is installed; Hypothesis profiles."""
+
+from __future__ import annotations
+
+import os
+
+import array_api_compat.numpy
+import array_api_strict
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, settings
+
+from npbn import backend, data
+from npbn.errors import BackendError
+
+# No deadline: a slow machine is no failure. print_blob: a failure can be replayed by pasting.
+COMMON = {
+    "deadline": None,
+    "print_blob": True,
+    "suppress_health_check": [HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
+}
+settings.register_profile("default", max_examples=30, **COMMON)
+settings.register_profile("ci", max_examples=30, derandomize=True, **COMMON)
+settings.register_profile("long", max_examples=300, **COMMON)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci" if os.environ.get("CI") else "default"))
+
+
+def _libraries() -> list:
+    libraries = [
+        pytest.param(array_api_compat.numpy, id="numpy"),
+        pytest.param(array_api_strict, id="array-api-strict"),
+    ]
+    try:
+        libraries.append(pytest.param(backend.get_backend("cupy").xp, id="cupy"))
+    except BackendError:
+        pass  # no GPU here: the other libraries still run
+    return libraries
+
+
+@pytest.fixture(params=_libraries())
+def xp(request):
+    """Each array library in turn."""
+    return request.param
+
+
+@pytest.fixture(params=["float32", "float64"])
+def dtype(request) -> str:
+    return request.param
+
+
+@pytest.fixture(scope="session")
+def fashion_mnist() -> data.Dataset:
+    """The real data; the tests that need it are skipped where it is not installed."""
+    try:
+        return data._read_fashion_mnist(data.SYSTEM_DIRECTORY)
+    except data.DataError as error:
+        pytest.skip(f"Fashion-MNIST is not installed (Debian: dataset-fashion-mnist): {error}")
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    return np.random.default_rng(20150211)  # the day the batch norm paper came out

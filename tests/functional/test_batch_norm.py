@@ -1,0 +1,220 @@
+"""What batch norm must do beyond having the right gradient."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from arrays import to_host, to_library
+from cases import STRATEGIES
+from npbn import functional as F
+
+EPS32 = np.finfo(np.float32).eps
+
+
+def parameters(shape, dtype=np.float64, gamma=1.0, beta=0.0, mean=0.0, var=1.0):
+    """gamma, beta, moving_mean, moving_var for an x of ``shape``."""
+    form = (1, shape[1]) + (1,) * (len(shape) - 2)
+    return [np.full(form, value, dtype) for value in (gamma, beta, mean, var)]
+
+
+def axes(x):
+    return (0,) if x.ndim == 2 else (0, 2, 3)
+
+
+@pytest.mark.parametrize("shape", [(7, 3), (4, 3, 5, 2)])
+def test_normalizes_each_feature(shape, xp, dtype, rng):
+    """Per channel over batch, height and width: not per pixel."""
+    x = rng.normal(3, 2, shape)
+    arguments = [to_library(a, xp, dtype) for a in (x, *parameters(shape))]
+    y = to_host(F.batch_norm(*arguments, training=True, eps=1e-12)[0])
+    tolerance = 100 * np.finfo(dtype).eps
+    np.testing.assert_allclose(y.mean(axis=axes(x)), 0, atol=tolerance)
+    np.testing.assert_allclose(y.std(axis=axes(x)), 1, atol=tolerance)
+
+
+def test_by_hand():
+    """Two examples of one feature, worked out on paper: μ = 2, v = 1, s = √(1 + 3) = 2."""
+    x = np.array([[1.0], [3.0]])
+    gamma, beta, mean, var = np.array([[4.0]]), np.array([[10.0]]), np.array([[5.0]]), np.array([[7.0]])
+    y, cache, (new_mean, new_var) = F.batch_norm(
+        x, gamma, beta, mean, var, training=True, eps=3.0, momentum=0.9
+    )
+    np.testing.assert_allclose(y, [[8.0], [12.0]])
+    np.testing.assert_allclose(new_mean, [[0.9 * 5 + 0.1 * 2]])
+    np.testing.assert_allclose(new_var, [[0.9 * 7 + 0.1 * 1]])
+    # x̂ = ∓1/2; dβ = 1 + 2, dγ = -1/2 + 2/2; dx = (4/2)(dy - 3/2 - x̂ · (1/2)/2)
+    dx, dgamma, dbeta = F.batch_norm_backward(np.array([[1.0], [2.0]]), cache)
+    np.testing.assert_allclose(dbeta, [[3.0]])
+    np.testing.assert_allclose(dgamma, [[0.5]])
+    np.testing.assert_allclose(dx, [[2 * (1 - 1.5 + 0.125)], [2 * (2 - 1.5 - 0.125)]])
+
+
+def test_moving_variance_is_biased_and_free_of_eps(rng):
+    x = rng.normal(1, 3, (6, 2))
+    *_, (mean, var) = F.batch_norm(x, *parameters(x.shape), training=True, eps=0.5, momentum=0.25)
+    np.testing.assert_allclose(mean, 0.75 * x.mean(axis=0, keepdims=True))
+    np.testing.assert_allclose(var, 0.25 + 0.75 * x.var(axis=0, ddof=0, keepdims=True))
+
+
+@given(
+    momentum=st.floats(0, 1),
+    batches=st.lists(st.floats(-3, 3), min_size=1, max_size=6),
+)
+def test_moving_mean_follows_its_closed_recurrence(momentum, batches):
+    """moving_t = m^t · moving_0 + (1 - m) Σ m^(t - k) · batch_k."""
+    moving = parameters((2, 1), mean=0.5)
+    for value in batches:
+        x = np.full((2, 1), value)
+        *_, moving[2:] = F.batch_norm(x, *moving, training=True, momentum=momentum)
+    t = len(batches)
+    expected = momentum**t * 0.5 + (1 - momentum) * sum(
+        momentum ** (t - k) * value for k, value in enumerate(batches, start=1)
+    )
+    np.testing.assert_allclose(moving[2], expected, atol=1e-12)
+
+
+def test_prediction_uses_the_moving_statistics_and_leaves_them(rng):
+    x = rng.normal(size=(3, 2))
+    gamma, beta, mean, var = parameters(x.shape, gamma=2, beta=1, mean=0.5, var=4)
+    y, _, moving = F.batch_norm(x, gamma, beta, mean, var, training=False, eps=1e-5)
+    np.testing.assert_allclose(y, 2 * (x - 0.5) / np.sqrt(4 + 1e-5) + 1)
+    for new, old in zip(moving, (mean, var), strict=True):
+        np.testing.assert_array_equal(new, old)
+        assert new is not old and not np.may_share_memory(new, old)
+
+
+def test_prediction_gradient_is_a_scaling(rng):
+    x, dy = rng.normal(size=(2, 3, 2, 2)), rng.normal(size=(2, 3, 2, 2))
+    _, cache, _ = F.batch_norm(x, *parameters(x.shape, gamma=3, var=2), training=False)
+    dx, _, _ = F.batch_norm_backward(dy, cache)
+    np.testing.assert_allclose(dx, dy * 3 / np.sqrt(2 + 1e-5))
+
+
+@given(case=STRATEGIES["batch_norm"])
+def test_both_backwards_agree(case):
+    y, cache, _ = case.forward(**case.inputs, **case.constants)
+    dy = np.random.default_rng(0).standard_normal(y.shape)
+    closed = F.batch_norm_backward(dy, cache)
+    staged = F.batch_norm_backward_staged(dy, cache)
+    # dx is made of terms of the size of γ/s · (|dy| + |x̂| · mean |dy x̂|).
+    x_hat = np.abs(cache.x_centred / cache.s)
+    terms = np.abs(cache.gamma / cache.s) * (np.abs(dy) + 1 + x_hat * np.mean(np.abs(dy) * x_hat))
+    for name, one, other in zip(("dx", "dgamma", "dbeta"), closed, staged, strict=True):
+        scale = terms.max() if name == "dx" else y.size * max(1.0, x_hat.max())
+        np.testing.assert_allclose(one, other, rtol=0, atol=1e-13 * scale, err_msg=name)
+
+
+@pytest.mark.parametrize("backward", [F.batch_norm_backward, F.batch_norm_backward_staged])
+@pytest.mark.parametrize("eps", [0.1, 1.0])
+def test_identities_of_the_gradient(backward, eps, rng):
+    """Σ dx = 0, and Σ dx·x̂ = (γ/s)·(eps/s²)·Σ dy·x̂, for any dy."""
+    x, dy = rng.normal(2, 1, (6, 3, 4, 4)), rng.normal(size=(6, 3, 4, 4))
+    _, cache, _ = F.batch_norm(x, *parameters(x.shape, gamma=1.5), training=True, eps=eps)
+    dx, _, _ = backward(dy, cache)
+    x_hat = cache.x_centred / cache.s
+    over = (0, 2, 3)
+    assert np.all(np.abs(dx.sum(over)) <= 1e-13 * np.abs(dx).sum(over))
+    left = (dx * x_hat).sum(over, keepdims=True)
+    right = (1.5 / cache.s) * (eps / cache.s**2) * (dy * x_hat).sum(over, keepdims=True)
+    assert np.all(np.abs(left - right) <= 1e-13 * np.abs(dx * x_hat).sum(over, keepdims=True))
+
+
+def test_identity_when_gamma_and_beta_undo_it(rng):
+    x = rng.normal(3, 2, (5, 4))
+    v, mean = x.var(axis=0, keepdims=True), x.mean(axis=0, keepdims=True)
+    y, *_ = F.batch_norm(x, np.sqrt(v + 1e-5), mean, mean, v, training=True)
+    np.testing.assert_allclose(y, x, rtol=1e-13)
+
+
+@pytest.mark.parametrize("shape", [(1, 3), (1, 3, 1, 1)])
+def test_batch_of_one_gives_beta_and_no_gradient(shape, dtype, rng):
+    x = rng.normal(100, 5, shape).astype(dtype)
+    y, cache, _ = F.batch_norm(x, *parameters(shape, dtype, beta=0.25), training=True)
+    np.testing.assert_array_equal(y, np.full(shape, 0.25))
+    dy = rng.normal(size=shape).astype(dtype)
+    for backward in (F.batch_norm_backward, F.batch_norm_backward_staged):
+        dx, dgamma, dbeta = backward(dy, cache)
+        # (dy - dβ/m) with m = 1 is exactly 0; staged, dμ takes back exactly what x̄ got.
+        np.testing.assert_array_equal(dx, 0)
+        np.testing.assert_array_equal(dgamma, 0)
+        np.testing.assert_array_equal(dbeta.ravel(), dy.ravel())
+
+
+@pytest.mark.parametrize("value", [0.0, 0.1, -1e4, 1e6])
+@pytest.mark.parametrize("shape", [(100, 2), (7, 2, 9, 11)])
+def test_constant_channel(value, shape, dtype, rng):
+    """The output is β and the gradient at most γ/√eps times the upstream one, not NaN or huge."""
+    x = np.full(shape, value, dtype)
+    y, cache, _ = F.batch_norm(x, *parameters(shape, dtype, beta=0.5), training=True)
+    np.testing.assert_allclose(y, 0.5, atol=1e-6)
+    dy = rng.normal(size=shape).astype(dtype)
+    for backward in (F.batch_norm_backward, F.batch_norm_backward_staged):
+        dx, _, _ = backward(dy, cache)
+        assert np.all(np.abs(dx) <= 2 * np.abs(dy).max() / np.sqrt(1e-5))
+
+
+def test_float32_with_a_mean_far_from_zero(rng):
+    """Mean 10⁴, deviation 10⁻²: E[x²] - E[x]² would be off by 10⁵ deviations.
+
+    The float32 numbers near 10⁴ are 2⁻¹⁰ apart, but x - μ is exact for them, so that y is as
+    accurate as anywhere: a handful of roundings of values below 5, and of sums of m terms added
+    pairwise (at most log2(m) + 8 roundings deep).
+    """
+    x = rng.normal(1e4, 1e-2, (256, 3, 5, 5)).astype(np.float32)
+    arguments = parameters(x.shape, np.float32)
+    y, cache, _ = F.batch_norm(x, *arguments, training=True, eps=1e-10)
+    exact, exact_cache, _ = F.batch_norm(
+        x.astype(np.float64), *parameters(x.shape), training=True, eps=1e-10
+    )
+    bound = (np.log2(x.size / 3) + 16) * EPS32 * 5
+    assert np.abs(y - exact).max() <= bound
+    dy = rng.normal(size=x.shape).astype(np.float32)
+    dx, _, _ = F.batch_norm_backward(dy, cache)
+    right, _, _ = F.batch_norm_backward(dy.astype(np.float64), exact_cache)
+    assert np.abs(dx - right).max() <= bound * np.abs(right).max()
+
+
+def test_permuting_the_batch_permutes_the_result(rng):
+    x, dy = rng.normal(size=(8, 3)), rng.normal(size=(8, 3))
+    order = rng.permutation(8)
+    y, cache, _ = F.batch_norm(x, *parameters(x.shape), training=True)
+    permuted, permuted_cache, _ = F.batch_norm(x[order], *parameters(x.shape), training=True)
+    np.testing.assert_allclose(permuted, y[order], atol=1e-14)
+    np.testing.assert_allclose(
+        F.batch_norm_backward(dy[order], permuted_cache)[0],
+        F.batch_norm_backward(dy, cache)[0][order],
+        atol=1e-14,
+    )
+
+
+@given(scale=st.floats(0.01, 100), shift=st.floats(-100, 100), eps=st.sampled_from([1e-3, 1.0]))
+def test_scale_and_shift_of_the_input_cancel(scale, shift, eps):
+    """BN(a·x + b; a²·eps) = BN(x; eps) for a > 0."""
+    x = np.random.default_rng(0).normal(size=(6, 2))
+    y, *_ = F.batch_norm(x, *parameters(x.shape), training=True, eps=eps)
+    moved, *_ = F.batch_norm(
+        scale * x + shift, *parameters(x.shape), training=True, eps=scale**2 * eps
+    )
+    # Adding the shift rounds x to |shift| · 1e-16, which a^-1 magnifies.
+    np.testing.assert_allclose(moved, y, atol=1e-14 * (1 + abs(shift) / scale))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"x": np.zeros((2, 3, 4))}, r"expected x of shape \(N, D\) or \(N, C, H, W\)"),
+        ({"x": np.zeros((0, 3))}, "not empty"),
+        ({"gamma": np.ones((3,))}, r"expected gamma of shape \(1, 3\), got \(3,\)"),
+        ({"moving_var": np.ones((1, 4))}, r"expected moving_var of shape \(1, 3\), got \(1, 4\)"),
+        ({"eps": 0.0}, "expected eps > 0, got 0.0"),
+        ({"momentum": 1.5}, "expected momentum between 0 and 1, got 1.5"),
+    ],
+)
+def test_errors(change, message):
+    names = ("gamma", "beta", "moving_mean", "moving_var")
+    arguments = {"x": np.zeros((2, 3)), **dict(zip(names, parameters((2, 3)), strict=True))}
+    with pytest.raises(ValueError, match=message):
+        F.batch_norm(**(arguments | change), training=True)

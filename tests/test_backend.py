@@ -1,0 +1,74 @@
+"""Backends: choice, copies, and what they say of themselves. Failing CuPys: test_train_script."""
+
+from __future__ import annotations
+
+import array_api_compat
+import numpy as np
+import pytest
+
+from npbn import backend
+from npbn.errors import BackendError
+from npbn.models import LeNet
+
+AVAILABLE = [pytest.param(backend.get_backend("numpy"), id="numpy")]
+try:
+    AVAILABLE.append(pytest.param(backend.get_backend("cupy"), id="cupy"))
+except BackendError:
+    pass  # no GPU here
+
+every_backend = pytest.mark.parametrize("device", AVAILABLE)
+
+
+def test_names():
+    with pytest.raises(ValueError, match="expected a backend of auto, numpy, cupy, got 'torch'"):
+        backend.get_backend("torch")
+
+
+def test_auto_is_a_gpu_if_there_is_a_usable_one():
+    chosen = backend.get_backend("auto")
+    assert chosen.name == ("cupy" if len(AVAILABLE) == 2 else "numpy")
+    assert bool(chosen.note) == (chosen.name == "numpy")
+
+
+@every_backend
+def test_description(device):
+    name = {"numpy": "NumPy", "cupy": "CuPy"}[device.name]
+    assert device.description.startswith(f"{name} {device.xp.__version__}")
+    assert " on " in device.description
+
+
+@every_backend
+def test_there_and_back(device, rng):
+    host = rng.normal(size=(3, 2))
+    array = device.asarray(host, "float32")
+    assert array_api_compat.is_cupy_array(array) == (device.name == "cupy")
+    device.synchronize()
+    back = backend.to_numpy(array)
+    np.testing.assert_array_equal(back, host.astype(np.float32))
+    back[...] = 0
+    assert float(array[0, 0]) != 0  # a copy
+
+
+@every_backend
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_a_model_moves_with_its_state(device, dtype, rng):
+    model = LeNet(generator=rng)
+    before = model.state_dict()
+    model.to(device, dtype)
+    for parameter in model.parameters().values():
+        assert str(parameter.data.dtype) == dtype
+        assert array_api_compat.is_cupy_array(parameter.data) == (device.name == "cupy")
+    y = model.forward(device.asarray(rng.random((2, 1, 28, 28)), dtype))
+    assert str(y.dtype) == dtype
+    host = LeNet()
+    host.load_state_dict(model.state_dict())
+    for name, value in host.state_dict().items():
+        if "moving" not in name:
+            np.testing.assert_array_equal(value, before[name])
+
+
+def test_keeping_freed_memory_changes_no_result(rng):
+    """That it helps is seen by the benchmark; here, that it can be called, and twice."""
+    backend.keep_freed_memory()
+    backend.keep_freed_memory()
+    assert np.ones(10_000_000).sum() == 10_000_000

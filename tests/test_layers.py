@@ -1,0 +1,304 @@
+"""Layers and models: state, names, modes, errors, and the gradient of a whole network."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+from cases import EPS64
+from npbn import backend
+from npbn import functional as F
+from npbn.layers import (
+    AvgPool2d,
+    BatchNorm,
+    Conv2d,
+    Flatten,
+    Linear,
+    MaxPool2d,
+    Parameter,
+    ReLU,
+    Sequential,
+    Sigmoid,
+)
+from npbn.models import BLeNet, LeNet
+
+NUMPY = backend.get_backend("numpy")
+
+
+def lenet(**options) -> LeNet:
+    return LeNet(generator=np.random.default_rng(0), **options)
+
+
+def every_layer() -> Sequential:
+    """Each kind of layer, once."""
+    generator = np.random.default_rng(3)
+    return Sequential(
+        Conv2d(2, 3, (3, 2), stride=(1, 2), padding=1, generator=generator),
+        BatchNorm(3, 4, eps=0.01),
+        ReLU(),
+        MaxPool2d(2, stride=1),
+        Conv2d(3, 2, 2, bias=False, generator=generator),
+        AvgPool2d((1, 2), padding=(0, 1)),
+        Flatten(),
+        Linear(12, 5, bias=False, generator=generator),
+        BatchNorm(5, 2, eps=0.01),
+        Sigmoid(),
+        Linear(5, 4, generator=generator),
+    )
+
+
+@pytest.mark.parametrize(
+    ("model", "shape"),
+    [
+        (every_layer(), (3, 2, 5, 6)),
+        (lenet(), (4, 1, 28, 28)),
+        (lenet(batch_norm=False), (2, 1, 28, 28)),
+        (BLeNet(2, 13, 3, generator=np.random.default_rng(0)), (4, 2, 13, 13)),
+    ],
+    ids=["every layer", "LeNet", "LeNet without", "BLeNet"],
+)
+@pytest.mark.parametrize("training", [True, False], ids=["training", "prediction"])
+def test_gradient_of_a_whole_network(model, shape, training):
+    """By every parameter and by the input, along random directions, with the complex step.
+
+    A directional derivative is one number for a whole array. Its terms |gradient · direction| set
+    the scale of the rounding, and the depth of the network (16 layers, sums of up to 1,000 terms,
+    divisions by s ≥ 0.003) the factor before eps. A bias that batch norm subtracts again has the
+    gradient 0, so the scale includes what it is made of: the gradient of all the parameters.
+    """
+    model.to(NUMPY, "float64")
+    if training:
+        model.train()
+    else:
+        model.eval()
+    rng = np.random.default_rng(1)
+    x, labels = rng.normal(size=shape), rng.integers(0, 3, shape[0])
+
+    def loss(x):
+        return F.softmax_cross_entropy(model.forward(x), labels)
+
+    _, cache = loss(x)
+    dx = model.backward(F.softmax_cross_entropy_backward(cache))
+    gradients = {name: p.gradient for name, p in model.parameters().items()}
+    largest = max(np.abs(gradient).max() for gradient in gradients.values())
+    state = model.state_dict()
+    for name, parameter in [*model.parameters().items(), ("x", Parameter("x", x))]:
+        gradient = gradients.get(name, dx)
+        direction = rng.normal(size=gradient.shape)
+        value = parameter.data
+        stepped = value + 1e-30j * direction
+        if name == "x":
+            numeric = np.imag(loss(stepped)[0]) / 1e-30
+        else:
+            parameter.data = stepped
+            numeric = np.imag(loss(x)[0]) / 1e-30
+            parameter.data = value
+        for layer in model.layers:  # the complex step has moved the averages, too
+            for buffer in layer._buffers:
+                setattr(layer, buffer, getattr(layer, buffer).real)
+        model.load_state_dict(state)
+        analytic = np.sum(gradient * direction)
+        scale = np.sum((np.abs(gradient) + largest) * np.abs(direction))
+        assert abs(analytic - numeric) <= 1e4 * EPS64 * scale, name
+
+
+def test_parameters_have_names_data_and_gradients():
+    model = Sequential(Conv2d(1, 2, 3), BatchNorm(2, 4), Sequential(Flatten(), Linear(8, 3)))
+    parameters = model.parameters()
+    assert list(parameters) == [
+        "0.weight",
+        "0.bias",
+        "1.gamma",
+        "1.beta",
+        "2.1.weight",
+        "2.1.bias",
+    ]
+    assert parameters["1.gamma"].name == "gamma"
+    assert parameters["0.weight"].gradient is None
+    model.backward(np.ones_like(model.forward(np.ones((2, 1, 4, 4), np.float32))))
+    for parameter in parameters.values():
+        assert parameter.gradient.shape == parameter.data.shape
+        assert parameter.gradient.dtype == np.float32
+    assert repr(parameters["2.1.bias"]) == "Parameter('bias', shape=(3,), float32)"
+
+
+def test_gradients_are_set_not_added(rng):
+    layer, x, dy = Linear(3, 2), *(rng.normal(size=s).astype(np.float32) for s in ((4, 3), (4, 2)))
+    for _ in range(2):
+        layer.forward(x)
+        layer.backward(dy)
+    np.testing.assert_allclose(layer.weight.gradient, dy.T @ x, rtol=1e-5)
+
+
+def test_published_sizes():
+    assert sum(p.data.size for p in lenet().parameters().values()) == 44_878
+    network_b = BLeNet(1, 28, 10)
+    assert network_b.parameters()["9.weight"].data.shape == (120, 16 * 5 * 5)
+    assert network_b.forward(np.zeros((2, 1, 28, 28), np.float32)).shape == (2, 10)
+    without = lenet(batch_norm=False)
+    assert not any(isinstance(layer, BatchNorm) for layer in without.layers)
+    assert sum(p.data.size for p in without.parameters().values()) == 44_878 - 2 * 226
+
+
+@pytest.mark.parametrize("size", [12, 13, 28, 33])
+def test_network_b_fits_images_of_any_size(size):
+    y = BLeNet(3, size, 7).forward(np.zeros((2, 3, size, size), np.float32))
+    assert y.shape == (2, 7)
+
+
+def test_initial_values_are_of_the_published_distributions():
+    """Uniform within the bound, and reaching close to it; γ 1, β 0, mean 0, variance 1."""
+    model = lenet()
+    conv, linear = model.layers[4], model.layers[9]
+    for layer, fan_in, fan_out in ((conv, 6 * 25, 16 * 25), (linear, 256, 120)):
+        bound = math.sqrt(6 / (fan_in + fan_out))
+        assert 0.99 * bound < np.abs(layer.weight.data).max() <= bound
+        assert abs(layer.weight.data.std() / (bound / math.sqrt(3)) - 1) < 0.05
+        assert 0.8 / math.sqrt(fan_in) < np.abs(layer.bias.data).max() <= 1 / math.sqrt(fan_in)
+    norm = model.layers[1]
+    for array, value in (
+        (norm.gamma.data, 1),
+        (norm.beta.data, 0),
+        (norm.moving_mean, 0),
+        (norm.moving_var, 1),
+    ):
+        np.testing.assert_array_equal(array, np.full((1, 6, 1, 1), value, np.float32))
+
+
+def test_one_generator_one_model():
+    one, same, other = (LeNet(generator=np.random.default_rng(s)).state_dict() for s in (1, 1, 2))
+    for name in one:
+        np.testing.assert_array_equal(one[name], same[name])
+    assert not np.array_equal(one["0.weight"], other["0.weight"])
+
+
+def test_initial_moving_variance_can_be_zero():
+    """As one of the lessons has it: predicting before training then scales by 1/√eps = 316."""
+    layer = BatchNorm(2, 2, initial_moving_var=0.0)
+    layer.eval()
+    y = layer.forward(np.ones((1, 2), np.float32))
+    np.testing.assert_allclose(y, 1 / math.sqrt(1e-5), rtol=1e-6)
+
+
+def test_training_moves_the_averages_and_prediction_does_not(rng):
+    layer = BatchNorm(3, 2, momentum=0.5)
+    x = rng.normal(5, 1, (8, 3)).astype(np.float32)
+    layer.forward(x)
+    moved = layer.state_dict()
+    np.testing.assert_allclose(moved["moving_mean"], 0.5 * x.mean(axis=0, keepdims=True), rtol=1e-6)
+    layer.eval()
+    layer.forward(x)
+    for name, value in layer.state_dict().items():
+        np.testing.assert_array_equal(value, moved[name])
+
+
+def test_modes_reach_every_layer():
+    model = Sequential(BatchNorm(2, 2), Sequential(BatchNorm(2, 2)))
+    inner = model.layers[1].layers[0]
+    model.eval()
+    assert not (model.training or model.layers[0].training or inner.training)
+    model.train()
+    assert model.training and model.layers[0].training and inner.training
+
+
+def test_state_goes_to_another_model_and_back(rng):
+    one, other = LeNet(generator=rng), LeNet(generator=rng)
+    x = rng.random((4, 1, 28, 28), dtype=np.float32)
+    one.forward(x)  # so that the averages have moved
+    other.load_state_dict(one.state_dict())
+    one.eval()
+    other.eval()
+    np.testing.assert_array_equal(one.forward(x), other.forward(x))
+
+
+def test_state_is_a_copy_and_is_loaded_in_place():
+    layer = Linear(2, 2)
+    data, state = layer.weight.data, layer.state_dict()
+    state["weight"][...] = 7
+    assert not np.any(layer.weight.data == 7)
+    layer.load_state_dict(state)
+    assert layer.weight.data is data and np.all(data == 7)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda s: s.pop("weight"), "missing: weight; unexpected: none"),
+        (lambda s: s.update(other=np.zeros(1)), "missing: none; unexpected: other"),
+        (lambda s: s.update(bias=np.zeros(3)), r"expected bias of shape \(2,\), got \(3,\)"),
+    ],
+)
+def test_a_state_that_does_not_fit_changes_nothing(change, message):
+    layer = Linear(2, 2)
+    before = layer.state_dict()
+    state = {name: value + 1 for name, value in before.items()}
+    change(state)
+    with pytest.raises(ValueError, match=message):
+        layer.load_state_dict(state)
+    for name, value in layer.state_dict().items():
+        np.testing.assert_array_equal(value, before[name])
+
+
+def test_repr_and_summary():
+    model = every_layer()
+    assert repr(model).splitlines() == [
+        "Sequential(",
+        "  (0) Conv2d(2, 3, (3, 2), stride=(1, 2), padding=1)",
+        "  (1) BatchNorm(3, 4, eps=0.01)",
+        "  (2) ReLU()",
+        "  (3) MaxPool2d(2, stride=1)",
+        "  (4) Conv2d(3, 2, 2, bias=False)",
+        "  (5) AvgPool2d((1, 2), padding=(0, 1))",
+        "  (6) Flatten()",
+        "  (7) Linear(12, 5, bias=False)",
+        "  (8) BatchNorm(5, 2, eps=0.01)",
+        "  (9) Sigmoid()",
+        "  (10) Linear(5, 4)",
+        ")",
+    ]
+    before = model.state_dict()
+    table = model.summary((2, 5, 6)).splitlines()
+    assert table[1].split("  ")[-1].strip() == "39"
+    assert "(N, 3, 5, 4)" in table[1] and "(N, 12)" in table[7]
+    assert table[-1].split() == ["total", "163"]
+    for name, value in model.state_dict().items():
+        np.testing.assert_array_equal(value, before[name])
+    assert model.training
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: BatchNorm(3, 3), ValueError, "expected num_dims 2 .* or 4 .*, got 3"),
+        (lambda: BatchNorm(0, 2), ValueError, "expected num_features >= 1, got 0"),
+        (lambda: BatchNorm(3, 2, eps=0), ValueError, "expected eps > 0, got 0"),
+        (lambda: BatchNorm(3, 2, momentum=2), ValueError, "expected momentum between 0 and 1"),
+        (lambda: BatchNorm(3, 2, initial_moving_var=-1), ValueError, "initial_moving_var >= 0"),
+        (lambda: Conv2d(1, 0, 3), ValueError, "expected out_channels >= 1, got 0"),
+        (lambda: Linear(0, 3), ValueError, "expected in_features >= 1, got 0"),
+        (lambda: AvgPool2d(0), ValueError, "expected kernel_size"),
+        (lambda: BLeNet(1, 11, 10), ValueError, "expected fig_size >= 12, got 11"),
+        (lambda: Linear(2, 2).backward(np.ones((1, 2))), RuntimeError, "needs a forward pass"),
+        (lambda: Sequential(*[ReLU()] * 2), ValueError, "expected every layer once"),
+        (
+            lambda: BatchNorm(3, 4).forward(np.ones((2, 3), np.float32)),
+            ValueError,
+            r"expected x of 4 dimensions, got \(2, 3\)",
+        ),
+        (
+            lambda: lenet().forward(np.zeros((2, 3, 28, 28), np.float32)),
+            ValueError,
+            r"expected x of shape \(N, 1, H, W\), got \(2, 3, 28, 28\)",
+        ),
+        (
+            lambda: lenet().forward(np.zeros((2, 1, 28, 28))),
+            TypeError,
+            "one precision, got x: float64, weight: float32",
+        ),
+    ],
+)
+def test_errors(call, error, message):
+    with pytest.raises(error, match=message):
+        call()

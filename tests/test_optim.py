@@ -1,0 +1,97 @@
+"""SGD and the schedules, with torch as an oracle."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from npbn.layers import Linear, Parameter, Sequential
+from npbn.models import LeNet
+from npbn.optim import SGD, Constant, Cosine, StepDecay
+
+
+@given(
+    lr=st.floats(1e-3, 1),
+    momentum=st.floats(0, 0.99),
+    weight_decay=st.floats(0, 0.1),
+)
+def test_equal_to_pytorch(lr, momentum, weight_decay):
+    rng = np.random.default_rng(0)
+    value = rng.normal(size=(3, 2))
+    ours = Parameter("weight", value.copy())
+    theirs = torch.nn.Parameter(torch.tensor(value))
+    optimizer = SGD({"w": ours}, lr, momentum=momentum, weight_decay=weight_decay)
+    oracle = torch.optim.SGD([theirs], lr=lr, momentum=momentum, weight_decay=weight_decay)
+    for _ in range(4):
+        gradient = rng.normal(size=value.shape)
+        ours.gradient = gradient
+        theirs.grad = torch.tensor(gradient)
+        optimizer.step()
+        oracle.step()
+    np.testing.assert_allclose(ours.data, theirs.detach().numpy(), rtol=1e-13, atol=1e-13)
+
+
+@pytest.mark.parametrize("decay_all", [False, True])
+def test_weight_decay_is_for_weights_unless_asked(decay_all):
+    model = LeNet()
+    for parameter in model.parameters().values():
+        parameter.data[...] = 1
+        parameter.gradient = np.zeros_like(parameter.data)
+    SGD(model.parameters(), 0.5, weight_decay=0.5, decay_all=decay_all).step()
+    for parameter in model.parameters().values():
+        decayed = decay_all or parameter.name == "weight"
+        np.testing.assert_array_equal(parameter.data, 0.75 if decayed else 1.0)
+
+
+def test_moves_in_place_and_keeps_the_dtype():
+    layer = Linear(2, 2)
+    data = layer.weight.data
+    layer.forward(np.ones((1, 2), np.float32))
+    layer.backward(np.ones((1, 2), np.float32))
+    SGD(layer.parameters(), 0.1, momentum=0.9, weight_decay=0.1).step()
+    assert layer.weight.data is data and data.dtype == np.float32
+
+
+def test_step_needs_gradients_and_changes_nothing_without():
+    model = Sequential(Linear(2, 2), Linear(2, 2))
+    before = model.state_dict()
+    model.layers[0].weight.gradient = np.ones((2, 2), np.float32)
+    with pytest.raises(RuntimeError, match=r"0\.bias has no gradient"):
+        SGD(model.parameters(), 1.0).step()
+    for name, value in model.state_dict().items():
+        np.testing.assert_array_equal(value, before[name])
+
+
+def test_schedules():
+    assert [Constant(0.5)(t) for t in (0, 99)] == [0.5, 0.5]
+    assert [StepDecay(1.0, 3, 0.5)(t) for t in (0, 2, 3, 5, 6)] == [1, 1, 0.5, 0.5, 0.25]
+    cosine = Cosine(2.0, 4)
+    np.testing.assert_allclose(
+        [cosine(t) for t in range(6)], [2, 1 + np.sqrt(0.5), 1, 1 - np.sqrt(0.5), 0, 0], atol=1e-15
+    )
+
+
+def test_the_schedule_is_followed():
+    parameter = Parameter("weight", np.zeros(1))
+    parameter.gradient = np.ones(1)
+    optimizer = SGD({"w": parameter}, StepDecay(1.0, 1, 0.5))
+    assert optimizer.lr == 1.0
+    for _ in range(3):
+        optimizer.step()
+    np.testing.assert_array_equal(parameter.data, [-1.75])
+    assert optimizer.steps == 3
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"momentum": 1.0}, r"expected momentum in \[0, 1\), got 1.0"),
+        ({"weight_decay": -1.0}, "expected weight_decay >= 0, got -1.0"),
+    ],
+)
+def test_errors(options, message):
+    with pytest.raises(ValueError, match=message):
+        SGD({}, 0.1, **options)

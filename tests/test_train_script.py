@@ -1,0 +1,237 @@
+"""scripts/train.py as its users meet it."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import struct
+import subprocess
+import sys
+import time
+
+import pytest
+
+from commands import NO_NETWORK, SCRIPTS, assert_refused, run
+
+QUICK = ("--dataset", "digits", "--backend", "numpy", "--epochs", "1")
+EPOCH_LINE = re.compile(r"^ +(\d+) +(\d\.\d{4}) +(\d\.\d{4}) +(\d\.\d{4}) +([\d,]+)$", re.MULTILINE)
+
+
+def metrics(output: str) -> list[tuple[str, ...]]:
+    """Epoch, loss, train accuracy, test accuracy: all but the speed."""
+    return [match.groups()[:4] for match in EPOCH_LINE.finditer(output)]
+
+
+def test_one_epoch_of_fashion_mnist(fashion_mnist, tmp_path):
+    """The main job, on real data: after one epoch it has learned most of what there is."""
+    process = run("train.py", "--backend", "numpy", "--epochs", "1", cwd=tmp_path)
+    assert process.returncode == 0, process.stderr
+    assert process.stderr == ""
+    output = process.stdout
+    assert re.search(r"^npbn \d.*Python \d.*NumPy \d", output)
+    assert "Fashion-MNIST from /usr/share/datasets/fashion-mnist, 60,000 training" in output
+    assert "LeNet with batch norm, 44,878 parameters, float32" in output
+    ((number, loss, train_accuracy, _),) = metrics(output)
+    assert number == "1"
+    # PyTorch's first epoch has a loss of .729 to .733 over three seeds, and .73 of accuracy.
+    assert 0.65 < float(loss) < 0.85
+    assert 0.68 < float(train_accuracy) < 0.78
+    assert re.search(r"^[\d,]+ examples/s in training on numpy: [\d.]+ s of training, [\d.]+ s in all$", output, re.MULTILINE)
+    for name in ("gamma", "beta"):
+        (values,) = re.findall(rf"^{name} of the first batch norm: (.*)$", output, re.MULTILINE)
+        assert len(values.split()) == 6
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_two_runs_of_a_seed_are_alike_and_another_seed_is_not(tmp_path):
+    def run_with_seed(seed):
+        process = run("train.py", *QUICK, "--epochs", "2", "--seed", seed, cwd=tmp_path)
+        assert process.returncode == 0, process.stderr
+        return metrics(process.stdout), process.stdout.splitlines()[-2:]
+
+    assert run_with_seed("3") == run_with_seed("3")
+    assert run_with_seed("3") != run_with_seed("4")
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (("--model", "blenet"), "BLeNet with batch norm, 62,158 parameters"),
+        (("--no-batch-norm",), "LeNet without batch norm, 44,426 parameters"),
+        (("--dtype", "float64"), "float64"),
+        (("--schedule", "cosine", "--momentum", "0.9", "--lr", "0.1"), "cosine learning rate 0.1"),
+        (("--schedule", "step", "--lr-epochs", "1", "--lr-factor", "0.5"), "step learning rate 1.0"),
+        (("--weight-decay", "1e-4"), "SGD"),
+        (("--batch-size", "718"), "one example an epoch is left out"),
+        (("--batch-size", "5000"), "batches of 5000"),
+    ],
+)
+def test_options(options, expected, tmp_path):
+    process = run("train.py", *QUICK, *options, cwd=tmp_path)
+    assert process.returncode == 0, process.stderr
+    assert expected in process.stdout
+    assert len(metrics(process.stdout)) == 1
+    assert ("first batch norm" in process.stdout) == ("--no-batch-norm" not in options)
+
+
+def test_help_names_every_option_and_the_exit_codes(tmp_path):
+    process = run("train.py", "--help", cwd=tmp_path)
+    assert process.returncode == 0
+    for text in ("--backend", "--dataset", "--data", "--model", "--no-batch-norm", "--epochs"):
+        assert text in process.stdout
+    assert "exit codes" in process.stdout
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (("--epochs", "0"), "argument --epochs: expected an integer >= 1, got '0'"),
+        (("--epochs", "two"), "expected an integer >= 1, got 'two'"),
+        (("--batch-size", "-5"), "argument --batch-size: expected an integer >= 1, got '-5'"),
+        (("--lr", "0"), "argument --lr: expected a number > 0, got '0'"),
+        (("--lr", "nan"), "argument --lr: expected a number > 0, got 'nan'"),
+        (("--momentum", "1"), "argument --momentum: expected a number in [0, 1), got '1'"),
+        (("--weight-decay", "inf"), "argument --weight-decay: expected a number >= 0"),
+        (("--seed", "-1"), "argument --seed: expected an integer >= 0, got '-1'"),
+        (("--backend", "torch"), "argument --backend: invalid choice: 'torch'"),
+        (("--model", "vgg"), "argument --model: invalid choice: 'vgg'"),
+        (("--dtype", "float16"), "argument --dtype: invalid choice: 'float16'"),
+        (("--dataset", "cifar"), "argument --dataset: invalid choice: 'cifar'"),
+        (("--no-such-option",), "unrecognized arguments: --no-such-option"),
+        (("--data", "no/such/directory"), "no/such/directory is not a directory"),
+        (("--dataset", "digits", "--data", "."), "argument --data: not allowed with --dataset digits"),
+    ],
+)
+def test_bad_options_are_refused_in_one_line(options, expected, tmp_path):
+    process = run("train.py", "--backend", "numpy", *options, cwd=tmp_path)
+    assert_refused(process, "train.py: error:", expected)
+
+
+def test_an_explicit_directory_never_falls_through(tmp_path):
+    """Neither from --data nor from $NPBN_DATA, although the system may have the files."""
+    expected = "holds none of Fashion-MNIST's files"
+    options = ("--backend", "numpy", "--epochs", "1")
+    assert_refused(run("train.py", *options, "--data", str(tmp_path), cwd=tmp_path), expected)
+    env = {"NPBN_DATA": str(tmp_path)}
+    assert_refused(run("train.py", *options, cwd=tmp_path, env=env), expected)
+
+
+BARE = "import pathlib, npbn.data; npbn.data.SYSTEM_DIRECTORY = pathlib.Path('nowhere')"
+
+
+def test_without_data_and_network_auto_trains_on_digits_and_says_so(tmp_path):
+    env = NO_NETWORK | {"XDG_CACHE_HOME": str(tmp_path / "cache"), "HOME": str(tmp_path)}
+    process = run(
+        "train.py", "--backend", "numpy", "--epochs", "1", cwd=tmp_path, env=env, prelude=BARE
+    )
+    assert process.returncode == 0, process.stderr
+    assert "Fashion-MNIST is not on this machine and could not be downloaded" in process.stdout
+    for way in ("dataset-fashion-mnist", "pip install torchvision", "--data"):
+        assert way in process.stdout
+    assert "handwritten digits from scikit-learn, 1,437 training and 360 test" in process.stdout
+    assert len(metrics(process.stdout)) == 1
+
+
+def test_without_data_and_network_fashion_mnist_is_refused(tmp_path):
+    env = NO_NETWORK | {"XDG_CACHE_HOME": str(tmp_path / "cache"), "HOME": str(tmp_path)}
+    process = run(
+        "train.py",
+        "--backend",
+        "numpy",
+        "--dataset",
+        "fashion-mnist",
+        cwd=tmp_path,
+        env=env,
+        prelude=BARE,
+    )
+    assert_refused(process, "could not be downloaded", "three ways to get it", "--data")
+
+
+CUPY_STAND_INS = {
+    "not installed": ("raise ModuleNotFoundError(\"No module named 'cupy'\", name='cupy')", "CuPy is not installed: pip install 'cupy-cuda13x[ctk]'"),
+    "broken": ("raise ImportError('libcudart.so.13: cannot open shared object file')", "CuPy is installed but cannot be loaded: ImportError: libcudart.so.13"),
+    "no device": ("class ndarray: pass\ndef is_available(): return False", "no usable NVIDIA driver or GPU"),
+    "no cuBLAS": (
+        "import numpy\nclass ndarray: pass\nfloat32 = numpy.float32\n"
+        "def is_available(): return True\n"
+        "def ones(*args, **kwargs): raise RuntimeError('libcublas.so.13:\\n not found')",
+        "a CUDA library cannot be loaded or does not work: RuntimeError: libcublas.so.13: not found",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CUPY_STAND_INS)
+def test_cupy_that_cannot_be_used_is_told_apart(case, tmp_path):
+    """A stand-in for CuPy fails as the real one does; the machine need not be broken for it."""
+    code, expected = CUPY_STAND_INS[case]
+    (tmp_path / "cupy.py").write_text(code)
+    env = {"PYTHONPATH": str(tmp_path)}
+    process = run("train.py", *QUICK, "--backend", "cupy", cwd=tmp_path, env=env)
+    assert_refused(process, "train.py: error:", expected)
+    assert process.stdout == ""
+    auto = run("train.py", *QUICK, "--backend", "auto", cwd=tmp_path, env=env)
+    assert auto.returncode == 0, auto.stderr
+    assert "on the CPU, because: CuPy" in auto.stdout and expected in auto.stdout
+
+
+def test_progress_bar_on_a_terminal_only(tmp_path):
+    """Piped, standard error stays empty (above); on a terminal a bar is drawn and removed."""
+    fcntl, pty, termios = (
+        pytest.importorskip(name, reason="no pseudo-terminals on this system")
+        for name in ("fcntl", "pty", "termios")
+    )
+    terminal, end = pty.openpty()
+    fcntl.ioctl(end, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
+    process = subprocess.Popen(
+        [sys.executable, str(SCRIPTS / "train.py"), *QUICK],
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=end,
+        text=True,
+    )
+    os.close(end)
+    drawn = ""
+    try:
+        while True:
+            drawn += os.read(terminal, 4096).decode()
+    except OSError:  # how Linux says that the other end is closed
+        os.close(terminal)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0
+    assert "epoch 1:" in drawn and "examples" in drawn
+    assert len(metrics(output)) == 1
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGINT between processes")
+def test_interrupt_is_no_traceback(tmp_path):
+    process = subprocess.Popen(
+        [sys.executable, "-u", str(SCRIPTS / "train.py"), *QUICK, "--epochs", "100000"],
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    while not EPOCH_LINE.match(process.stdout.readline()):
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert errors.strip() == "train.py: interrupted"
+
+
+def test_a_reader_that_goes_away_is_no_traceback(tmp_path):
+    process = subprocess.Popen(
+        [sys.executable, str(SCRIPTS / "train.py"), *QUICK, "--epochs", "3"],
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    process.stdout.readline()
+    process.stdout.close()
+    process.stdout = None  # for communicate, which would read it
+    _, errors = process.communicate(timeout=60)
+    assert "Traceback" not in errors and "Exception ignored" not in errors
