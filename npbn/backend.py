@@ -53,7 +53,9 @@ class Backend:
     def synchronize(self) -> None:
         """Wait until the device has finished all that was asked of it."""
         if self.name == "cupy":
-            self.xp.cuda.get_current_stream().synchronize()
+            import cupy
+
+            cupy.cuda.get_current_stream().synchronize()
 
 
 def get_backend(name: str = "auto") -> Backend:
@@ -107,7 +109,7 @@ def _numpy_backend(note: str = "") -> Backend:
         for pool in threadpoolctl.threadpool_info()
         if pool["user_api"] == "blas"
     )
-    description = f"NumPy {np.__version__} ({blas or 'BLAS unknown'}) on {_cpu_name()}"
+    description = f"NumPy {np.__version__} ({blas or 'BLAS unknown'}) on {cpu_name()}"
     return Backend("numpy", array_api_compat.numpy, description, note)
 
 
@@ -120,7 +122,8 @@ def _cupy_backend() -> Backend:
         raise BackendError(f"CuPy is not installed: {_WHEELS}") from None
     except Exception as error:  # a broken installation raises whatever its loader raises
         raise BackendError(
-            f"CuPy is installed but cannot be loaded: {_one_line(error)}; install it anew: {_WHEELS}"
+            f"CuPy is installed but cannot be loaded: {_one_line(error)}; to install it anew: "
+            f"{_WHEELS}"
         ) from None
     if not cupy.is_available():
         raise BackendError(
@@ -151,7 +154,8 @@ def _one_line(error: Exception) -> str:
     return f"{type(error).__name__}: " + " ".join(str(error).split())
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
+    """What the processor calls itself."""
     if sys.platform == "linux":
         try:
             with open("/proc/cpuinfo", encoding="utf-8") as file:

@@ -1,4 +1,4 @@
-"""Fashion-MNIST, found or fetched and always verified; handwritten digits where there is no network.
+"""Fashion-MNIST, found or fetched, always verified; handwritten digits where it cannot be had.
 
 Images are uint8 arrays of shape (N, 1, 28, 28), grey values from 0 (background) to 255; labels are
 int64 arrays of shape (N,).
@@ -174,11 +174,11 @@ def load(
         return _read_fashion_mnist(Path(explicit))
 
     cache_directory = Path(platformdirs.user_cache_path("npbn") if cache is None else cache)
-    notes = []
+    notes: list[str] = []
     for place in (SYSTEM_DIRECTORY, cache_directory):
         try:
             return _read_fashion_mnist(place, tuple(notes))
-        except _NoFiles:
+        except _NoFilesError:
             pass
         except DataError as error:
             notes.append(f"passed over {error}")
@@ -195,7 +195,7 @@ def load(
         raise DataError("; ".join([*notes, problem, HOW_TO_GET_IT, str(error)])) from None
 
 
-class _NoFiles(DataError):
+class _NoFilesError(DataError):
     """The directory has none of the four files."""
 
 
@@ -204,7 +204,7 @@ def _read_fashion_mnist(directory: Path, notes: tuple[str, ...] = ()) -> Dataset
     files = {}
     try:
         if not directory.is_dir():
-            raise _NoFiles(
+            raise _NoFilesError(
                 f"{directory} is not a directory; expected one with Fashion-MNIST's files"
             )
         places = [directory, directory / "FashionMNIST" / "raw"]
@@ -216,7 +216,7 @@ def _read_fashion_mnist(directory: Path, notes: tuple[str, ...] = ()) -> Dataset
     except OSError as error:
         raise DataError(f"{directory} cannot be read: {error.strerror}") from None
     if not files:
-        raise _NoFiles(
+        raise _NoFilesError(
             f"{directory} holds none of Fashion-MNIST's files; expected "
             f"{', '.join(_SHA256)} (.gz or not) there or in FashionMNIST/raw"
         )

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any
 
@@ -40,7 +41,7 @@ class Parameter:
         return f"Parameter({self.name!r}, shape={tuple(self.data.shape)}, {self.data.dtype})"
 
 
-class Layer:
+class Layer(ABC):
     """What all layers share. A layer of your own needs ``forward`` and ``backward``."""
 
     _buffers: tuple[str, ...] = ()
@@ -50,16 +51,16 @@ class Layer:
         self.training = True
         self._cache: Any = None
 
+    @abstractmethod
     def forward(self, x: Array) -> Array:
         """The layer's output for the batch x."""
-        raise TypeError(f"{type(self).__name__} defines no forward")
 
+    @abstractmethod
     def backward(self, dy: Array) -> Array:
         """The gradient by x, given the gradient by the last forward pass's output.
 
         Sets the gradient of every parameter on the way.
         """
-        raise TypeError(f"{type(self).__name__} defines no backward")
 
     def parameters(self) -> dict[str, Parameter]:
         """What is trained, by name."""
@@ -329,7 +330,9 @@ class BatchNorm(Layer):
     ) -> None:
         super().__init__()
         if num_dims not in (2, 4):
-            raise ValueError(f"expected num_dims 2 for (N, D) or 4 for (N, C, H, W), got {num_dims}")
+            raise ValueError(
+                f"expected num_dims 2 for (N, D) or 4 for (N, C, H, W), got {num_dims}"
+            )
         if not eps > 0:
             raise ValueError(f"expected eps > 0, got {eps}")
         if not 0 <= momentum <= 1:
@@ -361,9 +364,7 @@ class BatchNorm(Layer):
         return y
 
     def backward(self, dy: Array) -> Array:
-        dx, self.gamma.gradient, self.beta.gradient = F.batch_norm_backward(
-            dy, self._last_cache()
-        )
+        dx, self.gamma.gradient, self.beta.gradient = F.batch_norm_backward(dy, self._last_cache())
         return dx
 
     def __repr__(self) -> str:
@@ -390,9 +391,7 @@ class AvgPool2d(Layer):
         self.padding = pair("padding", padding, minimum=0)
 
     def forward(self, x: Array) -> Array:
-        y, self._cache = F.avg_pool2d(
-            x, self.kernel_size, stride=self.stride, padding=self.padding
-        )
+        y, self._cache = F.avg_pool2d(x, self.kernel_size, stride=self.stride, padding=self.padding)
         return y
 
     def backward(self, dy: Array) -> Array:
@@ -408,9 +407,7 @@ class MaxPool2d(AvgPool2d):
     """`npbn.functional.max_pool2d`; the arguments are its own."""
 
     def forward(self, x: Array) -> Array:
-        y, self._cache = F.max_pool2d(
-            x, self.kernel_size, stride=self.stride, padding=self.padding
-        )
+        y, self._cache = F.max_pool2d(x, self.kernel_size, stride=self.stride, padding=self.padding)
         return y
 
     def backward(self, dy: Array) -> Array:

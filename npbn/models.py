@@ -53,9 +53,7 @@ class BLeNet(Sequential):
     ) -> None:
         if fig_size < 12:
             raise ValueError(f"expected fig_size >= 12, got {fig_size}")
-        super().__init__(
-            *_lenet_layers(channels, fig_size, num_class, 2, batch_norm, generator)
-        )
+        super().__init__(*_lenet_layers(channels, fig_size, num_class, 2, batch_norm, generator))
 
 
 def _lenet_layers(

@@ -58,6 +58,11 @@ class Epoch:
     skipped: int
 
 
+def left_out(examples: int, batch_size: int) -> int:
+    """How many examples an epoch skips: one, if it would be a last batch of its own."""
+    return 1 if batch_size > 1 and examples % batch_size == 1 else 0
+
+
 class _Totals:
     """Sums of loss and hits, kept on the device: reading them is what stops a GPU."""
 
@@ -109,7 +114,7 @@ def train_epoch(
         raise ValueError(f"expected batch_size >= 1, got {batch_size}")
     model.train()
     order = generator.permutation(len(split))
-    skipped = 1 if batch_size > 1 and len(order) % batch_size == 1 else 0
+    skipped = left_out(len(order), batch_size)
     device_order = backend.asarray(order[: len(order) - skipped])
     totals = _Totals(backend)
     for x, labels in split.batches(batch_size, dtype, order=device_order):

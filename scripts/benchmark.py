@@ -23,10 +23,10 @@ from typing import IO, Any
 
 import numpy as np
 import threadpoolctl
-from _command_line import ArgumentParser, integer, run
 from tqdm import tqdm
 
 import npbn
+from _command_line import ArgumentParser, integer, run
 from npbn import backend, models, optim
 from npbn import functional as F
 from npbn.errors import NpbnError
@@ -50,6 +50,7 @@ exit codes: 0 measured, 2 bad input or something missing on this machine, 130 in
 
 IMAGES = 10_000  # as many as Fashion-MNIST has for testing
 LEARNING_RATE = 0.01  # small: the labels are random, there is nothing to learn
+SMALLEST_BATCH = 16  # over two or three examples, batch norm magnifies rounding: see check_losses
 BASELINE = "PyTorch eager"
 TUNED_MALLOC = {  # glibc's names for what npbn.backend.keep_freed_memory sets
     "MALLOC_MMAP_MAX_": "0",
@@ -74,8 +75,8 @@ def parse_arguments() -> argparse.Namespace:
         parser.add_argument(name, choices=choices, default=choices[0], help=text)
     for name, minimum, default, text in (
         ("--threads", 1, usable_cores(), "that each library computes with, on the CPU"),
-        ("--batch-size", 2, 256, "of training"),
-        ("--evaluation-batch-size", 2, 256, f"of evaluation, over {IMAGES:,} images"),
+        ("--batch-size", SMALLEST_BATCH, 256, "of training, and of --array-api-cost"),
+        ("--evaluation-batch-size", 1, 256, f"of evaluation, over {IMAGES:,} images"),
         ("--steps", 1, 40, "training steps in a round"),
         ("--rounds", 1, 7, "rounds that count; one more comes before them"),
         ("--seed", 0, 0, "of images, labels, initial weights and order"),
@@ -195,7 +196,7 @@ def torch_contestant(arguments: argparse.Namespace) -> Contestant:
             return torch.count_nonzero(model(images).argmax(dim=1) == labels)
 
     images, labels = (torch.from_numpy(array).to(device) for array in random_data(arguments))
-    where = torch.cuda.get_device_name() if on_gpu else backend._cpu_name()
+    where = torch.cuda.get_device_name() if on_gpu else backend.cpu_name()
     description = f"PyTorch {torch.__version__} ({torch.get_num_threads()} threads) on {where}"
     synchronize = torch.cuda.synchronize if on_gpu else lambda: None
     return Contestant(description, model, images, labels, step, hits, synchronize)
@@ -268,20 +269,21 @@ def peak_resident_bytes() -> int:
 
 
 class Worker:
-    """A contestant in a process of its own, with ``errors`` for its stderr."""
+    """A contestant in a process of its own, its stderr in a file."""
 
     def __init__(
-        self, name: str, kind: str, environment: dict[str, str], errors: IO[bytes]
+        self, name: str, kind: str, environment: dict[str, str], stderr: IO[bytes]
     ) -> None:
         self.name = name
-        self.errors = errors
+        self.stderr = stderr
         self.process = subprocess.Popen(
             [sys.executable, __file__, "--worker", kind, *sys.argv[1:]],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=errors,
+            stderr=stderr,
             env={**os.environ, **environment},
-            text=True,
+            encoding="utf-8",
+            errors="replace",
         )
 
     def ask(self, **request: str | int) -> dict[str, Any]:
@@ -296,8 +298,8 @@ class Worker:
         line = self.process.stdout.readline()
         if not line:
             code = self.process.wait()
-            self.errors.seek(0)
-            lines = self.errors.read().decode(errors="replace").strip().splitlines()
+            self.stderr.seek(0)
+            lines = self.stderr.read().decode(errors="replace").strip().splitlines()
             reason = lines[-1] if lines else f"its process ended with exit code {code}"
             raise NpbnError(f"{self.name}: {reason.removeprefix('benchmark.py: error: ')}")
         try:
@@ -323,8 +325,8 @@ def compare(arguments: argparse.Namespace) -> dict[str, Any]:
     with contextlib.ExitStack() as stack:
         workers = []
         for name, (kind, environment) in contestants.items():
-            errors = stack.enter_context(tempfile.TemporaryFile())  # a pipe could fill up
-            worker = Worker(name, kind, environment, errors)
+            stderr = stack.enter_context(tempfile.TemporaryFile())  # a pipe could fill up
+            worker = Worker(name, kind, environment, stderr)
             stack.callback(worker.close)
             workers.append(worker)
             results[name] = {**worker.answer(), "train": [], "evaluate": []}
@@ -565,17 +567,17 @@ def save(path: Path, report: dict[str, Any]) -> None:
 
 def main() -> None:
     arguments = parse_arguments()
-    if arguments.worker == "npbn":
-        return serve(npbn_contestant(arguments))
-    if arguments.worker == "torch":
-        return serve(torch_contestant(arguments))
+    if arguments.worker:
+        prepare = npbn_contestant if arguments.worker == "npbn" else torch_contestant
+        serve(prepare(arguments))
+        return
 
     path = None if arguments.json is None else Path(os.path.realpath(arguments.json))
     if path is not None:
         save(path, {})  # only to see, before minutes have gone by, whether that will work
     machine = {
         "date": datetime.date.today().isoformat(),
-        "cpu": backend._cpu_name(),
+        "cpu": backend.cpu_name(),
         "cores": usable_cores(),
         "system": platform.system(),
         "python": platform.python_version(),

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import time
 
-STARTED = time.perf_counter()
+STARTED = time.perf_counter()  # before the other imports: they are part of the wait
 
-import argparse  # noqa: E402  (the clock starts before the imports: they are part of the wait)
-import platform  # noqa: E402
-import sys  # noqa: E402
+import argparse
+import math
+import platform
+import sys
 
-import numpy as np  # noqa: E402
-from _command_line import ArgumentParser, integer, number, run  # noqa: E402
-from tqdm import tqdm  # noqa: E402
+import numpy as np
+from tqdm import tqdm
 
-import npbn  # noqa: E402
-from npbn import backend, data, models, optim, training  # noqa: E402
-from npbn.layers import BatchNorm, Sequential  # noqa: E402
+import npbn
+from _command_line import ArgumentParser, integer, number, run
+from npbn import backend, data, models, optim, training
+from npbn.layers import BatchNorm, Sequential
 
 EPILOG = """\
 examples:
@@ -173,8 +174,8 @@ def main() -> None:
         f"{arguments.dtype}"
     )
 
-    # A last batch of one example is no step, see npbn.training.
-    steps_per_epoch = -(-len(train) // arguments.batch_size)
+    trained_on = len(train) - training.left_out(len(train), arguments.batch_size)
+    steps_per_epoch = math.ceil(trained_on / arguments.batch_size)
     optimizer = optim.SGD(
         model.parameters(),
         build_schedule(arguments, steps_per_epoch),

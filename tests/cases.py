@@ -28,6 +28,8 @@ class Case:
         backward: dy, cache → the gradients in the order of the inputs.
         oracle: the same by PyTorch: (torch, inputs and constants as tensors) → y.
         condition: by how much the operation magnifies the rounding of its inputs.
+        formed_from: the size of the numbers that the backward pass forms an element's factor from
+            by subtraction, where the factor itself can be much smaller.
     """
 
     inputs: dict[str, np.ndarray]
@@ -36,6 +38,7 @@ class Case:
     oracle: Callable
     constants: dict[str, np.ndarray] = field(default_factory=dict)
     condition: float = 1.0
+    formed_from: float = 0.0
     text: str = ""
 
     def __repr__(self) -> str:
@@ -148,6 +151,7 @@ def activation_case(*, kind, seed, shape) -> Case:
         forward=getattr(F, kind),
         backward=getattr(F, f"{kind}_backward"),
         oracle=lambda torch, x: getattr(torch, kind)(x),
+        formed_from=1.0 if kind == "sigmoid" else 0.0,  # 1 - y, close to 0 where y is close to 1
     )
 
 
@@ -164,6 +168,7 @@ def softmax_cross_entropy_case(*, seed, n, classes) -> Case:
         forward=F.softmax_cross_entropy,
         backward=backward,
         oracle=lambda torch, logits, labels: torch.nn.functional.cross_entropy(logits, labels),
+        formed_from=1 / n,  # (p - 1) / N, close to 0 where p is close to 1
     )
 
 

@@ -22,7 +22,9 @@ COMMON = {
 settings.register_profile("default", max_examples=30, **COMMON)
 settings.register_profile("ci", max_examples=30, derandomize=True, **COMMON)
 settings.register_profile("long", max_examples=300, **COMMON)
-settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci" if os.environ.get("CI") else "default"))
+settings.load_profile(
+    os.environ.get("HYPOTHESIS_PROFILE", "ci" if os.environ.get("CI") else "default")
+)
 
 
 def _libraries() -> list:

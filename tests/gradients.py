@@ -2,7 +2,7 @@
 
 f'(x) = Im f(x + ih) / h has no subtraction, so h can be so small (1e-30) that the truncation error
 vanishes: what remains is the rounding of f itself. It needs a forward pass that is analytic in
-complex numbers, which those of npbn.functional are, so the very code that trains is what is checked.
+complex numbers, which those of npbn.functional are, so what is checked is the code that trains.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ def check_gradients(case: Case, backward: Callable | None = None, seed: int = 0)
 
     The error is measured against the larger of the largest element of the gradient and the largest
     sum of *absolute* terms that forms an element: where the terms cancel, as in the gradient by a
-    bias that batch norm subtracts again, the result is rounding noise of their size.
+    bias that batch norm subtracts again, the result is rounding noise of their size. So it is where
+    the backward pass itself subtracts (``Case.formed_from``).
 
     Bound: each element is a sum of at most y.size products, whose rounding is at most y.size · eps
     of that scale, times the condition of the operation; the factor 8 is for the handful of
@@ -50,7 +51,9 @@ def check_gradients(case: Case, backward: Callable | None = None, seed: int = 0)
         assert gradient.shape == value.shape, f"d{name} has the shape of {name}"
         terms = jacobian(case, name) * dy.ravel()
         numeric = terms.sum(axis=1).reshape(value.shape)
-        scale = np.abs(terms).sum(axis=1).max()
+        scale = max(np.abs(terms).sum(axis=1).max(), case.formed_from * np.abs(dy).max())
         error = np.abs(gradient - numeric).max()
         bound = 8 * y.size * case.condition * EPS64 * scale
-        assert error <= bound, f"d{name} is off by {error:.2e}, bound {bound:.2e}, scale {scale:.2e}"
+        assert error <= bound, (
+            f"d{name} is off by {error:.2e}, bound {bound:.2e}, scale {scale:.2e}"
+        )

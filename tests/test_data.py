@@ -28,7 +28,8 @@ def idx_files(fashion_mnist, tmp_path_factory) -> Path:
     """The four true files, uncompressed."""
     directory = tmp_path_factory.mktemp("idx")
     for name in FILES:
-        (directory / name).write_bytes(gzip.open(SYSTEM_DIRECTORY / f"{name}.gz").read())
+        compressed = (SYSTEM_DIRECTORY / f"{name}.gz").read_bytes()
+        (directory / name).write_bytes(gzip.decompress(compressed))
     return directory
 
 
@@ -100,7 +101,9 @@ def test_a_missing_file_is_named(copied):
 def test_a_truncated_file_is_named(size, copied, idx_files):
     name = "t10k-labels-idx1-ubyte"
     replace(copied / name, (idx_files / name).read_bytes()[:size])
-    with pytest.raises(DataError, match=f"{name} is truncated: expected 10,008 bytes, got {size:,}"):
+    with pytest.raises(
+        DataError, match=f"{name} is truncated: expected 10,008 bytes, got {size:,}"
+    ):
         data.load("fashion-mnist", copied)
 
 
@@ -138,9 +141,7 @@ def test_digit_mnist_is_refused_by_name(copied, monkeypatch):
     """The digits themselves are not at hand, so a file of their size stands in for them."""
     name = "t10k-labels-idx1-ubyte"
     digits = struct.pack(">ii", 2049, 10_000) + bytes(range(10)) * 1000
-    monkeypatch.setattr(
-        data, "_DIGIT_MNIST_SHA256", {data.hashlib.sha256(digits).hexdigest()}
-    )
+    monkeypatch.setattr(data, "_DIGIT_MNIST_SHA256", {data.hashlib.sha256(digits).hexdigest()})
     replace(copied / name, digits)
     with pytest.raises(DataError, match="is not Fashion-MNIST but MNIST, the handwritten digits"):
         data.load("fashion-mnist", copied)
@@ -170,7 +171,7 @@ def test_without_anything_auto_gives_digits_and_says_how_to_do_better(bare):
 
 
 def test_without_anything_fashion_mnist_is_refused(bare):
-    with pytest.raises(DataError, match="could not be downloaded: .*; three ways to get it: "):
+    with pytest.raises(DataError, match=r"could not be downloaded: .*; three ways to get it: "):
         data.load("fashion-mnist", cache=bare)
     assert not list(bare.rglob("*ubyte*"))
 
@@ -180,7 +181,7 @@ def test_without_anything_fashion_mnist_is_refused(bare):
     [
         (
             "raise RuntimeError('operator torchvision::nms does not exist')",
-            "torchvision cannot be imported: RuntimeError: operator torchvision::nms does not exist",
+            "cannot be imported: RuntimeError: operator torchvision::nms does not exist",
         ),
         ("raise ImportError('no torch')", "torchvision cannot be imported: ImportError: no torch"),
         ("import time; time.sleep(60)", "the download was not done after 2 seconds"),
@@ -278,13 +279,15 @@ def test_digits():
 
 
 def test_errors(tmp_path):
-    with pytest.raises(ValueError, match="expected a data set of auto, fashion-mnist, digits, got 'x'"):
+    with pytest.raises(
+        ValueError, match="expected a data set of auto, fashion-mnist, digits, got 'x'"
+    ):
         data.load("x")
     with pytest.raises(ValueError, match="no data directory with digits"):
         data.load("digits", tmp_path)
 
 
-def test_without_scikit_learn_the_way_out_is_named(tmp_path):
+def test_without_scikit_learn_the_way_out_is_named():
     """In a process in which scikit-learn cannot be imported."""
     code = (
         "import sys; sys.modules['sklearn'] = None\n"

@@ -37,7 +37,11 @@ def test_one_epoch_of_fashion_mnist(fashion_mnist, tmp_path):
     # PyTorch's first epoch has a loss of .729 to .733 over three seeds, and .73 of accuracy.
     assert 0.65 < float(loss) < 0.85
     assert 0.68 < float(train_accuracy) < 0.78
-    assert re.search(r"^[\d,]+ examples/s in training on numpy: [\d.]+ s of training, [\d.]+ s in all$", output, re.MULTILINE)
+    assert re.search(
+        r"^[\d,]+ examples/s in training on numpy: [\d.]+ s of training, [\d.]+ s in all$",
+        output,
+        re.MULTILINE,
+    )
     for name in ("gamma", "beta"):
         (values,) = re.findall(rf"^{name} of the first batch norm: (.*)$", output, re.MULTILINE)
         assert len(values.split()) == 6
@@ -61,7 +65,10 @@ def test_two_runs_of_a_seed_are_alike_and_another_seed_is_not(tmp_path):
         (("--no-batch-norm",), "LeNet without batch norm, 44,426 parameters"),
         (("--dtype", "float64"), "float64"),
         (("--schedule", "cosine", "--momentum", "0.9", "--lr", "0.1"), "cosine learning rate 0.1"),
-        (("--schedule", "step", "--lr-epochs", "1", "--lr-factor", "0.5"), "step learning rate 1.0"),
+        (
+            ("--schedule", "step", "--lr-epochs", "1", "--lr-factor", "0.5"),
+            "step learning rate 1.0",
+        ),
         (("--weight-decay", "1e-4"), "SGD"),
         (("--batch-size", "718"), "one example an epoch is left out"),
         (("--batch-size", "5000"), "batches of 5000"),
@@ -100,7 +107,10 @@ def test_help_names_every_option_and_the_exit_codes(tmp_path):
         (("--dataset", "cifar"), "argument --dataset: invalid choice: 'cifar'"),
         (("--no-such-option",), "unrecognized arguments: --no-such-option"),
         (("--data", "no/such/directory"), "no/such/directory is not a directory"),
-        (("--dataset", "digits", "--data", "."), "argument --data: not allowed with --dataset digits"),
+        (
+            ("--dataset", "digits", "--data", "."),
+            "argument --data: not allowed with --dataset digits",
+        ),
     ],
 )
 def test_bad_options_are_refused_in_one_line(options, expected, tmp_path):
@@ -149,14 +159,23 @@ def test_without_data_and_network_fashion_mnist_is_refused(tmp_path):
 
 
 CUPY_STAND_INS = {
-    "not installed": ("raise ModuleNotFoundError(\"No module named 'cupy'\", name='cupy')", "CuPy is not installed: pip install 'cupy-cuda13x[ctk]'"),
-    "broken": ("raise ImportError('libcudart.so.13: cannot open shared object file')", "CuPy is installed but cannot be loaded: ImportError: libcudart.so.13"),
-    "no device": ("class ndarray: pass\ndef is_available(): return False", "no usable NVIDIA driver or GPU"),
+    "not installed": (
+        "raise ModuleNotFoundError(\"No module named 'cupy'\", name='cupy')",
+        "CuPy is not installed: pip install 'cupy-cuda13x[ctk]'",
+    ),
+    "broken": (
+        "raise ImportError('libcudart.so.13: cannot open shared object file')",
+        "CuPy is installed but cannot be loaded: ImportError: libcudart.so.13",
+    ),
+    "no device": (
+        "class ndarray: pass\ndef is_available(): return False",
+        "no usable NVIDIA driver or GPU",
+    ),
     "no cuBLAS": (
         "import numpy\nclass ndarray: pass\nfloat32 = numpy.float32\n"
         "def is_available(): return True\n"
         "def ones(*args, **kwargs): raise RuntimeError('libcublas.so.13:\\n not found')",
-        "a CUDA library cannot be loaded or does not work: RuntimeError: libcublas.so.13: not found",
+        "library cannot be loaded or does not work: RuntimeError: libcublas.so.13: not found",
     ),
 }
 

@@ -27,7 +27,10 @@ def a_split(n: int, seed: int = 0) -> Split:
 def a_model(seed: int = 0) -> Sequential:
     generator = np.random.default_rng(seed)
     return Sequential(
-        Flatten(), Linear(16, 8, generator=generator), BatchNorm(8, 2), Linear(8, 2, generator=generator)
+        Flatten(),
+        Linear(16, 8, generator=generator),
+        BatchNorm(8, 2),
+        Linear(8, 2, generator=generator),
     )
 
 
@@ -87,11 +90,11 @@ def test_a_split_of_one_example_has_nothing_to_train_on():
     assert epoch.train.examples == 0 and math.isnan(epoch.train.loss)
 
 
-def test_every_example_once_an_epoch_in_an_order_of_its_own(monkeypatch):
+def test_every_example_once_an_epoch_in_an_order_of_its_own():
     split = Split(np.arange(20, dtype=np.uint8).reshape(20, 1, 1, 1), np.zeros(20, int))
     order = np.random.default_rng(0).permutation(20)
     seen = [
-        int(round(float(pixel) * 255))
+        round(float(pixel) * 255)
         for x, _ in split.batches(6, "float64", order=order)
         for pixel in x.ravel()
     ]

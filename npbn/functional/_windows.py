@@ -5,9 +5,9 @@ the H'·W' windows, the code here walks over the kH·kW places *inside* a window
 sit at place (i, j) of all windows at once form one strided slice of the padded input.
 
 Memory order. Arrays keep the shape (N, C, H, W), but these functions lay them out in memory as
-C, H, W, N ("batch last"): a slice then copies runs of N neighbouring numbers however small the
-windows are, a channel is one contiguous block, and a convolution is one matrix product. The shape
-never shows it; any memory order is accepted.
+C, H, W, N ("batch last"): however small the windows are, a slice then copies runs of N neighbouring
+numbers, and a channel is one contiguous block. The shape never shows it, and any memory order is
+accepted.
 """
 
 from __future__ import annotations
@@ -95,8 +95,8 @@ def windows_of(
     padding: int | tuple[int, int],
 ) -> Windows:
     """The windows of a kernel over the images x of shape (N, C, H, W), arguments checked."""
-    if x.ndim != 4:
-        raise ValueError(f"expected x of shape (N, C, H, W), got {tuple(x.shape)}")
+    if x.ndim != 4 or x.size == 0:
+        raise ValueError(f"expected x of shape (N, C, H, W), not empty, got {tuple(x.shape)}")
     return Windows(
         image_size=(x.shape[2], x.shape[3]),
         kernel_size=pair("kernel_size", kernel_size, minimum=1),

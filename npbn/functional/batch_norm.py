@@ -39,13 +39,13 @@ $$d\mu = -\frac{1}{s} \sum_i d\hat{x}_i$$
 
 $x_i$ feeds $\bar{x}_i$ (by 1) and $\mu$ (by $1/m$): $dx_i = d\bar{x}_i + d\mu / m$, that is
 
-$$dx_i = \frac{1}{s} \Big( d\hat{x}_i - \frac{1}{m} \sum_k d\hat{x}_k
-  - \hat{x}_i \cdot \frac{1}{m} \sum_k d\hat{x}_k\, \hat{x}_k \Big)$$
+$$dx_i = \frac{1}{s} \Big( d\hat{x}_i - \frac{1}{m} \sum_k d\hat{x}_k -
+  \hat{x}_i \cdot \frac{1}{m} \sum_k d\hat{x}_k\, \hat{x}_k \Big)$$
 
 and with $d\hat{x}_i = \gamma\, dy_i$, where the sums turn out to be $d\beta$ and $d\gamma$:
 
-$$\boxed{\; dx_i = \frac{\gamma}{s} \Big( dy_i - \frac{d\beta}{m}
-  - \hat{x}_i\, \frac{d\gamma}{m} \Big) \;}$$
+$$\boxed{\; dx_i = \frac{\gamma}{s} \Big( dy_i - \frac{d\beta}{m} -
+  \hat{x}_i\, \frac{d\gamma}{m} \Big) \;}$$
 
 Read it so: take the gradient that came, remove its mean (shifting all $x_i$ together changes
 nothing), and remove its part along $\hat{x}$ (stretching all $x_i$ together changes almost

@@ -1,29 +1,41 @@
-r"""Two-dimensional convolution as one matrix product, and its gradient.
+r"""Two-dimensional convolution as matrix products, and its gradient.
 
 **Formula.** (Cross-correlation, as in every deep-learning library: the kernel is not flipped.)
 With $x$ padded by zeros, output channel $o$ at position $(p, q)$ of example $n$ is
 
 $$y_{n o p q} = b_o + \sum_{c, i, j} w_{o c i j}\; x_{n, c,\, p s_H + i,\, q s_W + j}$$
 
-**As a matrix product.** Let the column of $(p, q, n)$ be the window's $c, i, j$ values written
-under one another. Collected side by side they are the matrix $X$ of shape
-$(C k_H k_W) \times (H' W' N)$; `im2col` builds it. With $W$ the weights as
-$O \times (C k_H k_W)$ and $Y$ the output as $O \times (H' W' N)$,
+**As matrix products.** Take one row $p$ of the output. For each $(q, n)$ in it, write the window's
+values under one another, over $i$, $c$ and $j$, as a column. Side by side, these columns are a
+matrix $X_p$ of shape $(k_H C k_W) \times (W' N)$. With $W$ the weights as
+$O \times (k_H C k_W)$ and $Y_p$ the output row as $O \times (W' N)$,
 
-$$Y = W X + b \mathbf{1}^\top$$
+$$Y_p = W X_p + b \mathbf{1}^\top$$
 
-**Backward.** $dY$ is given, in the same arrangement as $Y$. From
-$Y_{o r} = b_o + \sum_k W_{o k} X_{k r}$ the chain rule gives, one sum for each way an entry reaches
-the loss,
+The part of $X_p$ that belongs to $i$ needs nothing but row $h = p s_H + i$ of the image, the
+*strip*
 
-$$dW_{o k} = \sum_r dY_{o r} X_{k r} \qquad dX_{k r} = \sum_o W_{o k}\, dY_{o r} \qquad
-  db_o = \sum_r dY_{o r}$$
+$$S_{h c j q n} = x_{n, c, h,\, q s_W + j}$$
 
-$$dW = dY\, X^\top \qquad dX = W^\top dY \qquad db = dY\, \mathbf{1}$$
+which `unfold` builds for all $h$ at once. So $X_p$ is $k_H$ strips under one another, a contiguous
+block of $S$, and nothing is copied to get from one output row to the next. (Writing all $X_p$ out,
+im2col, would hold every number $k_H k_W$ times instead of $k_W$ times, and the products would wait
+for memory: a block of strips stays in the CPU's cache.)
 
-One step is left, from $X$ to $x$. `im2col` copies each element of $x$ to several columns, one for
-each window that sees it, so its gradient is the *sum* of theirs: `col2im`, the transpose of
-`im2col`. Elements in the padding, and elements that no window reaches, drop out.
+**Backward.** $dY_p$ is given. From $Y_{p, o r} = b_o + \sum_k W_{o k} X_{p, k r}$, the chain rule
+gives a sum for each way on which an entry reaches the loss. $W$ and $b$ meet every column of every
+row; an entry of $X_p$ meets every output channel:
+
+$$dW_{o k} = \sum_p \sum_r dY_{p, o r}\, X_{p, k r} \qquad
+  dX_{p, k r} = \sum_o W_{o k}\, dY_{p, o r} \qquad
+  db_o = \sum_p \sum_r dY_{p, o r}$$
+
+$$dW = \sum_p dY_p\, X_p^\top \qquad dX_p = W^\top dY_p \qquad db = \sum_p dY_p\, \mathbf{1}$$
+
+Two steps of pure copying are left, and the gradient of a copy is the sum over the copies. A strip
+is part of $X_p$ for every $p$ whose windows see its row, so $dS_h$ adds up those parts of $dX_p$.
+An element of $x$ is in a strip once for each window column that sees it; `fold`, the transpose of
+`unfold`, adds those up. Padding, and elements that no window reaches, drop out.
 
 **Source.** K. Chellapilla, S. Puri and P. Simard, "High Performance Convolutional Neural Networks
 for Document Processing", 2006 (the matrix product); V. Dumoulin and F. Visin, "A guide to
@@ -32,7 +44,6 @@ convolution arithmetic for deep learning", arXiv:1603.07285, sections 2 and 4 (s
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import array_api_compat

@@ -59,9 +59,7 @@ def softmax_cross_entropy(logits: Array, labels: Array) -> tuple[Array, SoftmaxC
     xp = common_library(logits=logits, labels=labels)
     common_namespace(logits=logits)
     if logits.ndim != 2 or logits.size == 0:
-        raise ValueError(
-            f"expected logits of shape (N, K), not empty, got {tuple(logits.shape)}"
-        )
+        raise ValueError(f"expected logits of shape (N, K), not empty, got {tuple(logits.shape)}")
     n, k = logits.shape
     if not xp.isdtype(labels.dtype, "integral"):
         raise TypeError(f"expected labels of an integer dtype, got {labels.dtype}")

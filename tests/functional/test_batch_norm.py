@@ -38,7 +38,12 @@ def test_normalizes_each_feature(shape, xp, dtype, rng):
 def test_by_hand():
     """Two examples of one feature, worked out on paper: μ = 2, v = 1, s = √(1 + 3) = 2."""
     x = np.array([[1.0], [3.0]])
-    gamma, beta, mean, var = np.array([[4.0]]), np.array([[10.0]]), np.array([[5.0]]), np.array([[7.0]])
+    gamma, beta, mean, var = (
+        np.array([[4.0]]),
+        np.array([[10.0]]),
+        np.array([[5.0]]),
+        np.array([[7.0]]),
+    )
     y, cache, (new_mean, new_var) = F.batch_norm(
         x, gamma, beta, mean, var, training=True, eps=3.0, momentum=0.9
     )

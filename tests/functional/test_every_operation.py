@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from arrays import arrays_in, to_host, to_library
@@ -37,11 +37,10 @@ def as_tuple(gradients) -> tuple:
     return tuple(gradient for gradient in given if gradient is not None)
 
 
-def assert_close(actual, expected, case: Case, dtype: str) -> None:
-    """Equal to rounding: sums of up to 100 terms, times what the operation magnifies.
+def assert_close(actual, expected, dtype: str) -> None:
+    """Equal to rounding: sums of up to 100 terms, times 10 for γ/s and the products.
 
-    The examples' statistics are ordinary (s is about 1), so the condition that the worst drawn
-    case may have does not enter; 10 covers γ/s and the products.
+    (The examples' statistics are ordinary: s is about 1.)
     """
     scale = max(1.0, float(np.abs(expected).max(initial=0)))
     np.testing.assert_allclose(actual, expected, rtol=0, atol=1000 * BITS[dtype] * scale)
@@ -51,10 +50,10 @@ def assert_close(actual, expected, case: Case, dtype: str) -> None:
 def test_same_on_every_library(case, xp, dtype):
     _, expected, expected_gradients = run(case, np, "float64")
     _, results, gradients = run(case, xp, dtype)
-    assert_close(to_host(results[0]), expected[0], case, dtype)
+    assert_close(to_host(results[0]), expected[0], dtype)
     pairs = zip(as_tuple(gradients), as_tuple(expected_gradients), strict=True)
     for gradient, right in pairs:
-        assert_close(to_host(gradient), right, case, dtype)
+        assert_close(to_host(gradient), right, dtype)
 
 
 @every_example
@@ -75,7 +74,9 @@ def test_mixed_precision_is_a_type_error(case, xp):
         name: to_library(value, xp, "float32")
         for name, value in (case.inputs | case.constants).items()
     }
-    floating = [name for name, value in (case.inputs | case.constants).items() if value.dtype.kind == "f"]
+    floating = [
+        name for name, value in (case.inputs | case.constants).items() if value.dtype.kind == "f"
+    ]
     for name in floating:
         mixed = arguments | {name: xp.astype(arguments[name], xp.float64)}
         if len(floating) > 1:
@@ -144,10 +145,10 @@ def test_memory_order_does_not_matter(case, dtype):
     _, expected, expected_gradients = run(case, np, dtype)
     for transform in (strided, np.asfortranarray):
         _, results, gradients = run(case, np, dtype, transform)
-        assert_close(results[0], expected[0], case, dtype)
+        assert_close(results[0], expected[0], dtype)
         pairs = zip(as_tuple(gradients), as_tuple(expected_gradients), strict=True)
         for gradient, right in pairs:
-            assert_close(gradient, right, case, dtype)
+            assert_close(gradient, right, dtype)
 
 
 @every_example
@@ -179,12 +180,14 @@ def test_complex_inputs_keep_the_real_part(case, xp):
         stepped = arguments | {name: to_library(case.inputs[name] + 1e-30j, xp)}
         y = to_host(case.forward(**stepped)[0])
         assert y.dtype == np.complex128
-        assert_close(y.real, real[0], case, "float64")
+        assert_close(y.real, real[0], "float64")
 
 
 @given(case=any_case, precision=st.sampled_from(["float32", "float64"]))
 def test_equal_to_pytorch(case, precision):
     """Forward and every gradient, with torch as an oracle."""
+    if "gamma" in case.inputs and case.forward.keywords["training"]:
+        assume(case.inputs["x"].size > case.inputs["gamma"].size)  # torch wants two values each
     _, results, gradients = run(case, np, precision)
     tensors = {
         name: torch.tensor(to_library(value, np, precision))
@@ -192,8 +195,6 @@ def test_equal_to_pytorch(case, precision):
     }
     for name in case.inputs:
         tensors[name].requires_grad_()
-    if "training=True" in repr(case) and "shape=(1, " in repr(case) and case.inputs["x"].size == case.inputs["gamma"].size:
-        return  # PyTorch refuses one value per channel
     y = case.oracle(torch, **tensors)
     y.backward(torch.tensor(upstream(results[0])).to(y.dtype))
     # y and its gradients are sums of at most 200 terms; batch norm over few, nearly equal values

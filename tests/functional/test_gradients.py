@@ -86,8 +86,8 @@ def without_variance_path(dy, cache, dx):
 
 
 def without_eps(dy, cache, dx):
-    right, v = cache, (cache.x_centred**2).mean(axis=(0, 2, 3), keepdims=True)
-    return F.batch_norm_backward(dy, right._replace(s=np.sqrt(v)))[0]
+    v = (cache.x_centred**2).mean(axis=(0, 2, 3), keepdims=True)
+    return F.batch_norm_backward(dy, cache._replace(s=np.sqrt(v)))[0]
 
 
 def transposed_kernel(dy, cache, dx):

@@ -1,0 +1,70 @@
+"""The documents keep their word: mathematics that renders, code that runs, lines that exist."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+
+import pytest
+
+from commands import ROOT
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def docstrings() -> list[tuple[str, str]]:
+    found = []
+    for path in sorted((ROOT / "npbn").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
+                text = ast.get_docstring(node)
+                if text:
+                    name = getattr(node, "name", "module")
+                    found.append((f"{path.relative_to(ROOT)}: {name}", text))
+    return found
+
+
+@pytest.mark.parametrize(("name", "text"), [*docstrings(), ("README.md", README)])
+def test_formulas_survive_markdown(name, text):
+    """Dollars come in pairs; no line of a formula begins like a list, which would cut it in two."""
+    without_code = re.sub(r"```.*?```|``.*?``|`[^`\n]*`", "", text, flags=re.DOTALL)
+    displayed = re.findall(r"\$\$(.+?)\$\$", without_code, flags=re.DOTALL)
+    for formula in displayed:
+        for line in formula.splitlines()[1:]:
+            assert not re.match(r"\s*([-+*]|\d+\.)\s", line), f"{name}: {line}"
+            assert line.strip(), f"{name}: an empty line ends the paragraph and the formula"
+        assert formula.count("{") == formula.count("}"), f"{name}: {formula}"
+    rest = re.sub(r"\$\$.+?\$\$", "", without_code, flags=re.DOTALL)
+    assert rest.count("$") % 2 == 0, name
+
+
+@pytest.mark.parametrize(
+    "path", sorted(p.name for p in (ROOT / "npbn" / "functional").glob("[a-z]*.py"))
+)
+def test_every_operation_has_formula_derivation_and_source(path):
+    text = ast.get_docstring(ast.parse((ROOT / "npbn" / "functional" / path).read_text("utf-8")))
+    for part in ("$$", "**Source.**"):
+        assert part in text
+    assert "**Backward.**" in text or "**What flows back.**" in text or "so\n\n$$dx" in text
+
+
+def test_the_example_in_the_readme_runs_and_learns():
+    (code,) = re.findall(r"```python\n(import numpy.*?)```", README, flags=re.DOTALL)
+    process = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    assert float(process.stdout) < 0.1
+
+
+def test_the_backward_pass_in_the_readme_is_the_one_that_runs():
+    (code,) = re.findall(r"```python\n(dbeta.*?)```", README, flags=re.DOTALL)
+    source = (ROOT / "npbn" / "functional" / "batch_norm.py").read_text(encoding="utf-8")
+    for line in code.splitlines():
+        assert f"    {line}\n" in source
+
+
+def test_links_in_the_readme_lead_somewhere():
+    for target in re.findall(r"\]\(([^)#]+)\)", README):
+        assert target.startswith("http") or (ROOT / target).exists(), target
