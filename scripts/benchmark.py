@@ -427,7 +427,7 @@ def block_in_buffers(x: Array, gamma: Array, beta: Array, dpooled: Array) -> Cal
         np.divide(dpooled, 4, out=share)
         np.subtract(1, y, out=dy)
         np.multiply(dy, y, out=dy)
-        for place in places:
+        for place in places:  # without an array for the gradient by the sigmoid's output
             np.multiply(dy[place], share, out=dy[place])
 
         dbeta = np.sum(dy, axis=axes, keepdims=True)
