@@ -21,10 +21,7 @@ from npbn.errors import BackendError
 
 NAMES = ("auto", "numpy", "cupy")
 
-_WHEELS = (
-    "pip install 'cupy-cuda13x[ctk]' for a driver with CUDA 13, or 'cupy-cuda12x[ctk]' for "
-    "CUDA 12; nvidia-smi shows which"
-)
+_WHEELS = "pip install 'cupy-cuda13x[ctk]' or, for a driver with CUDA 12, 'cupy-cuda12x[ctk]'"
 
 
 @dataclass(frozen=True)
