@@ -183,7 +183,7 @@ def main() -> None:
         weight_decay=arguments.weight_decay,
     )
     say(
-        f"training: {arguments.epochs} epochs, batches of {arguments.batch_size}, SGD with "
+        f"training: {arguments.epochs} epoch{'s' * (arguments.epochs > 1)}, batches of {arguments.batch_size}, SGD with "
         f"{arguments.schedule} learning rate {arguments.lr}, seed {arguments.seed}"
     )
     say("")
