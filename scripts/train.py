@@ -183,8 +183,9 @@ def main() -> None:
         weight_decay=arguments.weight_decay,
     )
     say(
-        f"training: {arguments.epochs} epoch{'s' * (arguments.epochs > 1)}, batches of {arguments.batch_size}, SGD with "
-        f"{arguments.schedule} learning rate {arguments.lr}, seed {arguments.seed}"
+        f"training: {arguments.epochs} epoch{'s' * (arguments.epochs > 1)}, "
+        f"batches of {arguments.batch_size}, SGD with {arguments.schedule} learning rate "
+        f"{arguments.lr}, seed {arguments.seed}"
     )
     say("")
     say("epoch    loss  train acc  test acc  examples/s")
