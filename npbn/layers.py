@@ -170,7 +170,6 @@ class Sequential(Layer):
             input_shape: of one example, without the batch axis; for instance (1, 28, 28).
         """
         model = copy.deepcopy(self)  # a forward pass must leave no trace in this one
-        model.eval()
         like = next((p.data for p in model.parameters().values()), np.empty((), np.float32))
         xp = array_api_compat.array_namespace(like)
         x = xp.zeros((1, *input_shape), dtype=like.dtype)

@@ -132,6 +132,35 @@ def test_gradients_are_set_not_added(rng):
     np.testing.assert_allclose(layer.weight.gradient, dy.T @ x, rtol=1e-5)
 
 
+def test_layers_pass_their_options_on(rng):
+    x = rng.normal(size=(3, 2, 6, 5)).astype(np.float32)
+    conv = Conv2d(2, 3, (3, 2), stride=(2, 1), padding=(0, 1))
+    options = {"stride": (2, 1), "padding": (0, 1)}
+    expected, _ = F.conv2d(x, conv.weight.data, conv.bias.data, **options)
+    np.testing.assert_array_equal(conv.forward(x), expected)
+    for layer, function in ((AvgPool2d, F.avg_pool2d), (MaxPool2d, F.max_pool2d)):
+        expected, _ = function(x, (3, 2), **options)
+        np.testing.assert_array_equal(layer((3, 2), **options).forward(x), expected)
+    norm = BatchNorm(2, 4, eps=0.5, momentum=0.25)
+    four = (norm.gamma.data, norm.beta.data, norm.moving_mean, norm.moving_var)
+    expected, _, moving = F.batch_norm(x, *four, training=True, eps=0.5, momentum=0.25)
+    np.testing.assert_array_equal(norm.forward(x), expected)
+    np.testing.assert_array_equal(norm.moving_var, moving[1])
+
+
+def test_moving_forgets_gradients():
+    layer = Linear(2, 2)
+    layer.forward(np.ones((1, 2), np.float32))
+    layer.backward(np.ones((1, 2), np.float32))
+    layer.to(NUMPY, "float64")
+    assert layer.weight.gradient is None
+
+
+def test_without_a_generator_weights_are_different_every_time():
+    assert not np.array_equal(Linear(2, 2).weight.data, Linear(2, 2).weight.data)
+    assert not np.array_equal(*(LeNet().layers[0].weight.data for _ in range(2)))
+
+
 def test_published_sizes():
     assert sum(p.data.size for p in lenet().parameters().values()) == 44_878
     network_b = BLeNet(1, 28, 10)
@@ -142,7 +171,7 @@ def test_published_sizes():
     assert sum(p.data.size for p in without.parameters().values()) == 44_878 - 2 * 226
 
 
-@pytest.mark.parametrize("size", [12, 13, 28, 33])
+@pytest.mark.parametrize("size", [12, 13, 14, 15, 16, 17, 28, 33])
 def test_network_b_fits_images_of_any_size(size):
     y = BLeNet(3, size, 7).forward(np.zeros((2, 3, size, size), np.float32))
     assert y.shape == (2, 7)
@@ -228,6 +257,7 @@ def test_state_is_a_copy_and_is_loaded_in_place():
         (lambda s: s.pop("weight"), "missing: weight; unexpected: none"),
         (lambda s: s.update(other=np.zeros(1)), "missing: none; unexpected: other"),
         (lambda s: s.update(bias=np.zeros(3)), r"expected bias of shape \(2,\), got \(3,\)"),
+        (lambda s: s.update(weight=np.zeros((4, 1))), r"expected weight of shape \(2, 2\)"),
     ],
 )
 def test_a_state_that_does_not_fit_changes_nothing(change, message):
@@ -275,6 +305,8 @@ def test_repr_and_summary():
         (lambda: BatchNorm(0, 2), ValueError, "expected num_features >= 1, got 0"),
         (lambda: BatchNorm(3, 2, eps=0), ValueError, "expected eps > 0, got 0"),
         (lambda: BatchNorm(3, 2, momentum=2), ValueError, "expected momentum between 0 and 1"),
+        (lambda: BatchNorm(3, 2, momentum=-1), ValueError, "expected momentum between 0 and 1"),
+        (lambda: Conv2d(0, 1, 3), ValueError, "expected in_channels >= 1, got 0"),
         (lambda: BatchNorm(3, 2, initial_moving_var=-1), ValueError, "initial_moving_var >= 0"),
         (lambda: Conv2d(1, 0, 3), ValueError, "expected out_channels >= 1, got 0"),
         (lambda: Linear(0, 3), ValueError, "expected in_features >= 1, got 0"),

@@ -55,6 +55,15 @@ def test_moves_in_place_and_keeps_the_dtype():
     assert layer.weight.data is data and data.dtype == np.float32
 
 
+def test_step_leaves_the_gradients_alone():
+    parameter = Parameter("weight", np.ones(2))
+    parameter.gradient = np.ones(2)
+    optimizer = SGD({"w": parameter}, 0.1, momentum=0.9, weight_decay=0.5)
+    for _ in range(3):
+        optimizer.step()
+        np.testing.assert_array_equal(parameter.gradient, 1)
+
+
 def test_step_needs_gradients_and_changes_nothing_without():
     model = Sequential(Linear(2, 2), Linear(2, 2))
     before = model.state_dict()
@@ -88,6 +97,7 @@ def test_the_schedule_is_followed():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"momentum": -0.1}, r"expected momentum in \[0, 1\), got -0.1"),
         ({"momentum": 1.0}, r"expected momentum in \[0, 1\), got 1.0"),
         ({"weight_decay": -1.0}, "expected weight_decay >= 0, got -1.0"),
     ],

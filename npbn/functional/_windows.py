@@ -23,7 +23,7 @@ from npbn.functional._arrays import Array
 
 def pair(name: str, value: int | tuple[int, int], *, minimum: int) -> tuple[int, int]:
     """``value`` as (vertical, horizontal); one int stands for both."""
-    both = tuple(value) if isinstance(value, (tuple, list)) else (value, value)
+    both = value if isinstance(value, tuple) else (value, value)
     if len(both) != 2 or not all(isinstance(v, int) and v >= minimum for v in both):
         raise ValueError(f"expected {name} as an int >= {minimum} or a pair of them, got {value}")
     return both

@@ -33,6 +33,11 @@ def test_sigmoid_is_accurate_in_both_tails():
     assert np.max(np.abs(y - exact) / exact) <= 3 * np.finfo(np.float32).eps
 
 
+def test_sigmoid_far_out_in_complex_numbers():
+    y, _ = F.sigmoid(np.array([-1e4 + 1e-30j, 1e4 + 1e-30j]))
+    np.testing.assert_allclose(y, [0, 1], atol=1e-300)
+
+
 def test_nan_passes_through():
     assert math.isnan(F.sigmoid(np.array([math.nan]))[0][0])
     assert math.isnan(F.relu(np.array([math.nan]))[0][0])
@@ -51,6 +56,14 @@ def test_loss_far_out(xp, dtype, size):
     assert float(loss) == size  # the first costs nothing, the second 2 · size
     dlogits = to_host(F.softmax_cross_entropy_backward(cache))
     np.testing.assert_allclose(dlogits, [[0, 0], [0.5, -0.5]], atol=1e-30)
+
+
+def test_loss_of_examples_with_very_different_logits():
+    """Each example is shifted by its own maximum: by another's, it would underflow."""
+    logits = np.array([[1000.0, 1001.0], [-1000.0, -1001.0]])
+    loss, cache = F.softmax_cross_entropy(logits, np.array([1, 0]))
+    np.testing.assert_allclose(loss, math.log1p(math.exp(-1)))
+    np.testing.assert_allclose(cache.probabilities.sum(axis=1), 1)
 
 
 def test_loss_of_equal_logits_is_log_k():

@@ -212,8 +212,12 @@ def test_scale_and_shift_of_the_input_cancel(scale, shift, eps):
     [
         ({"x": np.zeros((2, 3, 4))}, r"expected x of shape \(N, D\) or \(N, C, H, W\)"),
         ({"x": np.zeros((0, 3))}, "not empty"),
+        ({"beta": np.ones((3, 1))}, r"expected beta of shape \(1, 3\), got \(3, 1\)"),
+        ({"moving_mean": np.ones((1, 1))}, r"expected moving_mean of shape \(1, 3\)"),
         ({"gamma": np.ones((3,))}, r"expected gamma of shape \(1, 3\), got \(3,\)"),
         ({"moving_var": np.ones((1, 4))}, r"expected moving_var of shape \(1, 3\), got \(1, 4\)"),
+        ({"eps": -1e-5}, "expected eps > 0, got -1e-05"),
+        ({"momentum": -0.1}, "expected momentum between 0 and 1, got -0.1"),
         ({"eps": 0.0}, "expected eps > 0, got 0.0"),
         ({"momentum": 1.5}, "expected momentum between 0 and 1, got 1.5"),
     ],

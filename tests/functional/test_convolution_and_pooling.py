@@ -114,6 +114,12 @@ def test_maximum_of_negative_numbers_is_not_the_padding():
     np.testing.assert_array_equal(F.max_pool2d_backward(np.ones_like(y), cache), 1)
 
 
+def test_maximum_of_the_most_negative_numbers():
+    lowest = np.finfo(np.float64).min
+    y, _ = F.max_pool2d(np.full((1, 1, 2, 2), lowest), 2)
+    assert y[0, 0, 0, 0] == lowest
+
+
 def test_maximum_passes_nan_on():
     x = np.zeros((1, 1, 2, 4))
     x[0, 0, 0, 1] = math.nan
@@ -142,6 +148,7 @@ W = np.zeros((4, 3, 3, 3))
         (lambda: F.avg_pool2d(X, 2, padding=2), r"at most half the kernel \(2, 2\), got \(2, 2\)"),
         (lambda: F.max_pool2d(X, 6), r"expected images of at least \(6, 6\)"),
         (lambda: F.linear(X, W), r"expected weight of shape \(out, in\)"),
+        (lambda: F.linear(np.ones((2, 5, 1)), np.ones((4, 5))), r"expected x of shape \(N, 5\)"),
         (lambda: F.linear(np.ones((2, 3)), np.ones((4, 5))), r"expected x of shape \(N, 5\)"),
         (lambda: F.linear(np.ones((2, 5)), np.ones((4, 5)), np.ones(5)), "expected bias"),
     ],

@@ -118,6 +118,28 @@ def test_wrong_upstream_shape(case):
             case.backward(np.zeros((y.shape[0] + 1, *y.shape[1:])), cache)
 
 
+@every_example
+def test_an_upstream_gradient_of_another_precision_is_a_type_error(case):
+    """Wherever the cache holds numbers that it would meet."""
+    y, cache = case.forward(**case.inputs, **case.constants)[:2]
+    meets = any(array.dtype == np.float64 for array in arrays_in(cache))
+    if y.ndim > 0 and meets:
+        with pytest.raises(TypeError, match="one precision, got dy: float32"):
+            case.backward(upstream(y).astype(np.float32), cache)
+
+
+@every_example
+def test_backward_is_linear_in_complex_upstream_gradients(case):
+    """backward(a + ib) = backward(a) + i·backward(b)."""
+    y, cache = case.forward(**case.inputs, **case.constants)[:2]
+    a, b = upstream(y), np.flip(upstream(y))
+    together = as_tuple(case.backward(a + 1j * b, cache))
+    apart = zip(as_tuple(case.backward(a, cache)), as_tuple(case.backward(b, cache)), strict=True)
+    for gradient, (real, imaginary) in zip(together, apart, strict=True):
+        assert_close(gradient.real, real, "float64")
+        assert_close(gradient.imag, imaginary, "float64")
+
+
 def frozen(array: np.ndarray) -> np.ndarray:
     array = array.copy()
     array.flags.writeable = False
@@ -172,15 +194,18 @@ def test_repeated_calls_are_identical_to_the_bit(case, xp, dtype):
 
 
 @every_example
-def test_complex_inputs_keep_the_real_part(case, xp):
+def test_complex_inputs_keep_the_real_part(case, xp, dtype):
     """A complex step may not change what the real numbers do."""
-    _, real, _ = run(case, np, "float64")
-    arguments = {n: to_library(v, xp) for n, v in (case.inputs | case.constants).items()}
+    _, real, _ = run(case, np, dtype)
+    arguments = {n: to_library(v, xp, dtype) for n, v in (case.inputs | case.constants).items()}
+    complex_dtype = {"float32": np.complex64, "float64": np.complex128}[dtype]
     for name in case.inputs:
-        stepped = arguments | {name: to_library(case.inputs[name] + 1e-30j, xp)}
+        stepped = arguments | {
+            name: to_library((case.inputs[name] + 1e-30j).astype(complex_dtype), xp)
+        }
         y = to_host(case.forward(**stepped)[0])
-        assert y.dtype == np.complex128
-        assert_close(y.real, real[0], "float64")
+        assert y.dtype == complex_dtype
+        assert_close(y.real, real[0], dtype)
 
 
 @given(case=any_case, precision=st.sampled_from(["float32", "float64"]))
