@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -78,8 +78,9 @@ class Split:
     """Images with their labels.
 
     Attributes:
-        images: uint8, (N, C, H, W).
-        labels: integers, (N,).
+        images: uint8, (N, C, H, W), grey values or colours from 0 to 255.
+        labels: integers, (N,), from 0 to the number of classes - 1. (One out of range makes the
+            loss NaN.)
     """
 
     images: Any
@@ -91,6 +92,10 @@ class Split:
                 f"expected images of shape (N, C, H, W) and labels of shape (N,), "
                 f"got {tuple(self.images.shape)} and {tuple(self.labels.shape)}"
             )
+        if str(self.images.dtype) != "uint8":
+            raise TypeError(f"expected images of dtype uint8, got {self.images.dtype}")
+        if "int" not in str(self.labels.dtype):
+            raise TypeError(f"expected labels of an integer dtype, got {self.labels.dtype}")
 
     def __len__(self) -> int:
         return int(self.images.shape[0])
@@ -110,6 +115,8 @@ class Split:
             order: indices on that backend, (M,): which examples, in which order; all of them in
                 their own order unless given.
         """
+        if batch_size < 1:
+            raise ValueError(f"expected batch_size >= 1, got {batch_size}")
         for start in range(0, len(self) if order is None else order.shape[0], batch_size):
             chosen = slice(start, start + batch_size)
             if order is not None:
@@ -143,6 +150,7 @@ def load(
     *,
     cache: str | os.PathLike[str] | None = None,
     timeout: float = 300.0,
+    on_download: Callable[[str], None] | None = None,
 ) -> Dataset:
     """Fashion-MNIST, or "digits"; "auto" is Fashion-MNIST if it can be had, else digits.
 
@@ -156,6 +164,7 @@ def load(
         directory: where to look, and nowhere else; overrides NPBN_DATA.
         cache: the cache directory; the platform's user cache unless given.
         timeout: seconds that a download may take.
+        on_download: called, before one begins, with a line that says so.
 
     Raises:
         ValueError: no such data set, or a directory given for digits.
@@ -171,7 +180,12 @@ def load(
 
     explicit = directory if directory is not None else os.environ.get("NPBN_DATA") or None
     if explicit is not None:
-        return _read_fashion_mnist(Path(explicit))
+        try:
+            return _read_fashion_mnist(Path(explicit))
+        except DataError as error:
+            if directory is not None:
+                raise
+            raise DataError(f"{error} (the directory is named by $NPBN_DATA)") from None
 
     cache_directory = Path(platformdirs.user_cache_path("npbn") if cache is None else cache)
     notes: list[str] = []
@@ -183,6 +197,10 @@ def load(
         except DataError as error:
             notes.append(f"passed over {error}")
     try:
+        if on_download is not None:
+            on_download(
+                f"downloading Fashion-MNIST into {cache_directory}, in {timeout:.0f} s at most"
+            )
         _download_fashion_mnist(cache_directory, timeout)
         return _read_fashion_mnist(cache_directory, tuple(notes))
     except DataError as error:
@@ -318,10 +336,10 @@ def _digits(notes: tuple[str, ...] = ()) -> Dataset:
     try:
         from scipy.ndimage import zoom
         from sklearn.datasets import load_digits
-    except ImportError as error:
+    except Exception as error:  # a broken installation raises whatever its loader raises
         raise DataError(
             f"scikit-learn, which brings the digits, cannot be imported ({error}): "
-            "pip install scikit-learn"
+            "pip install scikit-learn, or npbn's extra [data]"
         ) from None
     digits = load_digits()
     enlarged = zoom(digits.images, (1, 3.5, 3.5), order=1, grid_mode=True, mode="nearest")

@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import array_api_compat
@@ -42,14 +42,18 @@ class Parameter:
 
 
 class Layer(ABC):
-    """What all layers share. A layer of your own needs ``forward`` and ``backward``."""
+    """What all layers share.
+
+    A layer of your own needs ``forward`` and ``backward``, and ``super().__init__()`` first. The
+    parameters and layers that it keeps in attributes are found there, and named after them.
+    """
 
     _buffers: tuple[str, ...] = ()
     """Attributes that are part of the state but not trained."""
 
     def __init__(self) -> None:
         self.training = True
-        self._cache: Any = None
+        self._cache: Any = None  # of the last forward pass, for the backward pass
 
     @abstractmethod
     def forward(self, x: Array) -> Array:
@@ -62,20 +66,38 @@ class Layer(ABC):
         Sets the gradient of every parameter on the way.
         """
 
+    def children(self) -> dict[str, Layer]:
+        """The layers that this one is made of, by name."""
+        return {name: value for name, value in vars(self).items() if isinstance(value, Layer)}
+
     def parameters(self) -> dict[str, Parameter]:
-        """What is trained, by name."""
-        return {p.name: p for p in vars(self).values() if isinstance(p, Parameter)}
+        """What is trained, by name; a child's have its name and a dot before theirs."""
+        found = {name: value for name, value in vars(self).items() if isinstance(value, Parameter)}
+        for prefix, child in self.children().items():
+            found |= {f"{prefix}.{name}": p for name, p in child.parameters().items()}
+        return found
 
     def train(self) -> None:
         """Switch to training mode: batch norm uses the batch's statistics."""
         self.training = True
+        for child in self.children().values():
+            child.train()
 
     def eval(self) -> None:
         """Switch to prediction mode: batch norm uses its moving statistics."""
         self.training = False
+        for child in self.children().values():
+            child.eval()
 
     def to(self, backend: Backend, dtype: Any = None) -> None:
-        """Move parameters and statistics to ``backend``, as ``dtype`` (a NumPy dtype) if given."""
+        """Move parameters and statistics to ``backend``.
+
+        Args:
+            backend: from `npbn.backend.get_backend`.
+            dtype: float32 or float64; as it is unless given.
+        """
+        if dtype is not None and np.dtype(dtype) not in (np.float32, np.float64):
+            raise ValueError(f"expected dtype float32 or float64, got {dtype}")
         for owner, attribute in self._state().values():
             value = to_numpy(getattr(owner, attribute))
             setattr(owner, attribute, backend.asarray(value, dtype))
@@ -114,9 +136,14 @@ class Layer(ABC):
     def _state(self) -> dict[str, tuple[object, str]]:
         """Where each array of the state lives: name → (owner, attribute)."""
         state: dict[str, tuple[object, str]] = {
-            name: (parameter, "data") for name, parameter in self.parameters().items()
+            name: (value, "data")
+            for name, value in vars(self).items()
+            if isinstance(value, Parameter)
         }
-        return state | {name: (self, name) for name in self._buffers}
+        state |= {name: (self, name) for name in self._buffers}
+        for prefix, child in self.children().items():
+            state |= {f"{prefix}.{name}": place for name, place in child._state().items()}
+        return state
 
     def _last_cache(self) -> Any:
         if self._cache is None:
@@ -132,9 +159,13 @@ class Sequential(Layer):
 
     def __init__(self, *layers: Layer) -> None:
         super().__init__()
-        if len({id(layer) for layer in layers}) < len(layers):
-            raise ValueError("expected every layer once: its cache holds one batch only")
+        for layer in layers:
+            if not isinstance(layer, Layer):
+                raise TypeError(f"expected layers, got {type(layer).__name__}")
         self.layers = layers
+        all_of_them = list(_descendants(self))
+        if len({id(layer) for layer in all_of_them}) < len(all_of_them):
+            raise ValueError("expected every layer once: its cache holds one batch only")
 
     def forward(self, x: Array) -> Array:
         for layer in self.layers:
@@ -146,22 +177,8 @@ class Sequential(Layer):
             dy = layer.backward(dy)
         return dy
 
-    def parameters(self) -> dict[str, Parameter]:
-        return {
-            f"{i}.{name}": parameter
-            for i, layer in enumerate(self.layers)
-            for name, parameter in layer.parameters().items()
-        }
-
-    def train(self) -> None:
-        super().train()
-        for layer in self.layers:
-            layer.train()
-
-    def eval(self) -> None:
-        super().eval()
-        for layer in self.layers:
-            layer.eval()
+    def children(self) -> dict[str, Layer]:
+        return {str(i): layer for i, layer in enumerate(self.layers)}
 
     def summary(self, input_shape: tuple[int, ...]) -> str:
         """A table of the layers with their output shapes and parameter counts.
@@ -188,13 +205,6 @@ class Sequential(Layer):
             f"{i:>{widths[0]}}  {name:<{widths[1]}}  {shape:<{widths[2]}}  {count:>{widths[3]}}"
             for i, name, shape, count in rows
         )
-
-    def _state(self) -> dict[str, tuple[object, str]]:
-        return {
-            f"{i}.{name}": place
-            for i, layer in enumerate(self.layers)
-            for name, place in layer._state().items()
-        }
 
     def __repr__(self) -> str:
         lines = [f"({i}) {layer!r}" for i, layer in enumerate(self.layers)]
@@ -444,6 +454,12 @@ class Flatten(Layer):
 
     def backward(self, dy: Array) -> Array:
         return _reshape(dy, self._last_cache())
+
+
+def _descendants(layer: Layer) -> Iterator[Layer]:
+    for child in layer.children().values():
+        yield child
+        yield from _descendants(child)
 
 
 def _reshape(x: Array, shape: tuple[int, ...]) -> Array:

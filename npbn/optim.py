@@ -34,6 +34,10 @@ class StepDecay:
     every: int
     factor: float = 0.1
 
+    def __post_init__(self) -> None:
+        if self.every < 1:
+            raise ValueError(f"expected every >= 1, got {self.every}")
+
     def __call__(self, step: int) -> float:
         return self.lr * self.factor ** (step // self.every)
 
@@ -48,6 +52,10 @@ class Cosine:
 
     lr: float
     total: int
+
+    def __post_init__(self) -> None:
+        if self.total < 1:
+            raise ValueError(f"expected total >= 1, got {self.total}")
 
     def __call__(self, step: int) -> float:
         return self.lr * (1 + math.cos(math.pi * min(step / self.total, 1))) / 2
@@ -65,8 +73,8 @@ class SGD:
     in PyTorch.
 
     Args:
-        parameters: of a model, by name.
-        schedule: the learning rate, or a function from steps taken to the learning rate.
+        parameters: of a model, by name, as ``model.parameters()`` gives them.
+        lr: the learning rate η, or a schedule: a function from the steps taken to η.
         momentum: m, the fraction of the velocity that is kept, in [0, 1).
         weight_decay: λ, on weights only: pulling γ, β and biases towards 0 limits what a layer can
             compute and regularizes nothing.
@@ -76,18 +84,25 @@ class SGD:
     def __init__(
         self,
         parameters: Mapping[str, Parameter],
-        schedule: float | Schedule,
+        lr: float | Schedule,
         *,
         momentum: float = 0.0,
         weight_decay: float = 0.0,
         decay_all: bool = False,
     ) -> None:
+        if not isinstance(parameters, Mapping):
+            raise TypeError(
+                f"expected parameters by name, as model.parameters() gives them, "
+                f"got {type(parameters).__name__}"
+            )
+        if not callable(lr) and not 0 <= lr < math.inf:
+            raise ValueError(f"expected lr >= 0 and finite, got {lr}")
         if not 0 <= momentum < 1:
             raise ValueError(f"expected momentum in [0, 1), got {momentum}")
         if not weight_decay >= 0:
             raise ValueError(f"expected weight_decay >= 0, got {weight_decay}")
         self.parameters = dict(parameters)
-        self.schedule = schedule if callable(schedule) else Constant(schedule)
+        self.schedule = lr if callable(lr) else Constant(lr)
         self.momentum = momentum
         self.weight_decay = weight_decay
         self.decay_all = decay_all
@@ -115,8 +130,7 @@ class SGD:
             if self.weight_decay and (self.decay_all or parameter.name == "weight"):
                 v = v + self.weight_decay * parameter.data
             if self.momentum:
-                if name in self.velocity:
-                    v = v + self.momentum * self.velocity[name]
+                v = v + self.momentum * self.velocity.get(name, 0.0)  # a new array, ours
                 self.velocity[name] = v
             parameter.data -= self.lr * v
         self.steps += 1

@@ -110,8 +110,6 @@ def train_epoch(
     Returns:
         The metrics, and how many examples were left out.
     """
-    if batch_size < 1:
-        raise ValueError(f"expected batch_size >= 1, got {batch_size}")
     model.train()
     order = generator.permutation(len(split))
     skipped = left_out(len(order), batch_size)
@@ -140,12 +138,14 @@ def evaluate(
     was_training = model.training
     model.eval()
     totals = _Totals(backend)
-    for x, labels in split.batches(batch_size, dtype):
-        logits = model.forward(x)
-        loss, _ = F.softmax_cross_entropy(logits, labels)
-        totals.add(loss, logits, labels)
-    if was_training:
-        model.train()
+    try:
+        for x, labels in split.batches(batch_size, dtype):
+            logits = model.forward(x)
+            loss, _ = F.softmax_cross_entropy(logits, labels)
+            totals.add(loss, logits, labels)
+    finally:
+        if was_training:
+            model.train()
     return totals.metrics()
 
 

@@ -1,22 +1,39 @@
 """What the command lines share: one clear line for bad input, and exit codes.
 
-0 all went well, 2 bad input or something missing on this machine, 130 interrupted (Ctrl-C).
+0 all went well, 1 nobody reads the output any more, 2 bad input or something missing on this
+machine, 130 interrupted (Ctrl-C).
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import math
 import os
+import signal
 import sys
 from collections.abc import Callable
 from typing import NoReturn
 
-try:
-    from npbn.errors import NpbnError
-except ModuleNotFoundError as missing:
-    print(f"{missing}; in npbn's directory, run: pip install -e .", file=sys.stderr)
-    sys.exit(2)
+# Ctrl-C during the imports ends the process without a traceback; `run` takes over from there.
+signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+NEEDED = ("npbn", "numpy", "array_api_compat", "platformdirs", "threadpoolctl", "tqdm")
+
+
+def check_installation() -> None:
+    """To be called before these are imported: one line if they are not there."""
+    missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
+    if missing:
+        sys.exit(
+            _fail(f"not installed: {', '.join(missing)}; in npbn's directory: pip install -e .")
+        )
+
+
+def _fail(message: str) -> int:
+    if sys.stderr is not None:
+        print(message, file=sys.stderr)
+    return 2
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -58,14 +75,17 @@ def number(description: str, holds: Callable[[float], bool]) -> Callable[[str], 
 
 def run(program: str, main: Callable[[], None]) -> NoReturn:
     """Run ``main`` and exit: what a user can mend is one line, without a traceback."""
+    from npbn.errors import NpbnError
+
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         main()
-        sys.stdout.flush()
+        if sys.stdout is not None:
+            sys.stdout.flush()
     except NpbnError as error:
-        print(f"{program}: error: {error}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(_fail(f"{program}: error: {error}"))
     except KeyboardInterrupt:
-        print(f"\n{program}: interrupted", file=sys.stderr)
+        _fail(f"\n{program}: interrupted")
         sys.exit(130)
     except BrokenPipeError:  # the reader of our output has gone, as in `train.py | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from _command_line import ArgumentParser, check_installation, integer, run
+
+check_installation()
+
 import argparse
 import contextlib
 import datetime
@@ -26,7 +30,6 @@ import threadpoolctl
 from tqdm import tqdm
 
 import npbn
-from _command_line import ArgumentParser, integer, run
 from npbn import backend, models, optim
 from npbn import functional as F
 from npbn.errors import NpbnError
@@ -333,7 +336,8 @@ def compare(arguments: argparse.Namespace) -> dict[str, Any]:
             say(f"{name}: {results[name]['description']}")
         order = random.Random(arguments.seed)
         rounds = range(arguments.rounds + 1)
-        for number in tqdm(rounds, unit=" rounds", leave=False, disable=not sys.stderr.isatty()):
+        quiet = sys.stderr is None or not sys.stderr.isatty()
+        for number in tqdm(rounds, unit=" rounds", leave=False, disable=quiet):
             for task, batch_size in tasks.items():
                 order.shuffle(workers)
                 sums = {}

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import time
 
+from _command_line import ArgumentParser, check_installation, integer, number, run
+
 STARTED = time.perf_counter()  # before the other imports: they are part of the wait
+check_installation()
 
 import argparse
 import math
@@ -15,7 +18,6 @@ import numpy as np
 from tqdm import tqdm
 
 import npbn
-from _command_line import ArgumentParser, integer, number, run
 from npbn import backend, data, models, optim, training
 from npbn.layers import BatchNorm, Sequential
 
@@ -27,7 +29,8 @@ examples:
   python scripts/train.py --no-batch-norm --lr 0.5       what it is like without
   python scripts/train.py --schedule cosine --momentum 0.9 --lr 0.1
 
-exit codes: 0 trained, 2 bad input or something missing on this machine, 130 interrupted
+exit codes: 0 trained, 1 nobody reads the output any more, 2 bad input or something missing on this
+machine, 130 interrupted
 """
 
 
@@ -156,7 +159,7 @@ def main() -> None:
     if device.note:
         say(f"on the CPU, because: {device.note}")
 
-    dataset = data.load(arguments.dataset, arguments.data)
+    dataset = data.load(arguments.dataset, arguments.data, on_download=say)
     for note in dataset.notes:
         say(f"note: {note}")
     train, test = dataset.train.to(device), dataset.test.to(device)
@@ -185,8 +188,14 @@ def main() -> None:
     say(
         f"training: {arguments.epochs} epoch{'s' * (arguments.epochs > 1)}, "
         f"batches of {arguments.batch_size}, SGD with {arguments.schedule} learning rate "
-        f"{arguments.lr}, seed {arguments.seed}"
+        f"{arguments.lr}, momentum {arguments.momentum:g}, weight decay "
+        f"{arguments.weight_decay:g}, seed {arguments.seed}"
     )
+    if arguments.batch_size == 1 and not arguments.no_batch_norm:
+        say(
+            "note: over a batch of one, batch norm after a linear layer is constant: "
+            "little is learned"
+        )
     say("")
     say("epoch    loss  train acc  test acc  examples/s")
 
@@ -195,7 +204,7 @@ def main() -> None:
         unit=" examples",
         unit_scale=True,
         leave=False,
-        disable=not sys.stderr.isatty(),
+        disable=sys.stderr is None or not sys.stderr.isatty(),
     )
 
     def on_epoch(epoch: training.Epoch) -> None:
@@ -206,8 +215,9 @@ def main() -> None:
         )
         if epoch.skipped and epoch.number == 1:
             say("       (one example an epoch is left out: as a batch it has no variance)")
-        bar.reset()
-        bar.set_description(f"epoch {epoch.number + 1}")
+        if epoch.number < arguments.epochs:
+            bar.reset()
+            bar.set_description(f"epoch {epoch.number + 1}")
 
     bar.set_description("epoch 1")
     try:

@@ -86,6 +86,12 @@ def test_the_environment_variable_and_what_overrides_it(idx_files, monkeypatch, 
         data.load()
 
 
+def test_the_environment_variable_is_named_where_it_is_to_blame(monkeypatch, tmp_path):
+    monkeypatch.setenv("NPBN_DATA", str(tmp_path))
+    with pytest.raises(DataError, match=r"\(the directory is named by \$NPBN_DATA\)"):
+        data.load()
+
+
 def replace(path: Path, content: bytes) -> None:
     path.unlink()
     path.write_bytes(content)
@@ -171,8 +177,10 @@ def test_without_anything_auto_gives_digits_and_says_how_to_do_better(bare):
 
 
 def test_without_anything_fashion_mnist_is_refused(bare):
+    said: list[str] = []
     with pytest.raises(DataError, match=r"could not be downloaded: .*; three ways to get it: "):
-        data.load("fashion-mnist", cache=bare)
+        data.load("fashion-mnist", cache=bare, on_download=said.append)
+    assert said == [f"downloading Fashion-MNIST into {bare}, in 300 s at most"]
     assert not list(bare.rglob("*ubyte*"))
 
 

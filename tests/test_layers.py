@@ -15,6 +15,7 @@ from npbn.layers import (
     BatchNorm,
     Conv2d,
     Flatten,
+    Layer,
     Linear,
     MaxPool2d,
     Parameter,
@@ -122,6 +123,41 @@ def test_parameters_have_names_data_and_gradients():
         assert parameter.gradient.shape == parameter.data.shape
         assert parameter.gradient.dtype == np.float32
     assert repr(parameters["2.1.bias"]) == "Parameter('bias', shape=(3,), float32)"
+
+
+def test_layers_in_attributes_are_part_of_a_layer(rng):
+    """A residual block, as a user would write it."""
+
+    class Residual(Layer):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = Sequential(Linear(4, 4), BatchNorm(4, 2))
+            self.scale = Parameter("weight", np.ones((1, 4), np.float32))
+            self.shift = Parameter("weight", np.zeros((1, 4), np.float32))
+
+        def forward(self, x):
+            return self.inner.forward(x) + x
+
+        def backward(self, dy):
+            return self.inner.backward(dy) + dy
+
+    model = Sequential(Residual(), Linear(4, 2))
+    assert list(model.parameters()) == [
+        "0.scale",
+        "0.shift",
+        "0.inner.0.weight",
+        "0.inner.0.bias",
+        "0.inner.1.gamma",
+        "0.inner.1.beta",
+        "1.weight",
+        "1.bias",
+    ]
+    assert "0.inner.1.moving_var" in model.state_dict()
+    model.eval()
+    assert not model.layers[0].inner.layers[1].training
+    model.to(NUMPY, "float64")
+    y = model.forward(rng.normal(size=(3, 4)))
+    assert y.dtype == np.float64
 
 
 def test_gradients_are_set_not_added(rng):
@@ -314,6 +350,13 @@ def test_repr_and_summary():
         (lambda: BLeNet(1, 11, 10), ValueError, "expected fig_size >= 12, got 11"),
         (lambda: Linear(2, 2).backward(np.ones((1, 2))), RuntimeError, "needs a forward pass"),
         (lambda: Sequential(*[ReLU()] * 2), ValueError, "expected every layer once"),
+        (
+            lambda: Sequential(*map(Sequential, [ReLU()] * 2)),
+            ValueError,
+            "expected every layer once",
+        ),
+        (lambda: Sequential([ReLU()]), TypeError, "expected layers, got list"),
+        (lambda: ReLU().to(NUMPY, "int8"), ValueError, "dtype float32 or float64, got int8"),
         (
             lambda: BatchNorm(3, 4).forward(np.ones((2, 3), np.float32)),
             ValueError,

@@ -64,6 +64,17 @@ def test_step_leaves_the_gradients_alone():
         np.testing.assert_array_equal(parameter.gradient, 1)
 
 
+def test_velocity_is_the_optimizers_own():
+    """A layer may write its next gradient into the same array."""
+    parameter = Parameter("weight", np.zeros(1))
+    parameter.gradient = np.zeros(1)
+    optimizer = SGD({"w": parameter}, 1.0, momentum=0.5)
+    for gradient in (1.0, 2.0, 4.0):
+        parameter.gradient[...] = gradient
+        optimizer.step()
+    np.testing.assert_array_equal(parameter.data, [-(1 + 2.5 + 5.25)])
+
+
 def test_step_needs_gradients_and_changes_nothing_without():
     model = Sequential(Linear(2, 2), Linear(2, 2))
     before = model.state_dict()
@@ -97,6 +108,8 @@ def test_the_schedule_is_followed():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"lr": -1.0}, "expected lr >= 0 and finite, got -1.0"),
+        ({"lr": float("nan")}, "expected lr >= 0 and finite, got nan"),
         ({"momentum": -0.1}, r"expected momentum in \[0, 1\), got -0.1"),
         ({"momentum": 1.0}, r"expected momentum in \[0, 1\), got 1.0"),
         ({"weight_decay": -1.0}, "expected weight_decay >= 0, got -1.0"),
@@ -104,4 +117,13 @@ def test_the_schedule_is_followed():
 )
 def test_errors(options, message):
     with pytest.raises(ValueError, match=message):
-        SGD({}, 0.1, **options)
+        SGD({}, **({"lr": 0.1} | options))
+
+
+def test_more_errors():
+    with pytest.raises(TypeError, match=r"as model.parameters\(\) gives them, got Linear"):
+        SGD(Linear(2, 2), 0.1)
+    with pytest.raises(ValueError, match="expected total >= 1, got 0"):
+        Cosine(0.1, 0)
+    with pytest.raises(ValueError, match="expected every >= 1, got 0"):
+        StepDecay(0.1, 0)

@@ -223,6 +223,34 @@ def test_progress_bar_on_a_terminal_only(tmp_path):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGINT between processes")
+def test_interrupt_during_the_imports_is_no_traceback(tmp_path):
+    for delay in (0.05, 0.15, 0.3):
+        process = subprocess.Popen(
+            [sys.executable, str(SCRIPTS / "train.py"), *QUICK],
+            cwd=tmp_path,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        time.sleep(delay)
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=60)
+        assert process.returncode != 0
+        assert "train.py" not in errors  # Python's own start may still show a traceback of its own
+
+
+def test_without_its_dependencies_it_says_what_to_do(tmp_path):
+    """With Python's own library alone (-S -E leaves site-packages out)."""
+    process = subprocess.run(
+        [sys.executable, "-S", "-E", str(SCRIPTS / "train.py")],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert_refused(process, "not installed: npbn, numpy", "pip install -e .")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGINT between processes")
 def test_interrupt_is_no_traceback(tmp_path):
     process = subprocess.Popen(
         [sys.executable, "-u", str(SCRIPTS / "train.py"), *QUICK, "--epochs", "100000"],

@@ -134,6 +134,14 @@ def test_evaluation_changes_nothing(mode):
 def test_errors():
     with pytest.raises(ValueError, match="expected batch_size >= 1, got 0"):
         train(a_model(), a_split(4), batch_size=0)
+    with pytest.raises(TypeError, match="expected images of dtype uint8, got float32"):
+        Split(np.zeros((3, 1, 4, 4), np.float32), np.zeros(3, int))
+    with pytest.raises(TypeError, match="expected labels of an integer dtype, got float64"):
+        Split(np.zeros((3, 1, 4, 4), np.uint8), np.zeros(3))
+    model = a_model()
+    with pytest.raises(ValueError, match="expected batch_size >= 1, got 0"):
+        training.evaluate(model, a_split(4), backend=NUMPY, batch_size=0)
+    assert model.training  # also after an error
     with pytest.raises(ValueError, match=r"expected images of shape \(N, C, H, W\)"):
         Split(np.zeros((3, 4, 4)), np.zeros(3))
     with pytest.raises(ValueError, match=r"labels of shape \(N,\)"):

@@ -17,16 +17,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import array_api_compat
+import numpy as np
 
 from npbn.functional._arrays import Array
 
 
 def pair(name: str, value: int | tuple[int, int], *, minimum: int) -> tuple[int, int]:
     """``value`` as (vertical, horizontal); one int stands for both."""
-    both = value if isinstance(value, tuple) else (value, value)
-    if len(both) != 2 or not all(isinstance(v, int) and v >= minimum for v in both):
+    both: tuple[Any, ...] = value if isinstance(value, tuple) else (value, value)
+    if len(both) != 2 or not all(isinstance(v, int | np.integer) and v >= minimum for v in both):
         raise ValueError(f"expected {name} as an int >= {minimum} or a pair of them, got {value}")
-    return both
+    return int(both[0]), int(both[1])
 
 
 @dataclass(frozen=True)

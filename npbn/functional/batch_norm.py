@@ -19,8 +19,9 @@ $$d\beta = \sum_i dy_i \qquad d\gamma = \sum_i dy_i\, \hat{x}_i \qquad d\hat{x}_
 **Prediction.** $\mu$ and $s$ do not depend on $x$, so $dx_i = d\hat{x}_i / s = \gamma\, dy_i / s$.
 
 **Training.** $x_i$ reaches the loss by three ways: through $\hat{x}_i$ directly, through $v$ (and
-so through *every* $\hat{x}_k$), and through $\mu$ (likewise). The chain rule, node by node, writing
-$\bar{x}_i = x_i - \mu$, so that $\hat{x}_i = \bar{x}_i / s$:
+so through *every* $\hat{x}_k$), and through $\mu$ (likewise). To follow them one node at a time,
+call the centred value $\bar{x}_i = x_i - \mu$, so that $\hat{x}_i = \bar{x}_i / s$. Every
+$\hat{x}_i$ is divided by $s$, and $s$ is the root of $v + \epsilon$:
 
 $$ds = -\frac{1}{s^2} \sum_i d\hat{x}_i\, \bar{x}_i = -\frac{1}{s} \sum_i d\hat{x}_i\, \hat{x}_i
   \qquad
@@ -42,26 +43,29 @@ $x_i$ feeds $\bar{x}_i$ (by 1) and $\mu$ (by $1/m$): $dx_i = d\bar{x}_i + d\mu /
 $$dx_i = \frac{1}{s} \Big( d\hat{x}_i - \frac{1}{m} \sum_k d\hat{x}_k -
   \hat{x}_i \cdot \frac{1}{m} \sum_k d\hat{x}_k\, \hat{x}_k \Big)$$
 
-and with $d\hat{x}_i = \gamma\, dy_i$, where the sums turn out to be $d\beta$ and $d\gamma$:
+Finally put in $d\hat{x}_i = \gamma\, dy_i$. The sums become
+$\sum_k d\hat{x}_k = \gamma\, d\beta$ and $\sum_k d\hat{x}_k\, \hat{x}_k = \gamma\, d\gamma$, and
+$\gamma$ comes out of the bracket:
 
 $$\boxed{\; dx_i = \frac{\gamma}{s} \Big( dy_i - \frac{d\beta}{m} -
   \hat{x}_i\, \frac{d\gamma}{m} \Big) \;}$$
 
 Read it so: take the gradient that came, remove its mean (shifting all $x_i$ together changes
-nothing), and remove its part along $\hat{x}$ (stretching all $x_i$ together changes almost
-nothing: only $\epsilon$ notices).
+nothing), remove its part along $\hat{x}$ (stretching all $x_i$ together changes nothing but for
+$\epsilon$; so of that part, a fraction $\epsilon / s^2$ remains), and scale by $\gamma / s$.
 
 **Rounding.** The variance is taken in two passes, from $x - \mu$: $E[x^2] - E[x]^2$ would cancel
-catastrophically where the mean is large. And since $\mu$ itself is rounded, $\bar{x}$ is centred
-once more by its own mean. In exact arithmetic that mean is zero, so the derivation is untouched;
-in float32 it is what keeps a channel with mean $10^4$ and deviation $10^{-2}$ accurate, and what
-makes a constant channel come out as $\beta$.
+catastrophically where the mean is large. And since $\mu$ itself is rounded, in training $\bar{x}$
+is centred once more by its own mean. In exact arithmetic that mean is zero, so the derivation is
+untouched; in float32 it is what keeps a channel with mean $10^4$ and deviation $10^{-2}$ accurate,
+and what makes a constant channel come out as $\beta$. (Prediction has no such remedy: a moving mean
+near $10^4$ is itself only known to about $10^{-3}$ in float32.)
 
 **Source.** S. Ioffe and C. Szegedy, "Batch Normalization: Accelerating Deep Network Training by
 Reducing Internal Covariate Shift", ICML 2015 (arXiv:1502.03167): the forward pass is Algorithm 1,
-the staged backward the equations of section 3. The centring step is the corrected two-pass
-algorithm of T. Chan, G. Golub and R. LeVeque, "Algorithms for Computing the Sample Variance", The
-American Statistician 37(3), 1983.
+the gradients are those of section 3, taken through a finer graph. Correcting the second pass by the
+rounding of the mean is the idea of the corrected two-pass algorithm in T. Chan, G. Golub and
+R. LeVeque, "Algorithms for Computing the Sample Variance", The American Statistician 37(3), 1983.
 """
 
 from __future__ import annotations

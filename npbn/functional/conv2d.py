@@ -1,7 +1,9 @@
 r"""Two-dimensional convolution as matrix products, and its gradient.
 
 **Formula.** (Cross-correlation, as in every deep-learning library: the kernel is not flipped.)
-With $x$ padded by zeros, output channel $o$ at position $(p, q)$ of example $n$ is
+There are $N$ images of $C$ channels and $O$ kernels of $k_H \times k_W$ pixels, moved by $s_H$ and
+$s_W$ pixels at a time. With $x$ padded by zeros, output channel $o$ at position $(p, q)$ of example
+$n$, in an output of $H' \times W'$ pixels, is
 
 $$y_{n o p q} = b_o + \sum_{c, i, j} w_{o c i j}\; x_{n, c,\, p s_H + i,\, q s_W + j}$$
 
@@ -12,30 +14,36 @@ $O \times (k_H C k_W)$ and $Y_p$ the output row as $O \times (W' N)$,
 
 $$Y_p = W X_p + b \mathbf{1}^\top$$
 
-The part of $X_p$ that belongs to $i$ needs nothing but row $h = p s_H + i$ of the image, the
+The part of $X_p$ that belongs to $i$ needs nothing but row $h = p s_H + i$ of the padded image, the
 *strip*
 
 $$S_{h c j q n} = x_{n, c, h,\, q s_W + j}$$
 
 which `unfold` builds for all $h$ at once. So $X_p$ is $k_H$ strips under one another, a contiguous
 block of $S$, and nothing is copied to get from one output row to the next. (Writing all $X_p$ out,
-im2col, would hold every number $k_H k_W$ times instead of $k_W$ times, and the products would wait
-for memory: a block of strips stays in the CPU's cache.)
+im2col, would at stride 1 hold every number $k_H k_W$ times instead of $k_W$ times, and the products
+would wait for memory: a block of strips stays in the CPU's cache.)
 
-**Backward.** $dY_p$ is given. From $Y_{p, o r} = b_o + \sum_k W_{o k} X_{p, k r}$, the chain rule
-gives a sum for each way on which an entry reaches the loss. $W$ and $b$ meet every column of every
-row; an entry of $X_p$ meets every output channel:
+**Backward.** $dY_p$ is given. Number the rows of $X_p$ by $\kappa = (i, c, j)$ and its columns by
+$\rho = (q, n)$. From $Y_{p, o \rho} = b_o + \sum_\kappa W_{o \kappa} X_{p, \kappa \rho}$, the chain
+rule gives a sum over all ways on which an entry reaches the loss. $W$ and $b$ meet every column of
+every row; an entry of $X_p$ meets every output channel:
 
-$$dW_{o k} = \sum_p \sum_r dY_{p, o r}\, X_{p, k r} \qquad
-  dX_{p, k r} = \sum_o W_{o k}\, dY_{p, o r} \qquad
-  db_o = \sum_p \sum_r dY_{p, o r}$$
+$$dW_{o \kappa} = \sum_p \sum_\rho dY_{p, o \rho}\, X_{p, \kappa \rho} \qquad
+  dX_{p, \kappa \rho} = \sum_o W_{o \kappa}\, dY_{p, o \rho} \qquad
+  db_o = \sum_p \sum_\rho dY_{p, o \rho}$$
 
 $$dW = \sum_p dY_p\, X_p^\top \qquad dX_p = W^\top dY_p \qquad db = \sum_p dY_p\, \mathbf{1}$$
 
-Two steps of pure copying are left, and the gradient of a copy is the sum over the copies. A strip
-is part of $X_p$ for every $p$ whose windows see its row, so $dS_h$ adds up those parts of $dX_p$.
-An element of $x$ is in a strip once for each window column that sees it; `fold`, the transpose of
-`unfold`, adds those up. Padding, and elements that no window reaches, drop out.
+Two steps of pure copying are left, and the gradient of what was copied is the sum over the copies.
+Strip $h$ is the part $i$ of every $X_p$ with $p s_H + i = h$, and column $w$ of the padded image is
+in its strip at every $(j, q)$ with $q s_W + j = w$:
+
+$$dS_{h c j q n} = \sum_{p, i \,:\, p s_H + i = h} dX_{p, (i c j)(q n)} \qquad
+  dx_{n c h w} = \sum_{j, q \,:\, q s_W + j = w} dS_{h c j q n}$$
+
+The second sum is `fold`, the transpose of `unfold`. Padding is cut off, and what no window reaches
+gets nothing.
 
 **Source.** K. Chellapilla, S. Puri and P. Simard, "High Performance Convolutional Neural Networks
 for Document Processing", 2006 (the matrix product); V. Dumoulin and F. Visin, "A guide to
