@@ -10,6 +10,7 @@ STARTED = time.perf_counter()  # before the other imports: they are part of the 
 check_installation()
 
 import argparse
+import copy
 import math
 import platform
 import sys
@@ -18,7 +19,8 @@ import numpy as np
 from tqdm import tqdm
 
 import npbn
-from npbn import backend, data, models, optim, training
+from npbn import backend, data, models, optim, training, verify
+from npbn.errors import NpbnError
 from npbn.layers import BatchNorm, Sequential
 
 EPILOG = """\
@@ -115,6 +117,11 @@ def parse_arguments() -> argparse.Namespace:
         help="on weights, not on biases, gamma and beta (default: 0)",
     )
     how.add_argument(
+        "--check-gradients",
+        action="store_true",
+        help="first compare every gradient with the complex step, on one batch, in float64",
+    )
+    how.add_argument(
         "--seed",
         type=integer(0),
         default=0,
@@ -196,6 +203,8 @@ def main() -> None:
             "note: over a batch of one, batch norm after a linear layer is constant: "
             "little is learned"
         )
+    if arguments.check_gradients:
+        check_gradients(model, train, device, arguments)
     say("")
     say("epoch    loss  train acc  test acc  examples/s")
 
@@ -249,6 +258,23 @@ def main() -> None:
         for parameter in (first.gamma, first.beta):
             values = " ".join(f"{v:.3f}" for v in backend.to_numpy(parameter.data).ravel())
             say(f"{parameter.name} of the first batch norm: {values}")
+
+
+def check_gradients(
+    model: Sequential, train: data.Split, device: backend.Backend, arguments: argparse.Namespace
+) -> None:
+    """Print a table for one batch of the data; end the program if a gradient is wrong."""
+    copied = copy.deepcopy(model)
+    copied.to(device, "float64")
+    x, labels = next(train.batches(arguments.batch_size, "float64"))
+    report = verify.check_model(copied, x, labels)
+    say("")
+    say(f"gradients on a batch of {len(labels)}, float64, by the complex step:")
+    say("parameter     relative error  verdict")
+    for finding in report.findings:
+        say(f"{finding.name:12}  {finding.error:14.1e}  {finding.verdict}")
+    if not report.ok:
+        raise NpbnError("a gradient is wrong, see above; nothing was trained")
 
 
 def say(line: str) -> None:

@@ -51,13 +51,24 @@ def test_every_operation_has_formula_derivation_and_source(path):
 
 
 def test_the_example_in_the_readme_runs_and_learns(tmp_path):
-    (code,) = re.findall(r"```python\n(import numpy.*?)```", README, flags=re.DOTALL)
+    (code,) = re.findall(
+        r"```python\n(import numpy as np\nfrom npbn import.*?)```", README, re.DOTALL
+    )
     process = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path
     )
     loss, accuracy = map(float, process.stdout.split())
     assert loss < 0.1
     assert accuracy > 0.9
+
+
+def test_the_checker_in_the_readme_finds_the_mistake(tmp_path):
+    pattern = r"```python\n(import numpy as np\nfrom npbn\.verify.*?)```"
+    (code,) = re.findall(pattern, README, re.DOTALL)
+    process = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path
+    )
+    assert process.stdout.startswith("dx: WRONG")
 
 
 def test_the_backward_pass_in_the_readme_is_the_one_that_runs():

@@ -1,0 +1,580 @@
+"""A catalogue of mistakes: wrong forward and backward passes, each as somebody writes it.
+
+A mutant is a change to lines of `npbn.verify.plain`: what stands there, and what a person wrote
+instead. So every entry can be read, run (`Mutant.functions`), combined with another
+(`functions_of`), and handed to somebody as a file of plain NumPy (`Mutant.source`).
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from npbn.verify import plain
+
+SOURCE = Path(plain.__file__).read_text(encoding="utf-8")
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """One mistake.
+
+    Attributes:
+        operation: in `npbn.verify.plain`.
+        name: of the mistake.
+        explanation: what it makes of the result, for the person who made it.
+        changes: (what stands in the plain source, what was written instead).
+    """
+
+    operation: str
+    name: str
+    explanation: str
+    changes: tuple[tuple[str, str], ...]
+
+    @property
+    def source(self) -> str:
+        """The operation with the mistake in it, as a file of plain NumPy."""
+        return source_of([self])
+
+    @property
+    def functions(self) -> tuple[Callable[..., Any], Callable[..., Any]]:
+        """Forward and backward with the mistake in them."""
+        return functions_of(self.operation, [self])
+
+
+def mutant(operation: str, name: str, explanation: str, *changes: tuple[str, str]) -> Mutant:
+    """An entry of the catalogue, its changes checked against the source."""
+    original = operation_source(operation)
+    for old, _ in changes:
+        if original.count(old) != 1:
+            raise ValueError(f"{operation}: {name}: expected {old!r} once in plain.py")
+    return Mutant(operation, name, explanation, changes)
+
+
+def operation_source(operation: str) -> str:
+    """Forward and backward of an operation as they stand in plain.py."""
+    functions = re.findall(
+        rf"^def {operation}(?:_backward)?\(.*?(?=\n\n\n|\Z)", SOURCE, re.M | re.S
+    )
+    return "import numpy as np\n\n\n" + "\n\n\n".join(functions) + "\n"
+
+
+def source_of(mutants: Iterable[Mutant]) -> str:
+    """The source of one operation with all of these mistakes.
+
+    Raises:
+        ValueError: they change the same place, so that they cannot be made together.
+    """
+    mutants = list(mutants)
+    source = operation_source(mutants[0].operation)
+    for m in mutants:
+        for old, new in m.changes:
+            if source.count(old) != 1:
+                raise ValueError(f"{m.name} cannot be combined with the others")
+            source = source.replace(old, new)
+    return source
+
+
+@functools.cache
+def _compiled(source: str) -> dict[str, Any]:
+    namespace: dict[str, Any] = {}
+    exec(source, namespace)
+    return namespace
+
+
+def functions_of(
+    operation: str, mutants: Iterable[Mutant] = ()
+) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """Forward and backward of an operation, with these mistakes (or none) in them."""
+    mutants = list(mutants)
+    source = source_of(mutants) if mutants else operation_source(operation)
+    namespace = _compiled(source)
+    return namespace[operation], namespace[f"{operation}_backward"]
+
+
+BATCH_NORM = (
+    mutant(
+        "batch_norm",
+        "without the mean path",
+        "dx lacks the term through the mean, -mean(gamma·dy)/s: every x moves the batch mean, and "
+        "the mean is subtracted from every x",
+        ("dx_hat - mean_term - variance_term", "dx_hat - variance_term"),
+    ),
+    mutant(
+        "batch_norm",
+        "without the variance path",
+        "dx lacks the term through the variance, -x_hat·mean(gamma·dy·x_hat)/s: every x moves the "
+        "batch variance",
+        ("dx_hat - mean_term - variance_term", "dx_hat - mean_term"),
+    ),
+    mutant(
+        "batch_norm",
+        "prediction-mode gradient in training",
+        "dx is gamma·dy/s also in training: mean and variance are treated as constants, but there "
+        "they depend on x",
+        ("dx_hat - mean_term - variance_term", "dx_hat"),
+    ),
+    mutant(
+        "batch_norm",
+        "training-mode gradient in prediction",
+        "dx in prediction mode has the terms through the batch's mean and variance; there the "
+        "statistics are constants and dx is gamma·dy/s",
+        ("    dx_hat = dy * gamma\n    if training:", "    dx_hat = dy * gamma\n    if True:"),
+    ),
+    mutant(
+        "batch_norm",
+        "mean path with the wrong sign",
+        "the term of dx through the mean is added, it must be subtracted",
+        ("dx_hat - mean_term - variance_term", "dx_hat + mean_term - variance_term"),
+    ),
+    mutant(
+        "batch_norm",
+        "variance path with the wrong sign",
+        "the term of dx through the variance is added, it must be subtracted",
+        ("dx_hat - mean_term - variance_term", "dx_hat - mean_term + variance_term"),
+    ),
+    mutant(
+        "batch_norm",
+        "variance path twice as large",
+        "the term of dx through the variance is twice as large as it should be: the 2 of "
+        "d(x²) = 2x dx cancels against the 1/2 of the square root's derivative",
+        ("variance_term = x_hat", "variance_term = 2 * x_hat"),
+    ),
+    mutant(
+        "batch_norm",
+        "variance path half as large",
+        "the term of dx through the variance is half as large as it should be: the 1/2 of the "
+        "square root's derivative cancels against the 2 of d(x²) = 2x dx",
+        ("variance_term = x_hat", "variance_term = 0.5 * x_hat"),
+    ),
+    mutant(
+        "batch_norm",
+        "mean path divided by the batch size only",
+        "the term of dx through the mean is divided by N; with feature maps it must be N·H·W",
+        (
+            "mean_term = dx_hat.sum(axis=axes, keepdims=True) / m",
+            "mean_term = dx_hat.sum(axis=axes, keepdims=True) / len(dy)",
+        ),
+    ),
+    mutant(
+        "batch_norm",
+        "mean path as a sum",
+        "the term of dx through the mean is a sum over the batch; it must be a mean",
+        (
+            "mean_term = dx_hat.sum(axis=axes, keepdims=True) / m",
+            "mean_term = dx_hat.sum(axis=axes, keepdims=True)",
+        ),
+    ),
+    mutant(
+        "batch_norm",
+        "variance path as a sum",
+        "the term of dx through the variance has a sum over the batch; it must be a mean",
+        (
+            "(dx_hat * x_hat).sum(axis=axes, keepdims=True) / m",
+            "(dx_hat * x_hat).sum(axis=axes, keepdims=True)",
+        ),
+    ),
+    mutant(
+        "batch_norm",
+        "eps left out of the backward pass",
+        "dx divides by √v where the forward pass divides by √(v + eps)",
+        ("return y, (x_hat, s, gamma,", "return y, (x_hat, np.sqrt(var), gamma,"),
+    ),
+    mutant(
+        "batch_norm",
+        "eps left out",
+        "the output is divided by √v, without eps: a constant feature gives NaN",
+        ("s = np.sqrt(var + eps)", "s = np.sqrt(var)"),
+    ),
+    mutant(
+        "batch_norm",
+        "eps counted twice",
+        "eps is added to the moving variance, and again in prediction",
+        (
+            "moving_var = momentum * moving_var + (1 - momentum) * var",
+            "moving_var = momentum * moving_var + (1 - momentum) * (var + eps)",
+        ),
+    ),
+    mutant(
+        "batch_norm",
+        "eps outside of the root",
+        "the output is divided by √v + eps, it must be √(v + eps)",
+        ("s = np.sqrt(var + eps)", "s = np.sqrt(var) + eps"),
+    ),
+    mutant(
+        "batch_norm",
+        "n - 1 for n",
+        "the batch variance is the unbiased one, divided by m - 1; batch norm divides by m",
+        (
+            "((x - mean) ** 2).sum(axis=axes, keepdims=True) / m",
+            "((x - mean) ** 2).sum(axis=axes, keepdims=True) / (m - 1)",
+        ),
+    ),
+    mutant(
+        "batch_norm",
+        "moving variance unbiased",
+        "the moving variance is made from the unbiased batch variance, as PyTorch's is",
+        (
+            "moving_var = momentum * moving_var + (1 - momentum) * var",
+            "moving_var = momentum * moving_var + (1 - momentum) * var * m / (m - 1)",
+        ),
+    ),
+    mutant(
+        "batch_norm",
+        "momentum reversed",
+        "the moving averages keep 1 - momentum and take momentum of the new, as PyTorch's do",
+        (
+            "moving_mean = momentum * moving_mean + (1 - momentum) * mean",
+            "moving_mean = (1 - momentum) * moving_mean + momentum * mean",
+        ),
+        (
+            "moving_var = momentum * moving_var + (1 - momentum) * var",
+            "moving_var = (1 - momentum) * moving_var + momentum * var",
+        ),
+    ),
+    mutant(
+        "batch_norm",
+        "batch statistics in prediction",
+        "prediction normalizes with the batch's own statistics and moves the averages; it must use "
+        "the moving averages",
+        (
+            "    m = x.size // gamma.size\n    if training:",
+            "    m = x.size // gamma.size\n    if True:",
+        ),
+    ),
+    mutant(
+        "batch_norm",
+        "statistics per pixel",
+        "feature maps are normalized per pixel, over the batch alone; each channel has one mean "
+        "and variance over batch, height and width",
+        (
+            "    axes = (0,) if x.ndim == 2 else (0, 2, 3)\n    m = x.size // gamma.size",
+            "    axes = (0,)\n    m = len(x)",
+        ),
+    ),
+    mutant(
+        "batch_norm",
+        "statistics per example",
+        "the statistics run over the features of one example (that is layer norm), not over the "
+        "batch",
+        (
+            "    axes = (0,) if x.ndim == 2 else (0, 2, 3)\n    m = x.size // gamma.size",
+            "    axes = tuple(range(1, x.ndim))\n    m = x.size // len(x)",
+        ),
+    ),
+    mutant(
+        "batch_norm",
+        "gamma forgotten in dx",
+        "dx lacks the factor gamma",
+        ("dx_hat = dy * gamma", "dx_hat = dy"),
+    ),
+    mutant(
+        "batch_norm",
+        "dx not divided by s",
+        "dx lacks the factor 1/s",
+        ("- variance_term) / s", "- variance_term)"),
+        ("dx = dx_hat / s", "dx = dx_hat"),
+    ),
+    mutant(
+        "batch_norm",
+        "dx divided by the variance",
+        "dx is divided by s², it must be s",
+        ("- variance_term) / s", "- variance_term) / s**2"),
+        ("dx = dx_hat / s", "dx = dx_hat / s**2"),
+    ),
+    mutant(
+        "batch_norm",
+        "dgamma from the centred x",
+        "dgamma sums dy·(x - mean), it must be dy·x_hat, which is divided by s",
+        ("dgamma = (dy * x_hat).sum", "dgamma = (dy * x_hat * s).sum"),
+    ),
+    mutant(
+        "batch_norm",
+        "dgamma a mean",
+        "dgamma is a mean over the batch; it must be a sum, the loss has its 1/N already",
+        (
+            "dgamma = (dy * x_hat).sum(axis=axes, keepdims=True)",
+            "dgamma = (dy * x_hat).sum(axis=axes, keepdims=True) / m",
+        ),
+    ),
+    mutant(
+        "batch_norm",
+        "dbeta a mean",
+        "dbeta is a mean over the batch; it must be a sum, the loss has its 1/N already",
+        (
+            "dbeta = dy.sum(axis=axes, keepdims=True)",
+            "dbeta = dy.sum(axis=axes, keepdims=True) / m",
+        ),
+    ),
+    mutant(
+        "batch_norm",
+        "dgamma without x_hat",
+        "dgamma is the sum of dy; it must be the sum of dy·x_hat",
+        ("dgamma = (dy * x_hat).sum", "dgamma = dy.sum"),
+    ),
+)
+
+_WINDOW = "np.tensordot(window, weight, axes=((1, 2, 3), (1, 2, 3)))"
+_DX = "dpadded[:, :, rows, columns] += np.tensordot(dy[:, :, p, q], weight, axes=(1, 0))"
+_DWEIGHT = "dweight += np.tensordot(dy[:, :, p, q], padded[:, :, rows, columns], axes=(0, 0))"
+_ROWS = "rows, columns = slice(p * sh, p * sh + kh), slice(q * sw, q * sw + kw)"
+_CROP = "dx = dpadded[:, :, ph : h - ph, pw : w - pw]"
+
+CONV2D = (
+    mutant(
+        "conv2d",
+        "kernel flipped",
+        "the kernel is turned by 180° (the mathematicians' convolution); deep learning's is not",
+        (_WINDOW, _WINDOW.replace("weight,", "weight[:, :, ::-1, ::-1],")),
+    ),
+    mutant(
+        "conv2d",
+        "kernel flipped in dx",
+        "dx uses the kernel turned by 180°, but the sums over windows turn it already",
+        (_DX, _DX.replace("weight,", "weight[:, :, ::-1, ::-1],")),
+    ),
+    mutant(
+        "conv2d",
+        "dweight flipped",
+        "dweight is turned by 180°",
+        ("return dx, dweight, dbias", "return dx, dweight[:, :, ::-1, ::-1], dbias"),
+    ),
+    mutant(
+        "conv2d",
+        "padding forgotten in dx",
+        "dx is cut from the corner of the padded gradient; it must be its middle, which starts "
+        "behind the padding",
+        (_CROP, "dx = dpadded[:, :, : h - 2 * ph, : w - 2 * pw]"),
+    ),
+    mutant(
+        "conv2d",
+        "padding not cut off dx",
+        "dx still has the padding around it",
+        (_CROP, "dx = dpadded"),
+    ),
+    mutant(
+        "conv2d",
+        "stride ignored in dx",
+        "dx is put together as if the stride were 1",
+        (
+            _DX,
+            "dpadded[:, :, p : p + kh, q : q + kw] += np.tensordot("
+            "dy[:, :, p, q], weight, axes=(1, 0))",
+        ),
+    ),
+    mutant(
+        "conv2d",
+        "stride ignored in dweight",
+        "dweight looks at the windows as if the stride were 1",
+        (
+            _DWEIGHT,
+            "dweight += np.tensordot("
+            "dy[:, :, p, q], padded[:, :, p : p + kh, q : q + kw], axes=(0, 0))",
+        ),
+    ),
+    mutant(
+        "conv2d",
+        "strides swapped",
+        "the vertical stride is used horizontally and the reverse",
+        (
+            "    (sh, sw), (ph, pw) = stride, padding\n",
+            "    (sw, sh), (ph, pw) = stride, padding\n",
+        ),
+        (
+            "padded, weight, (sh, sw), (ph, pw) = cache",
+            "padded, weight, (sw, sh), (ph, pw) = cache",
+        ),
+    ),
+    mutant(
+        "conv2d",
+        "overlaps overwritten in dx",
+        "where windows overlap, the last one overwrites dx; all of them must be added",
+        (_DX, _DX.replace("+=", "=")),
+    ),
+    mutant(
+        "conv2d",
+        "dbias over the batch only",
+        "dbias takes one position of every map; it must sum over batch, height and width",
+        ("dbias = dy.sum(axis=(0, 2, 3))", "dbias = dy[:, :, 0, 0].sum(axis=0)"),
+    ),
+    mutant(
+        "conv2d",
+        "dbias a mean",
+        "dbias is a mean; it must be a sum over batch, height and width",
+        ("dbias = dy.sum(axis=(0, 2, 3))", "dbias = dy.mean(axis=(0, 2, 3))"),
+    ),
+    mutant(
+        "conv2d",
+        "dweight a mean",
+        "dweight is divided by the batch size; it must be a sum, the loss has its 1/N already",
+        ("return dx, dweight, dbias", "return dx, dweight / n, dbias"),
+    ),
+    mutant(
+        "conv2d",
+        "im2col order",
+        "the columns of the windows are ordered (kH, kW, C) and the weight (C, kH, kW)",
+        (
+            _WINDOW,
+            "window.transpose(0, 2, 3, 1).reshape(n, -1) @ weight.reshape(out, -1).T",
+        ),
+    ),
+    mutant(
+        "conv2d",
+        "im2col order in dweight",
+        "dweight is summed in the order (kH, kW, C) and read in the order (C, kH, kW)",
+        (
+            "return dx, dweight, dbias",
+            "return dx, dweight.transpose(0, 2, 3, 1).reshape(weight.shape), dbias",
+        ),
+    ),
+    mutant(
+        "conv2d",
+        "bias forgotten",
+        "the bias is not added",
+        ("y = y + bias.reshape(1, out, 1, 1)", "y = y + 0"),
+    ),
+)
+
+_SHARE = "share = dy[:, :, p, q] / (kh * kw)"
+
+POOLING = (
+    mutant(
+        "avg_pool2d",
+        "padding not counted",
+        "windows at the edge are divided by how many pixels of the image they see; padding counts",
+        (
+            "window.sum(axis=(2, 3)) / (kh * kw)",
+            "window.sum(axis=(2, 3)) / (min(p * sh + kh, h - ph) - max(p * sh, ph))"
+            " / (min(q * sw + kw, w - pw) - max(q * sw, pw))",
+        ),
+    ),
+    mutant(
+        "avg_pool2d",
+        "gradient not divided by the window",
+        "each element gets the whole dy; it must get dy / (kH·kW)",
+        (_SHARE, "share = dy[:, :, p, q]"),
+    ),
+    mutant(
+        "avg_pool2d",
+        "gradient divided by one side of the window",
+        "dy is divided by kH; it must be kH·kW",
+        (_SHARE, "share = dy[:, :, p, q] / kh"),
+    ),
+    mutant(
+        "avg_pool2d",
+        "overlaps overwritten",
+        "where windows overlap, the last one overwrites dx; all of them must be added",
+        ("q * sw + kw] += share", "q * sw + kw] = share"),
+    ),
+    mutant(
+        "max_pool2d",
+        "ties counted twice",
+        "every element that equals the maximum gets the whole dy; one of them must",
+        ("chosen = np.arange(kh * kw) == first", "chosen = window == window.max(2)[:, :, None]"),
+    ),
+    mutant(
+        "max_pool2d",
+        "gradient shared out",
+        "dy is shared out over the window, as for an average; the maximum alone must get it",
+        ("share = chosen * dy", "share = (chosen * 0 + 1 / (kh * kw)) * dy"),
+    ),
+    mutant(
+        "max_pool2d",
+        "overlaps overwritten",
+        "where windows overlap, the last one overwrites dx; all of them must be added",
+        ("dpadded[:, :, rows, columns] += share", "dpadded[:, :, rows, columns] = share"),
+    ),
+    mutant(
+        "max_pool2d",
+        "padding with zeros",
+        "the padding counts as 0, so that it is the maximum of negative numbers; it must be -inf",
+        ("fill = -np.inf", "fill = 0"),
+    ),
+)
+
+OTHERS = (
+    mutant(
+        "linear",
+        "dx with the weight transposed",
+        "dx is dy·Wᵀ, it must be dy·W",
+        ("dx = dy @ weight", "dx = dy @ weight.T"),
+    ),
+    mutant(
+        "linear",
+        "dweight transposed",
+        "dweight is transposed",
+        ("dweight = dy.T @ x", "dweight = x.T @ dy"),
+    ),
+    mutant(
+        "linear",
+        "dweight a mean",
+        "dweight is divided by the batch size; it must be a sum, the loss has its 1/N already",
+        ("dweight = dy.T @ x", "dweight = dy.T @ x / len(x)"),
+    ),
+    mutant(
+        "linear",
+        "dbias a mean",
+        "dbias is a mean over the batch; it must be a sum",
+        ("dbias = dy.sum(axis=0)", "dbias = dy.mean(axis=0)"),
+    ),
+    mutant(
+        "sigmoid",
+        "derivative from x",
+        "dx is dy·x·(1 - x); it must be dy·y·(1 - y), with the output y",
+        ("dy * y * (1 - y)", "dy * x * (1 - x)"),
+    ),
+    mutant(
+        "sigmoid",
+        "derivative without the upstream gradient",
+        "dx lacks the factor dy",
+        ("dy * y * (1 - y)", "y * (1 - y)"),
+    ),
+    mutant(
+        "sigmoid",
+        "derivative of tanh",
+        "dx is dy·(1 - y²), which is tanh's",
+        ("dy * y * (1 - y)", "dy * (1 - y * y)"),
+    ),
+    mutant(
+        "relu",
+        "cut off by the gradient",
+        "dx is cut off where dy is negative; it must be where x is",
+        ("dy * (x > 0)", "dy * (dy > 0)"),
+    ),
+    mutant(
+        "relu",
+        "not cut off",
+        "dx is dy everywhere; it must be 0 where x is negative",
+        ("dy * (x > 0)", "dy * 1"),
+    ),
+    mutant(
+        "softmax_cross_entropy",
+        "gradient without 1/N",
+        "dlogits lacks the factor 1/N of the mean loss",
+        ("return dlogits / n", "return dlogits"),
+    ),
+    mutant(
+        "softmax_cross_entropy",
+        "label not subtracted",
+        "dlogits is softmax / N; at the label, 1 must be subtracted first",
+        ("dlogits[np.arange(n), labels] -= 1", "dlogits[np.arange(n), labels] -= 0"),
+    ),
+    mutant(
+        "softmax_cross_entropy",
+        "not shifted",
+        "the logits are not shifted by their maximum, so that large ones overflow",
+        ("logits - logits.max(axis=1, keepdims=True)", "logits - 0"),
+    ),
+    mutant(
+        "softmax_cross_entropy",
+        "loss a sum",
+        "the loss is a sum over the batch, its gradient that of the mean",
+        (".sum() / n\n", ".sum()\n"),
+    ),
+)
+
+MUTANTS = BATCH_NORM + CONV2D + POOLING + OTHERS
