@@ -82,6 +82,21 @@ def test_options(options, expected, tmp_path):
     assert ("first batch norm" in process.stdout) == ("--no-batch-norm" not in options)
 
 
+def test_check_gradients_before_training(tmp_path):
+    process = run("train.py", *QUICK, "--check-gradients", "--batch-size", "64", cwd=tmp_path)
+    assert process.returncode == 0, process.stderr
+    rows = re.findall(r"^([\w.]+) +(\d\.\de[-+]\d+)  right(.*)$", process.stdout, re.MULTILINE)
+    assert len(rows) == 19  # 18 parameters and the input
+    assert max(float(error) for _, error, _ in rows) <= 1e-12
+    assert [name for name, _, rest in rows if "cancel" in rest] == [
+        "0.bias",
+        "4.bias",
+        "9.bias",
+        "12.bias",
+    ]
+    assert len(metrics(process.stdout)) == 1
+
+
 def test_help_names_every_option_and_the_exit_codes(tmp_path):
     process = run("train.py", "--help", cwd=tmp_path)
     assert process.returncode == 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from npbn.verify import examine_file
-from npbn.verify.mutants import BATCH_NORM, CONV2D, operation_source
+from npbn.verify.mutants import BATCH_NORM, CONV2D, operation_source, source_of
 
 COURSE = """
 import numpy as np
@@ -94,15 +94,39 @@ def test_right_in_three_styles(tmp_path):
     assert len(result.complaints) == 1
 
 
-@pytest.mark.parametrize(
-    "entry", [*BATCH_NORM[:2], BATCH_NORM[15], CONV2D[0], CONV2D[8]], ids=lambda e: e.name
-)
+@pytest.mark.parametrize("entry", BATCH_NORM + CONV2D, ids=lambda entry: entry.name)
 def test_a_mistake_in_a_file_is_named(entry, tmp_path):
+    """The whole catalogue of batch norm and convolution, each as a file of plain NumPy."""
     names = (entry.operation, f"{entry.operation}_backward")
     result = examined(tmp_path, entry.source, names, entry.operation)
     assert result.verdict == "wrong"
     assert (entry,) in result.mistakes
     assert entry.explanation in str(result)
+
+
+COMBINATIONS = [
+    (BATCH_NORM, "without the mean path", "dbeta a mean"),
+    (BATCH_NORM, "without the variance path", "momentum reversed"),
+    (BATCH_NORM, "gamma forgotten in dx", "dgamma a mean"),
+    (BATCH_NORM, "n - 1 for n", "dgamma without x_hat"),
+    (BATCH_NORM, "eps outside of the root", "dx not divided by s"),
+    (BATCH_NORM, "variance path half as large", "moving variance unbiased"),
+    (CONV2D, "kernel flipped in dx", "dbias a mean"),
+    (CONV2D, "stride ignored in dx", "dweight a mean"),
+    (CONV2D, "padding forgotten in dx", "bias forgotten"),
+    (CONV2D, "overlaps overwritten in dx", "dbias over the batch only"),
+]
+
+
+@pytest.mark.parametrize(("catalogue", "one", "other"), COMBINATIONS)
+def test_of_two_mistakes_in_a_file_at_least_one_is_named(catalogue, one, other, tmp_path):
+    pair = [entry for entry in catalogue if entry.name in (one, other)]
+    operation = pair[0].operation
+    names = (operation, f"{operation}_backward")
+    result = examined(tmp_path, source_of(pair), names, operation)
+    assert result.verdict == "wrong"
+    named = {entry.name for combination in result.mistakes for entry in combination}
+    assert named & {one, other}, str(result)
 
 
 def test_two_mistakes_that_no_pair_of_the_catalogue_equals(tmp_path):
