@@ -165,6 +165,14 @@ def test_damaged_files_in_an_implicit_place_are_passed_over_and_named(
     assert "passed over" in found.notes[0] and f"{FILES[0]} is truncated" in found.notes[0]
 
 
+def test_what_was_passed_over_is_said_with_the_digits_too(copied, bare, monkeypatch):
+    replace(copied / FILES[0], b"short")
+    monkeypatch.setattr(data, "SYSTEM_DIRECTORY", copied)
+    found = data.load(cache=bare)
+    assert found.name == "handwritten digits"
+    assert "passed over" in found.notes[0]
+
+
 def test_the_cache_is_used(idx_files, bare):
     assert data.load(cache=idx_files).source == str(idx_files)
 
