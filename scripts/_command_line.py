@@ -16,7 +16,9 @@ from collections.abc import Callable
 from typing import NoReturn
 
 # Ctrl-C during the imports ends the process without a traceback; `run` takes over from there.
-signal.signal(signal.SIGINT, signal.SIG_DFL)
+# (Where the signal is ignored, as in the background, it stays so.)
+if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 NEEDED = ("npbn", "numpy", "array_api_compat", "platformdirs", "threadpoolctl", "tqdm")
 
@@ -77,7 +79,8 @@ def run(program: str, main: Callable[[], None]) -> NoReturn:
     """Run ``main`` and exit: what a user can mend is one line, without a traceback."""
     from npbn.errors import NpbnError
 
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         main()
         if sys.stdout is not None:

@@ -237,6 +237,11 @@ def test_progress_bar_on_a_terminal_only(tmp_path):
     assert len(metrics(output)) == 1
 
 
+def hear_interrupts() -> None:
+    """A shell's background jobs ignore Ctrl-C, and hand that down; the tests may be in one."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGINT between processes")
 def test_interrupt_during_the_imports_is_no_traceback(tmp_path):
     for delay in (0.05, 0.15, 0.3):
@@ -246,6 +251,7 @@ def test_interrupt_during_the_imports_is_no_traceback(tmp_path):
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
+            preexec_fn=hear_interrupts,
         )
         time.sleep(delay)
         process.send_signal(signal.SIGINT)
@@ -273,6 +279,7 @@ def test_interrupt_is_no_traceback(tmp_path):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        preexec_fn=hear_interrupts,
     )
     assert process.stdout is not None
     while not EPOCH_LINE.match(process.stdout.readline()):
