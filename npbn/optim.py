@@ -66,7 +66,7 @@ class SGD:
 
     For each parameter w with gradient g, learning rate η, momentum m and weight decay λ:
 
-    $$v \leftarrow m\, v + (g + \lambda w) \qquad w \leftarrow w - \eta\, v$$
+    $$v \leftarrow m v + (g + \lambda w) \qquad w \leftarrow w - \eta v$$
 
     Source: I. Sutskever, J. Martens, G. Dahl and G. Hinton, "On the importance of initialization
     and momentum in deep learning", ICML 2013, equations 1 and 2, with η outside of the velocity as
@@ -103,8 +103,8 @@ class SGD:
             raise ValueError(f"expected weight_decay >= 0, got {weight_decay}")
         self.parameters = dict(parameters)
         self.schedule = lr if callable(lr) else Constant(lr)
-        self.momentum = momentum
-        self.weight_decay = weight_decay
+        self.momentum = float(momentum)  # a NumPy scalar would impose its dtype
+        self.weight_decay = float(weight_decay)
         self.decay_all = decay_all
         self.steps = 0
         self.velocity: dict[str, Array] = {}
@@ -112,7 +112,7 @@ class SGD:
     @property
     def lr(self) -> float:
         """The learning rate of the next step."""
-        return self.schedule(self.steps)
+        return float(self.schedule(self.steps))
 
     def step(self) -> None:
         """Move every parameter against its gradient, in place.

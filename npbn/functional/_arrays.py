@@ -63,6 +63,11 @@ def real_part(array: Array, xp: Any) -> Array:
     return xp.real(array) if xp.isdtype(array.dtype, "complex floating") else array
 
 
+def empty_like(array: Array, xp: Any) -> Array:
+    """No elements, of the array's dtype: for a cache that must know the precision alone."""
+    return xp.zeros((0,), dtype=array.dtype)
+
+
 def copy(array: Array, xp: Any) -> Array:
     """A copy for a cache: what the caller later does to the argument cannot reach it."""
     return xp.asarray(array, copy=True)

@@ -2,18 +2,18 @@ r"""Average and max pooling over sliding windows, and their gradients.
 
 **Average.** With windows of $k_H \times k_W$ values, padding zeros counted among them,
 
-$$y_{n c p q} = \frac{1}{k_H k_W} \sum_{i, j} x_{n, c,\, p s_H + i,\, q s_W + j}$$
+$$y_{n c p q} = \frac{1}{k_H k_W} \sum_{i, j} x_{n, c,  p s_H + i,  q s_W + j}$$
 
 Each element of $x$ reaches the loss through every window that sees it, each time with the factor
 $1 / (k_H k_W)$, so
 
-$$dx_{n c h w} = \frac{1}{k_H k_W} \sum_{(p, q) \,:\, (h, w) \in \text{window}(p, q)} dy_{n c p q}$$
+$$dx_{n c h w} = \frac{1}{k_H k_W} \sum_{(p, q)  :  (h, w) \in \text{window}(p, q)} dy_{n c p q}$$
 
-**Maximum.** $y_{n c p q} = \max_{i, j} x_{n, c,\, p s_H + i,\, q s_W + j}$, padding counted as
+**Maximum.** $y_{n c p q} = \max_{i, j} x_{n, c,  p s_H + i,  q s_W + j}$, padding counted as
 $-\infty$. Where the maximum is unique, moving it moves $y$ by as much, and moving any other
 element moves nothing:
 
-$$dx_{n c h w} = \sum_{(p, q) \,:\, (h, w) = \arg\max \text{window}(p, q)} dy_{n c p q}$$
+$$dx_{n c h w} = \sum_{(p, q)  :  (h, w) = \arg\max \text{window}(p, q)} dy_{n c p q}$$
 
 *Ties.* There the derivative does not exist; one element is chosen to receive the whole gradient:
 the first of the window in reading order (row by row), on every library, as PyTorch chooses. A NaN
@@ -31,22 +31,24 @@ from typing import Any, NamedTuple
 
 import array_api_compat
 
-from npbn.functional._arrays import Array, check_shape, common_namespace, real_part
+from npbn.functional._arrays import Array, check_shape, common_namespace, empty_like, real_part
 from npbn.functional._windows import Windows, pad, unpad, windows_of
 
 
 class AvgPool2dCache(NamedTuple):
-    """The geometry and the shape of y: averaging is linear, so x itself is not needed."""
+    """Geometry, shape of y, an empty array of x's dtype: averaging is linear, x is not needed."""
 
     windows: Windows
     y_shape: tuple[int, ...]
+    precision: Array
 
 
 class MaxPool2dCache(NamedTuple):
-    """The geometry and, shaped like y, which place of its window each maximum came from."""
+    """The geometry; the place in its window of each maximum, shaped like y; an empty array."""
 
     windows: Windows
     chosen: Array
+    precision: Array
 
 
 def avg_pool2d(
@@ -82,7 +84,7 @@ def avg_pool2d(
         total += padded[place]
     kh, kw = windows.kernel_size
     y = xp.permute_dims(total / (kh * kw), (3, 0, 1, 2))
-    return y, AvgPool2dCache(windows, tuple(y.shape))
+    return y, AvgPool2dCache(windows, tuple(y.shape), empty_like(x, xp))
 
 
 def avg_pool2d_backward(dy: Array, cache: AvgPool2dCache) -> Array:
@@ -92,8 +94,8 @@ def avg_pool2d_backward(dy: Array, cache: AvgPool2dCache) -> Array:
         dy: gradient of the loss by y, of the shape of y.
         cache: from `avg_pool2d`.
     """
-    windows, y_shape = cache
-    xp = common_namespace(dy=dy)
+    windows, y_shape, precision = cache
+    xp = common_namespace(dy=dy, x=precision)
     check_shape("dy", dy, y_shape)
     kh, kw = windows.kernel_size
     share = xp.permute_dims(dy / (kh * kw), (1, 2, 3, 0))
@@ -119,15 +121,18 @@ def max_pool2d(
     windows = _pooling_windows(x, kernel_size, stride, padding)
     padded = pad(x, windows, xp, fill=-math.inf)
     maximum = _full(padded, windows.output_size, -math.inf, xp)
-    chosen = xp.zeros_like(maximum, dtype=xp.int32)
+    chosen = xp.full_like(maximum, -1, dtype=xp.int32)
+    # Even where all is -inf, the choice must not fall on the padding.
+    inside = pad(xp.ones_like(real_part(x[:1, :1, ...], xp)), windows, xp) > 0
     _, kw = windows.kernel_size
     for i, j, place in windows.places():
         candidate = padded[place]
-        better = (real_part(candidate, xp) > real_part(maximum, xp)) | xp.isnan(candidate)
+        greater = (real_part(candidate, xp) > real_part(maximum, xp)) | (chosen < 0)
+        better = inside[place] & (greater | xp.isnan(candidate))
         maximum = xp.where(better, candidate, maximum)
         chosen = xp.where(better, xp.full_like(chosen, i * kw + j), chosen)
     y = xp.permute_dims(maximum, (3, 0, 1, 2))
-    return y, MaxPool2dCache(windows, xp.permute_dims(chosen, (3, 0, 1, 2)))
+    return y, MaxPool2dCache(windows, xp.permute_dims(chosen, (3, 0, 1, 2)), empty_like(x, xp))
 
 
 def max_pool2d_backward(dy: Array, cache: MaxPool2dCache) -> Array:
@@ -137,8 +142,8 @@ def max_pool2d_backward(dy: Array, cache: MaxPool2dCache) -> Array:
         dy: gradient of the loss by y, of the shape of y.
         cache: from `max_pool2d`.
     """
-    windows, chosen = cache
-    xp = common_namespace(dy=dy)
+    windows, chosen, precision = cache
+    xp = common_namespace(dy=dy, x=precision)
     check_shape("dy", dy, tuple(chosen.shape))
     dy = xp.permute_dims(dy, (1, 2, 3, 0))
     chosen = xp.permute_dims(chosen, (1, 2, 3, 0))

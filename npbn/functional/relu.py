@@ -4,7 +4,7 @@ r"""The rectified linear unit, and its gradient.
 
 **Backward.** $y$ moves with $x$ where $x > 0$ and not at all where $x < 0$:
 
-$$dx = \begin{cases} dy & x > 0 \\ 0 & x \le 0 \end{cases}$$
+$$dx = dy \text{ where } x > 0 \qquad dx = 0 \text{ where } x \le 0$$
 
 At $x = 0$ the derivative does not exist; 0 is used, as everywhere. A NaN passes through.
 
@@ -16,13 +16,14 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from npbn.functional._arrays import Array, check_shape, common_namespace, real_part
+from npbn.functional._arrays import Array, check_shape, common_namespace, empty_like, real_part
 
 
 class ReLUCache(NamedTuple):
-    """Where the input was cut off, that is, x <= 0."""
+    """Where the input was cut off, that is, x <= 0; and an empty array of x's dtype."""
 
     cut: Array
+    precision: Array
 
 
 def relu(x: Array) -> tuple[Array, ReLUCache]:
@@ -39,7 +40,7 @@ def relu(x: Array) -> tuple[Array, ReLUCache]:
     """
     xp = common_namespace(x=x)
     cut = real_part(x, xp) <= 0
-    return xp.where(cut, xp.zeros_like(x), x), ReLUCache(cut)
+    return xp.where(cut, xp.zeros_like(x), x), ReLUCache(cut, empty_like(x, xp))
 
 
 def relu_backward(dy: Array, cache: ReLUCache) -> Array:
@@ -49,7 +50,7 @@ def relu_backward(dy: Array, cache: ReLUCache) -> Array:
         dy: gradient of the loss by y, of the shape of y.
         cache: from `relu`.
     """
-    (cut,) = cache
-    xp = common_namespace(dy=dy)
+    cut, precision = cache
+    xp = common_namespace(dy=dy, x=precision)
     check_shape("dy", dy, tuple(cut.shape))
     return xp.where(cut, xp.zeros_like(dy), dy)

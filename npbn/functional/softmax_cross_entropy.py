@@ -65,8 +65,9 @@ def softmax_cross_entropy(logits: Array, labels: Array) -> tuple[Array, SoftmaxC
         raise TypeError(f"expected labels of an integer dtype, got {labels.dtype}")
     check_shape("labels", labels, (n,))
 
-    classes = xp.arange(k, dtype=labels.dtype, device=array_api_compat.device(labels))
-    is_label = labels[:, None] == classes[None, :]
+    # In int64: the classes need not fit into the dtype of the labels.
+    classes = xp.arange(k, dtype=xp.int64, device=array_api_compat.device(labels))
+    is_label = xp.astype(labels, xp.int64)[:, None] == classes[None, :]
     shifted = logits - xp.max(real_part(logits, xp), axis=1, keepdims=True)
     exponentials = xp.exp(shifted)
     total = xp.sum(exponentials, axis=1, keepdims=True)

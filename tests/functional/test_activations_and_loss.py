@@ -97,3 +97,11 @@ def test_unsigned_labels(xp):
 def test_loss_errors(logits, labels, error, message):
     with pytest.raises(error, match=message):
         F.softmax_cross_entropy(logits, labels)
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "int8"])
+def test_more_classes_than_the_labels_dtype_can_count(xp, dtype):
+    logits = xp.asarray(np.random.default_rng(0).standard_normal((2, 300)))
+    narrow, _ = F.softmax_cross_entropy(logits, xp.asarray([0, 7], dtype=getattr(xp, dtype)))
+    wide, _ = F.softmax_cross_entropy(logits, xp.asarray([0, 7]))
+    assert float(narrow) == float(wide)

@@ -227,3 +227,10 @@ def test_errors(change, message):
     arguments = {"x": np.zeros((2, 3)), **dict(zip(names, parameters((2, 3)), strict=True))}
     with pytest.raises(ValueError, match=message):
         F.batch_norm(**(arguments | change), training=True)
+
+
+def test_a_numpy_scalar_does_not_impose_its_dtype(rng):
+    x = rng.normal(size=(4, 3)).astype(np.float32)
+    options = {"eps": np.float64(1e-5), "momentum": np.float64(0.9)}
+    y, _, moving = F.batch_norm(x, *parameters(x.shape, np.float32), training=True, **options)
+    assert {array.dtype for array in (y, *moving)} == {np.dtype("float32")}

@@ -156,3 +156,10 @@ W = np.zeros((4, 3, 3, 3))
 def test_errors(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_maximum_of_nothing_but_minus_infinity_is_not_in_the_padding():
+    """As in PyTorch: the first element of the image in each window."""
+    y, cache = F.max_pool2d(np.full((1, 1, 2, 2), -math.inf), 2, stride=1, padding=1)
+    dx = F.max_pool2d_backward(np.ones_like(y), cache)
+    np.testing.assert_array_equal(dx, [[[[4, 2], [2, 1]]]])

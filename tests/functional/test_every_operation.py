@@ -13,7 +13,6 @@ from cases import EXAMPLES, STRATEGIES, Case
 
 BITS = {"float32": np.finfo(np.float32).eps, "float64": np.finfo(np.float64).eps}
 every_example = pytest.mark.parametrize("case", EXAMPLES, ids=repr)
-any_case = st.one_of(*STRATEGIES.values())
 
 
 def run(case: Case, xp, dtype, transform=lambda array: array):
@@ -208,11 +207,23 @@ def test_complex_inputs_keep_the_real_part(case, xp, dtype):
         assert_close(y.real, real[0], dtype)
 
 
-@given(case=any_case, precision=st.sampled_from(["float32", "float64"]))
-def test_equal_to_pytorch(case, precision):
-    """Forward and every gradient, with torch as an oracle."""
+@pytest.mark.parametrize("precision", ["float32", "float64"])
+@pytest.mark.parametrize("operation", STRATEGIES)
+@given(draw=st.data())
+def test_equal_to_pytorch(operation, precision, draw):
+    case = draw.draw(STRATEGIES[operation])
     if "gamma" in case.inputs and case.forward.keywords["training"]:
         assume(case.inputs["x"].size > case.inputs["gamma"].size)  # torch wants two values each
+    equal_to_pytorch(case, precision)
+
+
+@every_example
+def test_examples_equal_pytorch(case, dtype):
+    equal_to_pytorch(case, dtype)
+
+
+def equal_to_pytorch(case: Case, precision: str) -> None:
+    """Forward and every gradient, with torch as an oracle."""
     _, results, gradients = run(case, np, precision)
     tensors = {
         name: torch.tensor(to_library(value, np, precision))

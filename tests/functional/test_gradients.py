@@ -96,7 +96,7 @@ def transposed_kernel(dy, cache, dx):
 
 def overwritten_overlaps(dy, cache, dx):
     """Pooling's backward by assignment, where windows that overlap should add."""
-    windows, chosen = cache
+    windows, chosen, _ = cache
     wrong = np.zeros_like(dx)
     kw = windows.kernel_size[1]
     for i, j, (_, rows, columns, _) in windows.places():
