@@ -126,8 +126,8 @@ def parse_arguments() -> argparse.Namespace:
         type=integer(0),
         default=0,
         metavar="N",
-        help="of initial weights and shuffling; on one machine and backend, two runs of a seed are "
-        "equal to the last bit (default: 0)",
+        help="of initial weights and shuffling; on one machine, backend and number of "
+        "BLAS threads, two runs of a seed are equal to the last bit (default: 0)",
     )
     arguments = parser.parse_args()
     if arguments.dataset == "digits" and arguments.data is not None:

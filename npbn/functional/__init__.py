@@ -14,7 +14,8 @@ What holds for every function here:
   may: with it, a complex step f'(x) = Im f(x + ih) / h goes through the very code that trains.
 - *Memory.* Arguments are never written to, and nothing returned shares memory with them. Any memory
   order is accepted, read-only arrays too.
-- *Caches.* A cache can be used any number of times.
+- *Caches.* A cache can be used any number of times, as long as nobody writes into a returned y
+  (`sigmoid`'s cache is its y).
 """
 
 from npbn.functional.batch_norm import (

@@ -58,7 +58,7 @@ $\epsilon$; so of that part, a fraction $\epsilon / s^2$ remains), and scale by 
 catastrophically where the mean is large. And since $\mu$ itself is rounded, in training $\bar{x}$
 is centred once more by its own mean. In exact arithmetic that mean is zero, so the derivation is
 untouched; in float32 it is what keeps a channel with mean $10^4$ and deviation $10^{-2}$ accurate,
-and what makes a constant channel come out as $\beta$. (Prediction has no such remedy: a moving mean
+and what brings a constant channel close to $\beta$. (Prediction has no such remedy: a moving mean
 near $10^4$ is itself only known to about $10^{-3}$ in float32.)
 
 **Source.** S. Ioffe and C. Szegedy, "Batch Normalization: Accelerating Deep Network Training by
