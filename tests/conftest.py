@@ -22,6 +22,8 @@ COMMON = {
 settings.register_profile("default", max_examples=30, **COMMON)
 settings.register_profile("ci", max_examples=30, derandomize=True, **COMMON)
 settings.register_profile("long", max_examples=300, **COMMON)
+# For one property at a time, to see that it never fails by chance.
+settings.register_profile("10,000", max_examples=10_000, **COMMON)
 settings.load_profile(
     os.environ.get("HYPOTHESIS_PROFILE", "ci" if os.environ.get("CI") else "default")
 )

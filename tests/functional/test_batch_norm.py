@@ -8,10 +8,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from arrays import to_host, to_library
-from cases import STRATEGIES
+from cases import STRATEGIES, seeds
 from npbn import functional as F
 
 EPS32 = np.finfo(np.float32).eps
+
+
+batches_of_several = st.tuples(st.integers(2, 8), st.integers(1, 4)) | st.tuples(
+    st.integers(2, 4), st.integers(1, 3), st.integers(1, 4), st.integers(1, 4)
+)
 
 
 def parameters(shape, dtype=np.float64, gamma=1.0, beta=0.0, mean=0.0, var=1.0):
@@ -66,19 +71,21 @@ def test_moving_variance_is_biased_and_free_of_eps(rng):
 
 @given(
     momentum=st.floats(0, 1),
-    batches=st.lists(st.floats(-3, 3), min_size=1, max_size=6),
+    batches=st.lists(st.tuples(st.floats(-3, 3), st.floats(0, 3)), min_size=1, max_size=6),
 )
-def test_moving_mean_follows_its_closed_recurrence(momentum, batches):
-    """moving_t = m^t · moving_0 + (1 - m) Σ m^(t - k) · batch_k."""
-    moving = parameters((2, 1), mean=0.5)
-    for value in batches:
-        x = np.full((2, 1), value)
+def test_moving_statistics_follow_their_closed_recurrence(momentum, batches):
+    """moving_t = m^t · moving_0 + (1 - m) Σ m^(t - k) · batch_k, for mean and variance."""
+    moving = parameters((2, 1), mean=0.5, var=2.0)
+    for mean, deviation in batches:
+        x = np.array([[mean - deviation], [mean + deviation]])
         *_, moving[2:] = F.batch_norm(x, *moving, training=True, momentum=momentum)
     t = len(batches)
-    expected = momentum**t * 0.5 + (1 - momentum) * sum(
-        momentum ** (t - k) * value for k, value in enumerate(batches, start=1)
-    )
-    np.testing.assert_allclose(moving[2], expected, atol=1e-12)
+    means, variances = zip(*((mean, d**2) for mean, d in batches), strict=True)
+    for found, start, values in ((moving[2], 0.5, means), (moving[3], 2.0, variances)):
+        expected = momentum**t * start + (1 - momentum) * sum(
+            momentum ** (t - k) * value for k, value in enumerate(values, start=1)
+        )
+        np.testing.assert_allclose(found, expected, atol=1e-12)
 
 
 def test_prediction_uses_the_moving_statistics_and_leaves_them(rng):
@@ -112,26 +119,32 @@ def test_both_backwards_agree(case):
         np.testing.assert_allclose(one, other, rtol=0, atol=1e-13 * scale, err_msg=name)
 
 
-@pytest.mark.parametrize("backward", [F.batch_norm_backward, F.batch_norm_backward_staged])
-@pytest.mark.parametrize("eps", [0.1, 1.0])
-def test_identities_of_the_gradient(backward, eps, rng):
-    """Σ dx = 0, and Σ dx·x̂ = (γ/s)·(eps/s²)·Σ dy·x̂, for any dy."""
-    x, dy = rng.normal(2, 1, (6, 3, 4, 4)), rng.normal(size=(6, 3, 4, 4))
-    _, cache, _ = F.batch_norm(x, *parameters(x.shape, gamma=1.5), training=True, eps=eps)
-    dx, _, _ = backward(dy, cache)
+@given(seed=seeds, shape=batches_of_several, eps=st.floats(0.1, 10), gamma=st.floats(-3, 3))
+def test_identities_of_the_gradient(seed, shape, eps, gamma):
+    """Σ dx = 0, and Σ dx·x̂ = (γ/s)·(eps/s²)·Σ dy·x̂, for any dy.
+
+    Both sides may cancel, so they are measured against the terms of which dx is made.
+    """
+    rng = np.random.default_rng(seed)
+    x, dy = rng.normal(2, 1, shape), rng.normal(size=shape)
+    _, cache, _ = F.batch_norm(x, *parameters(shape, gamma=gamma), training=True, eps=eps)
     x_hat = cache.x_centred / cache.s
-    over = (0, 2, 3)
-    assert np.all(np.abs(dx.sum(over)) <= 1e-13 * np.abs(dx).sum(over))
-    left = (dx * x_hat).sum(over, keepdims=True)
-    right = (1.5 / cache.s) * (eps / cache.s**2) * (dy * x_hat).sum(over, keepdims=True)
-    assert np.all(np.abs(left - right) <= 1e-13 * np.abs(dx * x_hat).sum(over, keepdims=True))
+    terms = abs(gamma) * np.abs(dy).sum(axes(x), keepdims=True) / cache.s
+    for backward in (F.batch_norm_backward, F.batch_norm_backward_staged):
+        dx, _, _ = backward(dy, cache)
+        assert np.all(np.abs(dx.sum(axes(x), keepdims=True)) <= 1e-13 * terms)
+        left = (dx * x_hat).sum(axes(x), keepdims=True)
+        right = (gamma / cache.s) * (eps / cache.s**2) * (dy * x_hat).sum(axes(x), keepdims=True)
+        assert np.all(np.abs(left - right) <= 1e-13 * terms * np.abs(x_hat).max())
 
 
-def test_identity_when_gamma_and_beta_undo_it(rng):
-    x = rng.normal(3, 2, (5, 4))
-    v, mean = x.var(axis=0, keepdims=True), x.mean(axis=0, keepdims=True)
-    y, *_ = F.batch_norm(x, np.sqrt(v + 1e-5), mean, mean, v, training=True)
-    np.testing.assert_allclose(y, x, rtol=1e-13)
+@given(seed=seeds, shape=batches_of_several, eps=st.sampled_from([1e-5, 0.1, 1.0]))
+def test_identity_when_gamma_and_beta_undo_it(seed, shape, eps):
+    """γ = √(σ² + eps) and β = μ: y = x."""
+    x = np.random.default_rng(seed).normal(3, 2, shape)
+    v, mean = x.var(axis=axes(x), keepdims=True), x.mean(axis=axes(x), keepdims=True)
+    y, *_ = F.batch_norm(x, np.sqrt(v + eps), mean, mean, v, training=True, eps=eps)
+    np.testing.assert_allclose(y, x, atol=1e-13 * np.abs(x).max())
 
 
 @pytest.mark.parametrize("shape", [(1, 3), (1, 3, 1, 1)])
@@ -182,17 +195,24 @@ def test_float32_with_a_mean_far_from_zero(rng):
     assert np.abs(dx - right).max() <= bound * np.abs(right).max()
 
 
-def test_permuting_the_batch_permutes_the_result(rng):
-    x, dy = rng.normal(size=(8, 3)), rng.normal(size=(8, 3))
-    order = rng.permutation(8)
-    y, cache, _ = F.batch_norm(x, *parameters(x.shape), training=True)
-    permuted, permuted_cache, _ = F.batch_norm(x[order], *parameters(x.shape), training=True)
-    np.testing.assert_allclose(permuted, y[order], atol=1e-14)
-    np.testing.assert_allclose(
-        F.batch_norm_backward(dy[order], permuted_cache)[0],
-        F.batch_norm_backward(dy, cache)[0][order],
-        atol=1e-14,
+@given(seed=seeds, shape=batches_of_several)
+def test_permuting_the_batch_permutes_the_result(seed, shape):
+    rng = np.random.default_rng(seed)
+    x, dy = rng.normal(size=shape), rng.normal(size=shape)
+    order = rng.permutation(shape[0])
+    y, cache, moving = F.batch_norm(x, *parameters(shape), training=True, eps=0.1)
+    permuted, permuted_cache, same = F.batch_norm(
+        x[order], *parameters(shape), training=True, eps=0.1
     )
+    np.testing.assert_allclose(permuted, y[order], atol=1e-13)
+    np.testing.assert_allclose(same, moving, atol=1e-14)
+    for backward in (F.batch_norm_backward, F.batch_norm_backward_staged):
+        dx, dgamma, dbeta = backward(dy, cache)
+        same_dx, same_dgamma, same_dbeta = backward(dy[order], permuted_cache)
+        # s is at least √0.1, so that no term exceeds 10 |dy|.
+        np.testing.assert_allclose(same_dx, dx[order], atol=1e-13 * np.abs(dy).sum())
+        np.testing.assert_allclose(same_dgamma, dgamma, atol=1e-13 * np.abs(dy).sum())
+        np.testing.assert_allclose(same_dbeta, dbeta, atol=1e-13 * np.abs(dy).sum())
 
 
 @given(scale=st.floats(0.01, 100), shift=st.floats(-100, 100), eps=st.sampled_from([1e-3, 1.0]))

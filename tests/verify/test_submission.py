@@ -43,31 +43,43 @@ def batchnorm_backward(dout, cache):
 LOOPS = '''
 import numpy as np
 
-def forward(x, gamma, beta, eps):
-    """Training mode alone, two dimensions, a loop over everything."""
-    n, d = x.shape
-    y, x_hat, s = np.zeros((n, d)), np.zeros((n, d)), np.zeros(d)
-    for j in range(d):
-        mean = sum(x[i, j] for i in range(n)) / n
-        s[j] = (sum((x[i, j] - mean) ** 2 for i in range(n)) / n + eps) ** 0.5
-        for i in range(n):
-            x_hat[i, j] = (x[i, j] - mean) / s[j]
-            y[i, j] = gamma[0, j] * x_hat[i, j] + beta[0, j]
-    return y, (x_hat, s, gamma)
+def values(x):
+    """(index, feature) of every element."""
+    return [(i, i[1]) for i in np.ndindex(x.shape)]
+
+def forward(x, gamma, beta, moving_mean, moving_var, training, eps, momentum):
+    gammas, betas = gamma.ravel(), beta.ravel()
+    mean, var = moving_mean.flatten(), moving_var.flatten()
+    if training:
+        m = x.size / len(gammas)
+        mean, var = np.zeros(len(gammas)), np.zeros(len(gammas))
+        for i, j in values(x):
+            mean[j] += x[i] / m
+        for i, j in values(x):
+            var[j] += (x[i] - mean[j]) ** 2 / m
+        moving_mean = momentum * moving_mean + (1 - momentum) * mean.reshape(gamma.shape)
+        moving_var = momentum * moving_var + (1 - momentum) * var.reshape(gamma.shape)
+    s = (var + eps) ** 0.5
+    y, x_hat = np.zeros(x.shape), np.zeros(x.shape)
+    for i, j in values(x):
+        x_hat[i] = (x[i] - mean[j]) / s[j]
+        y[i] = gammas[j] * x_hat[i] + betas[j]
+    return y, (x_hat, s, gamma, training), (moving_mean, moving_var)
 
 def backward(dy, cache):
-    x_hat, s, gamma = cache
-    n, d = dy.shape
-    dx, dgamma, dbeta = np.zeros((n, d)), np.zeros((1, d)), np.zeros((1, d))
-    for j in range(d):
-        for i in range(n):
-            dbeta[0, j] += dy[i, j]
-            dgamma[0, j] += dy[i, j] * x_hat[i, j]
-        for i in range(n):  # the whole Jacobian, row by row
-            for k in range(n):
-                slope = ((i == k) - 1 / n - x_hat[i, j] * x_hat[k, j] / n) / s[j]
-                dx[i, j] += dy[k, j] * gamma[0, j] * slope
-    return dx, dgamma, dbeta
+    x_hat, s, gamma, training = cache
+    gammas, m = gamma.ravel(), dy.size / gamma.size
+    dx, dgamma, dbeta = np.zeros(dy.shape), np.zeros(len(gammas)), np.zeros(len(gammas))
+    for i, j in values(dy):
+        dbeta[j] += dy[i]
+        dgamma[j] += dy[i] * x_hat[i]
+        for k, l in values(dy):  # the whole Jacobian, element by element
+            if j == l:
+                slope = float(i == k)
+                if training:
+                    slope -= 1 / m + x_hat[i] * x_hat[k] / m
+                dx[i] += dy[k] * gammas[j] * slope / s[j]
+    return dx, dgamma.reshape(gamma.shape), dbeta.reshape(gamma.shape)
 '''
 
 
@@ -85,12 +97,16 @@ def test_right_in_three_styles(tmp_path):
     plain = operation_source("batch_norm")
     result = examined(tmp_path, plain, ("batch_norm", "batch_norm_backward"))
     assert result.verdict == "right", str(result)
-    two_dimensions = LOOPS.replace(
-        "    n, d = x.shape\n",
-        "    if x.ndim == 4:\n        raise SystemExit\n    n, d = x.shape\n",
+    result = examined(tmp_path, LOOPS, ("forward", "backward"))
+    assert result.verdict == "right", str(result)
+
+
+def test_what_it_cannot_do_is_said(tmp_path):
+    vectors_only = LOOPS.replace(
+        "    gammas, betas =", "    if x.ndim == 4: raise SystemExit\n    gammas, betas ="
     )
-    result = examined(tmp_path, two_dimensions, ("forward", "backward"))
-    assert "training, (N, C, H, W)" in str(result)  # it can't do images, and that is said
+    result = examined(tmp_path, vectors_only, ("forward", "backward"))
+    assert "it raised SystemExit (training, (N, C, H, W))" in str(result)
     assert len(result.complaints) == 1
 
 
