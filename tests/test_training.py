@@ -61,7 +61,7 @@ def train(model, split, device=NUMPY, *, test=None, batch_size=8, epochs=2, lr=0
 
 
 def test_the_loop_is_the_one_in_the_books(device):
-    """A loop of a few lines, written here, sees the same batches and arrives at the same numbers."""
+    """A loop of a few lines, written here, sees the same batches and finds the same numbers."""
     split, test, generator = a_split(20), a_split(11, seed=1), np.random.default_rng(5)
     model = a_model()
     model.eval()  # the loop has to switch to training, each epoch
@@ -104,22 +104,25 @@ def test_an_epoch_reads_the_device_twice(monkeypatch):
 
     reads = []
     strict = type(array_api_strict.asarray(0))
-    for name in ("__float__", "__int__", "__bool__", "__index__", "__complex__", "__array__"):
 
-        def read(self, *arguments, name=name, original=getattr(strict, name), **options):
+    def watched(name):
+        original = getattr(strict, name)
+
+        def read(self, *arguments, **options):
             reads.append(name)
             return original(self, *arguments, **options)
 
-        monkeypatch.setattr(strict, name, read)
+        return read
+
+    for name in ("__float__", "__int__", "__bool__", "__index__", "__complex__", "__array__"):
+        monkeypatch.setattr(strict, name, watched(name))
     device = backend.Backend("array-api-strict", array_api_strict, "")
     model = lenet_in_small()
     model.to(device)
     optimizer = SGD(model.parameters(), 0.1, momentum=0.9, weight_decay=0.1)
     split, generator = a_split(24).to(device), np.random.default_rng(0)
     reads.clear()
-    training.train_epoch(
-        model, optimizer, split, batch_size=8, generator=generator, backend=device
-    )
+    training.train_epoch(model, optimizer, split, batch_size=8, generator=generator, backend=device)
     assert reads == ["__float__", "__int__"]
 
 
