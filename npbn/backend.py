@@ -45,6 +45,7 @@ class Backend:
 
         A host backend returns the array itself where nothing has to change.
         """
+        dtype = None if dtype is None else getattr(self.xp, np.dtype(dtype).name)
         return self.xp.asarray(array, dtype=dtype)
 
     def synchronize(self) -> None:

@@ -19,11 +19,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import array_api_compat
 import numpy as np
 import platformdirs
 
 from npbn.backend import Backend
 from npbn.errors import DataError
+from npbn.functional._arrays import common_library
 
 DATASETS = ("auto", "fashion-mnist", "digits")
 
@@ -92,9 +94,10 @@ class Split:
                 f"expected images of shape (N, C, H, W) and labels of shape (N,), "
                 f"got {tuple(self.images.shape)} and {tuple(self.labels.shape)}"
             )
-        if str(self.images.dtype) != "uint8":
+        xp = common_library(images=self.images, labels=self.labels)
+        if self.images.dtype != xp.uint8:
             raise TypeError(f"expected images of dtype uint8, got {self.images.dtype}")
-        if "int" not in str(self.labels.dtype):
+        if not xp.isdtype(self.labels.dtype, "integral"):
             raise TypeError(f"expected labels of an integer dtype, got {self.labels.dtype}")
 
     def __len__(self) -> int:
@@ -111,17 +114,23 @@ class Split:
 
         Args:
             batch_size: the last batch may be smaller.
-            dtype: of the backend that the split is on.
+            dtype: float32 or float64.
             order: indices on that backend, (M,): which examples, in which order; all of them in
                 their own order unless given.
         """
         if batch_size < 1:
             raise ValueError(f"expected batch_size >= 1, got {batch_size}")
-        for start in range(0, len(self) if order is None else order.shape[0], batch_size):
-            chosen = slice(start, start + batch_size)
-            if order is not None:
-                chosen = order[chosen]
-            yield self.images[chosen].astype(dtype) / 255, self.labels[chosen]
+        xp = array_api_compat.array_namespace(self.images)
+        dtype = getattr(xp, np.dtype(dtype).name)
+        count = len(self) if order is None else order.shape[0]
+        for start in range(0, count, batch_size):
+            batch = slice(start, min(start + batch_size, count))
+            if order is None:
+                images, labels = self.images[batch, ...], self.labels[batch]
+            else:
+                images = xp.take(self.images, order[batch], axis=0)
+                labels = xp.take(self.labels, order[batch], axis=0)
+            yield xp.astype(images, dtype) / 255, labels
 
 
 @dataclass(frozen=True)

@@ -19,8 +19,8 @@ import numpy as np
 
 from npbn import functional as F
 from npbn.backend import Backend, to_numpy
-from npbn.functional._arrays import Array
-from npbn.functional._windows import pair
+from npbn.functional._arrays import Array, real_part
+from npbn.functional._windows import check_pooling_padding, pair
 
 
 class Parameter:
@@ -114,6 +114,7 @@ class Layer(ABC):
         Raises:
             ValueError: a name is missing or unexpected, or a shape differs. Nothing is changed
                 then.
+            TypeError: complex numbers. Nothing is changed then.
         """
         places = self._state()
         missing, unexpected = places.keys() - state.keys(), state.keys() - places.keys()
@@ -128,10 +129,13 @@ class Layer(ABC):
             expected = tuple(getattr(*place).shape)
             if values[name].shape != expected:
                 raise ValueError(f"expected {name} of shape {expected}, got {values[name].shape}")
+            if np.iscomplexobj(values[name]):
+                raise TypeError(f"expected {name} of real numbers, got {values[name].dtype}")
         for name, place in places.items():
             array = getattr(*place)
             xp = array_api_compat.array_namespace(array)
-            array[...] = xp.asarray(values[name], dtype=array.dtype)
+            device = array_api_compat.device(array)
+            array[...] = xp.asarray(values[name], dtype=array.dtype, device=device)
 
     def _state(self) -> dict[str, tuple[object, str]]:
         """Where each array of the state lives: name → (owner, attribute)."""
@@ -163,7 +167,7 @@ class Sequential(Layer):
             if not isinstance(layer, Layer):
                 raise TypeError(f"expected layers, got {type(layer).__name__}")
         self.layers = layers
-        all_of_them = list(_descendants(self))
+        all_of_them = list(self_and_descendants(self))
         if len({id(layer) for layer in all_of_them}) < len(all_of_them):
             raise ValueError("expected every layer once: its cache holds one batch only")
 
@@ -189,7 +193,8 @@ class Sequential(Layer):
         model = copy.deepcopy(self)  # a forward pass must leave no trace in this one
         like = next((p.data for p in model.parameters().values()), np.empty((), np.float32))
         xp = array_api_compat.array_namespace(like)
-        x = xp.zeros((1, *input_shape), dtype=like.dtype)
+        device = array_api_compat.device(like)
+        x = xp.zeros((1, *input_shape), dtype=like.dtype, device=device)
         rows = [("", "layer", "output shape", "parameters")]
         total = 0
         for i, layer in enumerate(model.layers):
@@ -352,6 +357,7 @@ class BatchNorm(Layer):
         self.num_dims = num_dims
         self.eps = eps
         self.momentum = momentum
+        self.initial_moving_var = initial_moving_var
         self.gamma = Parameter("gamma", np.ones(shape, np.float32))
         self.beta = Parameter("beta", np.zeros(shape, np.float32))
         self.moving_mean: Array = np.zeros(shape, np.float32)
@@ -360,7 +366,7 @@ class BatchNorm(Layer):
     def forward(self, x: Array) -> Array:
         if x.ndim != self.num_dims:
             raise ValueError(f"expected x of {self.num_dims} dimensions, got {tuple(x.shape)}")
-        y, self._cache, (self.moving_mean, self.moving_var) = F.batch_norm(
+        y, self._cache, moving = F.batch_norm(
             x,
             self.gamma.data,
             self.beta.data,
@@ -370,6 +376,9 @@ class BatchNorm(Layer):
             eps=self.eps,
             momentum=self.momentum,
         )
+        # A complex step belongs to one forward pass; the next must not find it here.
+        xp = array_api_compat.array_namespace(x)
+        self.moving_mean, self.moving_var = (real_part(average, xp) for average in moving)
         return y
 
     def backward(self, dy: Array) -> Array:
@@ -377,7 +386,11 @@ class BatchNorm(Layer):
         return dx
 
     def __repr__(self) -> str:
-        options = {"eps": (self.eps, 1e-5), "momentum": (self.momentum, 0.9)}
+        options = {
+            "eps": (self.eps, 1e-5),
+            "momentum": (self.momentum, 0.9),
+            "initial_moving_var": (self.initial_moving_var, 1.0),
+        }
         text = "".join(
             f", {name}={value}" for name, (value, default) in options.items() if value != default
         )
@@ -398,6 +411,7 @@ class AvgPool2d(Layer):
         self.kernel_size = pair("kernel_size", kernel_size, minimum=1)
         self.stride = self.kernel_size if stride is None else pair("stride", stride, minimum=1)
         self.padding = pair("padding", padding, minimum=0)
+        check_pooling_padding(self.kernel_size, self.padding)
 
     def forward(self, x: Array) -> Array:
         y, self._cache = F.avg_pool2d(x, self.kernel_size, stride=self.stride, padding=self.padding)
@@ -456,10 +470,11 @@ class Flatten(Layer):
         return _reshape(dy, self._last_cache())
 
 
-def _descendants(layer: Layer) -> Iterator[Layer]:
+def self_and_descendants(layer: Layer) -> Iterator[Layer]:
+    """A layer, and all that it is made of."""
+    yield layer
     for child in layer.children().values():
-        yield child
-        yield from _descendants(child)
+        yield from self_and_descendants(child)
 
 
 def _reshape(x: Array, shape: tuple[int, ...]) -> Array:

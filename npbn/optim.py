@@ -125,6 +125,7 @@ class SGD:
             if parameter.gradient is None:
                 raise RuntimeError(f"{name} has no gradient: step needs a backward pass before it")
             gradients[name] = parameter.gradient
+        lr = self.lr
         for name, parameter in self.parameters.items():
             v = gradients[name]
             if self.weight_decay and (self.decay_all or parameter.name == "weight"):
@@ -132,5 +133,5 @@ class SGD:
             if self.momentum:
                 v = v + self.momentum * self.velocity.get(name, 0.0)  # a new array, ours
                 self.velocity[name] = v
-            parameter.data -= self.lr * v
+            parameter.data -= lr * v
         self.steps += 1

@@ -14,7 +14,7 @@ from npbn import functional as F
 from npbn.backend import Backend
 from npbn.data import Split
 from npbn.functional._arrays import Array
-from npbn.layers import Layer
+from npbn.layers import Layer, self_and_descendants
 from npbn.optim import SGD
 
 EVALUATION_BATCH_SIZE = 256
@@ -44,7 +44,6 @@ class Epoch:
 
     Attributes:
         number: from 1.
-        lr: the learning rate of its last step.
         train: averaged over the epoch *while* the parameters changed.
         test: after it, in prediction mode.
         skipped: examples of a last batch of one, left out because batch norm over one example has
@@ -52,7 +51,6 @@ class Epoch:
     """
 
     number: int
-    lr: float
     train: Metrics
     test: Metrics
     skipped: int
@@ -61,6 +59,11 @@ class Epoch:
 def left_out(examples: int, batch_size: int) -> int:
     """How many examples an epoch skips: one, if it would be a last batch of its own."""
     return 1 if batch_size > 1 and examples % batch_size == 1 else 0
+
+
+def steps_per_epoch(examples: int, batch_size: int) -> int:
+    """How many batches an epoch has, what it skips left aside."""
+    return math.ceil((examples - left_out(examples, batch_size)) / batch_size)
 
 
 class _Totals:
@@ -100,7 +103,7 @@ def train_epoch(
     """One pass over ``split`` in random order, a step of the optimizer for each batch.
 
     Args:
-        model, optimizer, split: all on ``backend``.
+        model, optimizer, split: all on ``backend``; every layer is switched to training mode.
         batch_size: a last batch of a single example is left out, unless every batch is one.
         generator: draws the order, on the host, so that every backend sees the same batches.
         dtype: of the model's arrays.
@@ -134,8 +137,8 @@ def evaluate(
     dtype: Any = "float32",
     batch_size: int = EVALUATION_BATCH_SIZE,
 ) -> Metrics:
-    """Loss and accuracy on ``split`` in prediction mode; the model's own mode is kept."""
-    was_training = model.training
+    """Loss and accuracy on ``split`` in prediction mode; every layer's own mode is kept."""
+    modes = [(layer, layer.training) for layer in self_and_descendants(model)]
     model.eval()
     totals = _Totals(backend)
     try:
@@ -144,8 +147,8 @@ def evaluate(
             loss, _ = F.softmax_cross_entropy(logits, labels)
             totals.add(loss, logits, labels)
     finally:
-        if was_training:
-            model.train()
+        for layer, mode in modes:
+            layer.training = mode
     return totals.metrics()
 
 
@@ -179,9 +182,8 @@ def fit(
             dtype=dtype,
             on_batch=on_batch,
         )
-        lr = optimizer.schedule(max(optimizer.steps - 1, 0))
         found = evaluate(model, test, backend=backend, dtype=dtype)
-        epoch = Epoch(number, lr, metrics, found, skipped)
+        epoch = Epoch(number, metrics, found, skipped)
         history.append(epoch)
         if on_epoch is not None:
             on_epoch(epoch)

@@ -11,7 +11,6 @@ check_installation()
 
 import argparse
 import copy
-import math
 import platform
 import sys
 
@@ -184,11 +183,9 @@ def main() -> None:
         f"{arguments.dtype}"
     )
 
-    trained_on = len(train) - training.left_out(len(train), arguments.batch_size)
-    steps_per_epoch = math.ceil(trained_on / arguments.batch_size)
     optimizer = optim.SGD(
         model.parameters(),
-        build_schedule(arguments, steps_per_epoch),
+        build_schedule(arguments, training.steps_per_epoch(len(train), arguments.batch_size)),
         momentum=arguments.momentum,
         weight_decay=arguments.weight_decay,
     )

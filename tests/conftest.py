@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 
-import array_api_compat.numpy
 import array_api_strict
 import numpy as np
 import pytest
@@ -29,22 +28,31 @@ settings.load_profile(
 )
 
 
-def _libraries() -> list:
-    libraries = [
-        pytest.param(array_api_compat.numpy, id="numpy"),
-        pytest.param(array_api_strict, id="array-api-strict"),
-    ]
-    try:
-        libraries.append(pytest.param(backend.get_backend("cupy").xp, id="cupy"))
-    except BackendError:
-        pass  # no GPU here: the other libraries still run
-    return libraries
+BACKENDS = [
+    backend.get_backend("numpy"),
+    backend.Backend("array-api-strict", array_api_strict, "nothing but the standard"),
+]
+NO_CUPY = ""
+try:
+    BACKENDS.append(backend.get_backend("cupy"))
+except BackendError as error:  # the other libraries still run
+    NO_CUPY = f"; not cupy: {error}"
 
 
-@pytest.fixture(params=_libraries())
-def xp(request):
-    """Each array library in turn."""
+def pytest_report_header() -> str:
+    return f"array libraries: {', '.join(device.name for device in BACKENDS)}{NO_CUPY}"
+
+
+@pytest.fixture(params=BACKENDS, ids=lambda device: device.name)
+def device(request) -> backend.Backend:
+    """Each array library in turn, as a backend."""
     return request.param
+
+
+@pytest.fixture
+def xp(device):
+    """Each array library in turn."""
+    return device.xp
 
 
 @pytest.fixture(params=["float32", "float64"])

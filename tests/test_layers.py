@@ -7,6 +7,7 @@ import math
 import numpy as np
 import pytest
 
+from arrays import to_host
 from cases import EPS64
 from npbn import backend
 from npbn import functional as F
@@ -61,7 +62,7 @@ def every_layer() -> Sequential:
     ids=["every layer", "LeNet", "LeNet without", "BLeNet"],
 )
 @pytest.mark.parametrize("training", [True, False], ids=["training", "prediction"])
-def test_gradient_of_a_whole_network(model, shape, training):
+def test_gradient_of_a_whole_network(model, shape, training, device):
     """By every parameter and by the input, along random directions, with the complex step.
 
     A directional derivative is one number for a whole array. Its terms |gradient · direction| set
@@ -69,37 +70,34 @@ def test_gradient_of_a_whole_network(model, shape, training):
     divisions by s ≥ 0.003) the factor before eps. A bias that batch norm subtracts again has the
     gradient 0, so the scale includes what it is made of: the gradient of all the parameters.
     """
-    model.to(NUMPY, "float64")
+    model.to(device, "float64")
     if training:
         model.train()
     else:
         model.eval()
     rng = np.random.default_rng(1)
-    x, labels = rng.normal(size=shape), rng.integers(0, 3, shape[0])
+    x, labels = (device.asarray(a) for a in (rng.normal(size=shape), rng.integers(0, 3, shape[0])))
 
     def loss(x):
         return F.softmax_cross_entropy(model.forward(x), labels)
 
     _, cache = loss(x)
-    dx = model.backward(F.softmax_cross_entropy_backward(cache))
-    gradients = {name: p.gradient for name, p in model.parameters().items()}
+    dx = to_host(model.backward(F.softmax_cross_entropy_backward(cache)))
+    gradients = {name: to_host(p.gradient) for name, p in model.parameters().items()}
     largest = max(np.abs(gradient).max() for gradient in gradients.values())
     state = model.state_dict()
     for name, parameter in [*model.parameters().items(), ("x", Parameter("x", x))]:
         gradient = gradients.get(name, dx)
         direction = rng.normal(size=gradient.shape)
         value = parameter.data
-        stepped = value + 1e-30j * direction
+        stepped = device.asarray(to_host(value) + 1e-30j * direction)
         if name == "x":
-            numeric = np.imag(loss(stepped)[0]) / 1e-30
+            numeric = to_host(loss(stepped)[0]).imag / 1e-30
         else:
             parameter.data = stepped
-            numeric = np.imag(loss(x)[0]) / 1e-30
+            numeric = to_host(loss(x)[0]).imag / 1e-30
             parameter.data = value
-        for layer in model.layers:  # the complex step has moved the averages, too
-            for buffer in layer._buffers:
-                setattr(layer, buffer, getattr(layer, buffer).real)
-        model.load_state_dict(state)
+        model.load_state_dict(state)  # the averages have moved
         analytic = np.sum(gradient * direction)
         scale = np.sum((np.abs(gradient) + largest) * np.abs(direction))
         assert abs(analytic - numeric) <= 1e4 * EPS64 * scale, name
@@ -168,20 +166,25 @@ def test_gradients_are_set_not_added(rng):
     np.testing.assert_allclose(layer.weight.gradient, dy.T @ x, rtol=1e-5)
 
 
-def test_layers_pass_their_options_on(rng):
-    x = rng.normal(size=(3, 2, 6, 5)).astype(np.float32)
+def test_layers_pass_their_options_on(rng, device):
+    def assert_equal(actual, expected):
+        np.testing.assert_array_equal(to_host(actual), to_host(expected))
+
+    x = device.asarray(rng.normal(size=(3, 2, 6, 5)), "float32")
     conv = Conv2d(2, 3, (3, 2), stride=(2, 1), padding=(0, 1))
+    conv.to(device)
     options = {"stride": (2, 1), "padding": (0, 1)}
     expected, _ = F.conv2d(x, conv.weight.data, conv.bias.data, **options)
-    np.testing.assert_array_equal(conv.forward(x), expected)
+    assert_equal(conv.forward(x), expected)
     for layer, function in ((AvgPool2d, F.avg_pool2d), (MaxPool2d, F.max_pool2d)):
         expected, _ = function(x, (3, 2), **options)
-        np.testing.assert_array_equal(layer((3, 2), **options).forward(x), expected)
+        assert_equal(layer((3, 2), **options).forward(x), expected)
     norm = BatchNorm(2, 4, eps=0.5, momentum=0.25)
+    norm.to(device)
     four = (norm.gamma.data, norm.beta.data, norm.moving_mean, norm.moving_var)
     expected, _, moving = F.batch_norm(x, *four, training=True, eps=0.5, momentum=0.25)
-    np.testing.assert_array_equal(norm.forward(x), expected)
-    np.testing.assert_array_equal(norm.moving_var, moving[1])
+    assert_equal(norm.forward(x), expected)
+    assert_equal(norm.moving_var, moving[1])
 
 
 def test_moving_forgets_gradients():
@@ -247,16 +250,35 @@ def test_initial_moving_variance_can_be_zero():
     np.testing.assert_allclose(y, 1 / math.sqrt(1e-5), rtol=1e-6)
 
 
-def test_training_moves_the_averages_and_prediction_does_not(rng):
+def test_training_moves_the_averages_and_prediction_does_not(rng, device):
     layer = BatchNorm(3, 2, momentum=0.5)
-    x = rng.normal(5, 1, (8, 3)).astype(np.float32)
+    layer.to(device)
+    host = rng.normal(5, 1, (8, 3)).astype(np.float32)
+    x = device.asarray(host)
     layer.forward(x)
     moved = layer.state_dict()
-    np.testing.assert_allclose(moved["moving_mean"], 0.5 * x.mean(axis=0, keepdims=True), rtol=1e-6)
+    np.testing.assert_allclose(
+        moved["moving_mean"], 0.5 * host.mean(axis=0, keepdims=True), rtol=1e-6
+    )
     layer.eval()
     layer.forward(x)
     for name, value in layer.state_dict().items():
         np.testing.assert_array_equal(value, moved[name])
+
+
+def test_a_complex_step_leaves_the_averages_real(rng, device, dtype):
+    """They move by the real part alone, so that the layer goes on in real numbers."""
+    one, same = BatchNorm(3, 2), BatchNorm(3, 2)
+    one.to(device, dtype)
+    same.to(device, dtype)
+    x = device.asarray(rng.normal(size=(8, 3)), dtype)
+    stepped = device.asarray(to_host(x) + np.array(1e-30j, f"c{2 * to_host(x).itemsize}"))
+    one.forward(stepped)
+    same.forward(x)
+    for name, value in one.state_dict().items():
+        assert value.dtype == dtype
+        np.testing.assert_allclose(value, same.state_dict()[name], rtol=1e-6)
+    assert one.forward(x).dtype == x.dtype
 
 
 def test_modes_reach_every_layer():
@@ -268,47 +290,78 @@ def test_modes_reach_every_layer():
     assert model.training and model.layers[0].training and inner.training
 
 
-def test_state_goes_to_another_model_and_back(rng):
+def test_state_goes_to_another_model_and_back(rng, device):
     one, other = LeNet(generator=rng), LeNet(generator=rng)
-    x = rng.random((4, 1, 28, 28), dtype=np.float32)
+    one.to(device)
+    other.to(device)
+    x = device.asarray(rng.random((4, 1, 28, 28)), "float32")
     one.forward(x)  # so that the averages have moved
     other.load_state_dict(one.state_dict())
     one.eval()
     other.eval()
-    np.testing.assert_array_equal(one.forward(x), other.forward(x))
+    np.testing.assert_array_equal(to_host(one.forward(x)), to_host(other.forward(x)))
 
 
-def test_state_is_a_copy_and_is_loaded_in_place():
+def test_state_is_a_copy_and_is_loaded_in_place(device):
     layer = Linear(2, 2)
+    layer.to(device)
     data, state = layer.weight.data, layer.state_dict()
     state["weight"][...] = 7
-    assert not np.any(layer.weight.data == 7)
+    assert not np.any(to_host(layer.weight.data) == 7)
     layer.load_state_dict(state)
-    assert layer.weight.data is data and np.all(data == 7)
+    assert layer.weight.data is data and np.all(to_host(data) == 7)
+
+
+def test_state_and_summary_stay_on_the_device():
+    """array-api-strict has devices that are none, and refuses to mix them."""
+    import array_api_strict
+
+    model = every_layer()
+    state = model.state_dict()
+    for owner, attribute in model._state().values():
+        array = array_api_strict.asarray(getattr(owner, attribute))
+        setattr(owner, attribute, array.to_device(array_api_strict.Device("device1")))
+    assert model.summary((2, 5, 6)) == every_layer().summary((2, 5, 6))
+    model.load_state_dict({name: value + 1 for name, value in state.items()})
+    for name, place in model._state().items():
+        assert getattr(*place).device == array_api_strict.Device("device1")
+        np.testing.assert_array_equal(to_host(getattr(*place)), state[name] + 1)
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("change", "error", "message"),
     [
-        (lambda s: s.pop("weight"), "missing: weight; unexpected: none"),
-        (lambda s: s.update(other=np.zeros(1)), "missing: none; unexpected: other"),
-        (lambda s: s.update(bias=np.zeros(3)), r"expected bias of shape \(2,\), got \(3,\)"),
-        (lambda s: s.update(weight=np.zeros((4, 1))), r"expected weight of shape \(2, 2\)"),
+        (lambda s: s.pop("weight"), ValueError, "missing: weight; unexpected: none"),
+        (lambda s: s.update(other=np.zeros(1)), ValueError, "missing: none; unexpected: other"),
+        (lambda s: s.update(bias=np.zeros(3)), ValueError, r"bias of shape \(2,\), got \(3,\)"),
+        (lambda s: s.update(weight=np.zeros((4, 1))), ValueError, r"weight of shape \(2, 2\)"),
+        (
+            lambda s: s.update(bias=np.zeros(2) + 1j),
+            TypeError,
+            "expected bias of real numbers, got complex128",
+        ),
     ],
 )
-def test_a_state_that_does_not_fit_changes_nothing(change, message):
+def test_a_state_that_does_not_fit_changes_nothing(change, error, message):
     layer = Linear(2, 2)
     before = layer.state_dict()
     state = {name: value + 1 for name, value in before.items()}
     change(state)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(error, match=message):
         layer.load_state_dict(state)
     for name, value in layer.state_dict().items():
         np.testing.assert_array_equal(value, before[name])
 
 
-def test_repr_and_summary():
+def test_batch_norm_shows_each_option_that_is_not_the_default():
+    layer = BatchNorm(3, 2, eps=0.5, momentum=0.25, initial_moving_var=0.0)
+    assert repr(layer) == "BatchNorm(3, 2, eps=0.5, momentum=0.25, initial_moving_var=0.0)"
+    assert repr(BatchNorm(3, 2)) == "BatchNorm(3, 2)"
+
+
+def test_repr_and_summary(device):
     model = every_layer()
+    model.to(device)
     assert repr(model).splitlines() == [
         "Sequential(",
         "  (0) Conv2d(2, 3, (3, 2), stride=(1, 2), padding=1)",
@@ -347,6 +400,15 @@ def test_repr_and_summary():
         (lambda: Conv2d(1, 0, 3), ValueError, "expected out_channels >= 1, got 0"),
         (lambda: Linear(0, 3), ValueError, "expected in_features >= 1, got 0"),
         (lambda: AvgPool2d(0), ValueError, "expected kernel_size"),
+        (lambda: Conv2d(1, 1, True), ValueError, "kernel_size as an int >= 1 .*, got True"),
+        (lambda: MaxPool2d(2, stride=True), ValueError, "expected stride as an int >= 1"),
+        (lambda: AvgPool2d(2, padding=(1, False)), ValueError, "expected padding as an int >= 0"),
+        (
+            lambda: AvgPool2d(2, padding=2),
+            ValueError,
+            r"padding of at most half the kernel \(2, 2\), got \(2, 2\)",
+        ),
+        (lambda: MaxPool2d((4, 3), padding=2), ValueError, r"at most half the kernel \(4, 3\)"),
         (lambda: BLeNet(1, 11, 10), ValueError, "expected fig_size >= 12, got 11"),
         (lambda: Linear(2, 2).backward(np.ones((1, 2))), RuntimeError, "needs a forward pass"),
         (lambda: Sequential(*[ReLU()] * 2), ValueError, "expected every layer once"),

@@ -8,6 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from arrays import to_host
 from npbn.layers import Linear, Parameter, Sequential
 from npbn.models import LeNet
 from npbn.optim import SGD, Constant, Cosine, StepDecay
@@ -18,61 +19,63 @@ from npbn.optim import SGD, Constant, Cosine, StepDecay
     momentum=st.floats(0, 0.99),
     weight_decay=st.floats(0, 0.1),
 )
-def test_equal_to_pytorch(lr, momentum, weight_decay):
+def test_equal_to_pytorch(lr, momentum, weight_decay, xp):
     rng = np.random.default_rng(0)
     value = rng.normal(size=(3, 2))
-    ours = Parameter("weight", value.copy())
+    ours = Parameter("weight", xp.asarray(value, copy=True))
     theirs = torch.nn.Parameter(torch.tensor(value))
     optimizer = SGD({"w": ours}, lr, momentum=momentum, weight_decay=weight_decay)
     oracle = torch.optim.SGD([theirs], lr=lr, momentum=momentum, weight_decay=weight_decay)
     for _ in range(4):
         gradient = rng.normal(size=value.shape)
-        ours.gradient = gradient
+        ours.gradient = xp.asarray(gradient)
         theirs.grad = torch.tensor(gradient)
         optimizer.step()
         oracle.step()
-    np.testing.assert_allclose(ours.data, theirs.detach().numpy(), rtol=1e-13, atol=1e-13)
+    np.testing.assert_allclose(to_host(ours.data), theirs.detach().numpy(), rtol=1e-13, atol=1e-13)
 
 
 @pytest.mark.parametrize("decay_all", [False, True])
-def test_weight_decay_is_for_weights_unless_asked(decay_all):
+def test_weight_decay_is_for_weights_unless_asked(decay_all, device):
     model = LeNet()
+    model.to(device)
     for parameter in model.parameters().values():
         parameter.data[...] = 1
-        parameter.gradient = np.zeros_like(parameter.data)
+        parameter.gradient = device.xp.zeros_like(parameter.data)
     SGD(model.parameters(), 0.5, weight_decay=0.5, decay_all=decay_all).step()
     for parameter in model.parameters().values():
         decayed = decay_all or parameter.name == "weight"
-        np.testing.assert_array_equal(parameter.data, 0.75 if decayed else 1.0)
+        np.testing.assert_array_equal(to_host(parameter.data), 0.75 if decayed else 1.0)
 
 
-def test_moves_in_place_and_keeps_the_dtype():
+def test_moves_in_place_and_keeps_the_dtype(device, dtype):
     layer = Linear(2, 2)
+    layer.to(device, dtype)
     data = layer.weight.data
-    layer.forward(np.ones((1, 2), np.float32))
-    layer.backward(np.ones((1, 2), np.float32))
+    layer.forward(device.asarray(np.ones((1, 2)), dtype))
+    layer.backward(device.asarray(np.ones((1, 2)), dtype))
     SGD(layer.parameters(), 0.1, momentum=0.9, weight_decay=0.1).step()
-    assert layer.weight.data is data and data.dtype == np.float32
+    assert layer.weight.data is data and to_host(data).dtype == dtype
 
 
-def test_step_leaves_the_gradients_alone():
-    parameter = Parameter("weight", np.ones(2))
-    parameter.gradient = np.ones(2)
+def test_step_leaves_the_gradients_alone(xp):
+    parameter = Parameter("weight", xp.ones(2))
+    parameter.gradient = xp.ones(2)
     optimizer = SGD({"w": parameter}, 0.1, momentum=0.9, weight_decay=0.5)
     for _ in range(3):
         optimizer.step()
-        np.testing.assert_array_equal(parameter.gradient, 1)
+        np.testing.assert_array_equal(to_host(parameter.gradient), 1)
 
 
-def test_velocity_is_the_optimizers_own():
+def test_velocity_is_the_optimizers_own(xp):
     """A layer may write its next gradient into the same array."""
-    parameter = Parameter("weight", np.zeros(1))
-    parameter.gradient = np.zeros(1)
+    parameter = Parameter("weight", xp.zeros(1))
+    parameter.gradient = xp.zeros(1)
     optimizer = SGD({"w": parameter}, 1.0, momentum=0.5)
     for gradient in (1.0, 2.0, 4.0):
         parameter.gradient[...] = gradient
         optimizer.step()
-    np.testing.assert_array_equal(parameter.data, [-(1 + 2.5 + 5.25)])
+    np.testing.assert_array_equal(to_host(parameter.data), [-(1 + 2.5 + 5.25)])
 
 
 def test_step_needs_gradients_and_changes_nothing_without():

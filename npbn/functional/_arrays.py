@@ -65,7 +65,7 @@ def real_part(array: Array, xp: Any) -> Array:
 
 def empty_like(array: Array, xp: Any) -> Array:
     """No elements, of the array's dtype: for a cache that must know the precision alone."""
-    return xp.zeros((0,), dtype=array.dtype)
+    return xp.zeros((0,), dtype=array.dtype, device=array_api_compat.device(array))
 
 
 def copy(array: Array, xp: Any) -> Array:

@@ -25,9 +25,19 @@ from npbn.functional._arrays import Array
 def pair(name: str, value: int | tuple[int, int], *, minimum: int) -> tuple[int, int]:
     """``value`` as (vertical, horizontal); one int stands for both."""
     both: tuple[Any, ...] = value if isinstance(value, tuple) else (value, value)
-    if len(both) != 2 or not all(isinstance(v, int | np.integer) and v >= minimum for v in both):
+    if len(both) != 2 or not all(
+        isinstance(v, int | np.integer) and not isinstance(v, bool) and v >= minimum for v in both
+    ):
         raise ValueError(f"expected {name} as an int >= {minimum} or a pair of them, got {value}")
     return int(both[0]), int(both[1])
+
+
+def check_pooling_padding(kernel_size: tuple[int, int], padding: tuple[int, int]) -> None:
+    """Raise ValueError if padding is more than half the kernel: some windows saw nothing else."""
+    if any(2 * p > k for p, k in zip(padding, kernel_size, strict=True)):
+        raise ValueError(
+            f"expected padding of at most half the kernel {kernel_size}, got {padding}"
+        )
 
 
 @dataclass(frozen=True)

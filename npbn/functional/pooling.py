@@ -32,7 +32,7 @@ from typing import Any, NamedTuple
 import array_api_compat
 
 from npbn.functional._arrays import Array, check_shape, common_namespace, empty_like, real_part
-from npbn.functional._windows import Windows, pad, unpad, windows_of
+from npbn.functional._windows import Windows, check_pooling_padding, pad, unpad, windows_of
 
 
 class AvgPool2dCache(NamedTuple):
@@ -168,9 +168,5 @@ def _pooling_windows(
     padding: int | tuple[int, int],
 ) -> Windows:
     windows = windows_of(x, kernel_size, kernel_size if stride is None else stride, padding)
-    if any(2 * p > k for p, k in zip(windows.padding, windows.kernel_size, strict=True)):
-        raise ValueError(
-            f"expected padding of at most half the kernel {windows.kernel_size}, "
-            f"got {windows.padding}"
-        )
+    check_pooling_padding(windows.kernel_size, windows.padding)
     return windows

@@ -42,13 +42,10 @@ def check_model(
     layers = list(leaves(copy.deepcopy(model)))
 
     def forward(start: int, value: Array) -> list[Array]:
-        """The outputs of the layers from ``start`` on; the moving averages stay as they are."""
+        """The outputs of the layers from ``start`` on."""
         outputs = []
         for _, layer in layers[start:]:
-            buffers = {name: getattr(layer, name) for name in layer._buffers}
             value = layer.forward(value)
-            for name, buffer in buffers.items():
-                setattr(layer, name, buffer)
             outputs.append(value)
         return outputs
 

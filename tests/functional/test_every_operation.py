@@ -56,6 +56,21 @@ def test_same_on_every_library(case, xp, dtype):
 
 
 @every_example
+def test_all_happens_on_the_device_of_the_arguments(case, dtype):
+    """array-api-strict has devices that are none, and refuses to mix them."""
+    import array_api_strict
+
+    device = array_api_strict.Device("device1")
+    _, expected, expected_gradients = run(case, array_api_strict, dtype)
+    _, *found = run(case, array_api_strict, dtype, lambda array: array.to_device(device))
+    for array, right in zip(
+        arrays_in(tuple(found)), arrays_in((expected, expected_gradients)), strict=True
+    ):
+        assert array.device == device
+        np.testing.assert_array_equal(to_host(array), to_host(right))
+
+
+@every_example
 def test_dtype_is_that_of_the_arguments(case, xp, dtype):
     _, results, gradients = run(case, xp, dtype)
     floating = [
