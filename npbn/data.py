@@ -6,6 +6,7 @@ int64 arrays of shape (N,).
 
 from __future__ import annotations
 
+import dataclasses
 import gzip
 import hashlib
 import importlib.util
@@ -151,6 +152,11 @@ class Dataset:
     train: Split
     test: Split
     notes: tuple[str, ...] = ()
+
+    def limited(self, examples: int) -> Dataset:
+        """The same with the first so many training examples alone."""
+        train = Split(self.train.images[:examples], self.train.labels[:examples])
+        return dataclasses.replace(self, train=train)
 
 
 def load(

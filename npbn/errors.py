@@ -13,3 +13,11 @@ class BackendError(NpbnError):
 
 class DataError(NpbnError):
     """A data set cannot be found, or is not what it should be."""
+
+
+class CheckpointError(NpbnError):
+    """A checkpoint or a run cannot be read or written, or is not what it should be."""
+
+
+class NonFiniteError(NpbnError):
+    """Training came to NaN or infinite numbers."""

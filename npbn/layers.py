@@ -8,6 +8,7 @@ Layers start on the host in float32, with NumPy; `Layer.to` moves them to anothe
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
 from abc import ABC, abstractmethod
@@ -468,6 +469,17 @@ class Flatten(Layer):
 
     def backward(self, dy: Array) -> Array:
         return _reshape(dy, self._last_cache())
+
+
+@contextlib.contextmanager
+def modes_kept(layer: Layer) -> Iterator[None]:
+    """Whatever mode is switched to inside, every layer comes out in its own."""
+    modes = [(each, each.training) for each in self_and_descendants(layer)]
+    try:
+        yield
+    finally:
+        for each, training in modes:
+            each.training = training
 
 
 def self_and_descendants(layer: Layer) -> Iterator[Layer]:

@@ -5,6 +5,8 @@ Each is also there without batch norm, for comparison.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 
 from npbn.layers import AvgPool2d, BatchNorm, Conv2d, Flatten, Layer, Linear, Sequential, Sigmoid
@@ -19,13 +21,18 @@ class LeNet(Sequential):
 
     Args:
         batch_norm: False leaves batch norm out.
+        activation: makes the layer after each batch norm: `npbn.layers.Sigmoid` or another.
         generator: where the initial weights come from; a fresh one unless given.
     """
 
     def __init__(
-        self, *, batch_norm: bool = True, generator: np.random.Generator | None = None
+        self,
+        *,
+        batch_norm: bool = True,
+        activation: Callable[[], Layer] = Sigmoid,
+        generator: np.random.Generator | None = None,
     ) -> None:
-        super().__init__(*_lenet_layers(1, 28, 10, 0, batch_norm, generator))
+        super().__init__(*_lenet_layers(1, 28, 10, 0, batch_norm, activation, generator))
 
 
 class BLeNet(Sequential):
@@ -39,6 +46,7 @@ class BLeNet(Sequential):
         fig_size: side of the images, in pixels; at least 12.
         num_class: how many classes.
         batch_norm: False leaves batch norm out.
+        activation: makes the layer after each batch norm: `npbn.layers.Sigmoid` or another.
         generator: where the initial weights come from; a fresh one unless given.
     """
 
@@ -49,11 +57,14 @@ class BLeNet(Sequential):
         num_class: int = 10,
         *,
         batch_norm: bool = True,
+        activation: Callable[[], Layer] = Sigmoid,
         generator: np.random.Generator | None = None,
     ) -> None:
         if fig_size < 12:
             raise ValueError(f"expected fig_size >= 12, got {fig_size}")
-        super().__init__(*_lenet_layers(channels, fig_size, num_class, 2, batch_norm, generator))
+        super().__init__(
+            *_lenet_layers(channels, fig_size, num_class, 2, batch_norm, activation, generator)
+        )
 
 
 def _lenet_layers(
@@ -62,6 +73,7 @@ def _lenet_layers(
     num_class: int,
     padding: int,
     batch_norm: bool,
+    activation: Callable[[], Layer],
     generator: np.random.Generator | None,
 ) -> list[Layer]:
     generator = np.random.default_rng() if generator is None else generator
@@ -70,7 +82,7 @@ def _lenet_layers(
 
     def block(affine: Layer, features: int, num_dims: int) -> list[Layer]:
         norm: list[Layer] = [BatchNorm(features, num_dims)] if batch_norm else []
-        return [affine, *norm, Sigmoid()]
+        return [affine, *norm, activation()]
 
     return [
         *block(Conv2d(channels, 6, 5, padding=padding, generator=generator), 6, 4),

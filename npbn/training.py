@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from npbn import functional as F
-from npbn.backend import Backend
+from npbn import inspection
+from npbn.backend import Backend, to_numpy
 from npbn.data import Split
+from npbn.errors import NonFiniteError
 from npbn.functional._arrays import Array
-from npbn.layers import Layer, self_and_descendants
+from npbn.layers import Layer, Sequential, modes_kept
 from npbn.optim import SGD
 
 EVALUATION_BATCH_SIZE = 256
@@ -44,15 +46,19 @@ class Epoch:
 
     Attributes:
         number: from 1.
+        step: how many steps of the optimizer there have been.
+        lr: the learning rate of the last of them.
         train: averaged over the epoch *while* the parameters changed.
-        test: after it, in prediction mode.
+        test: after it, in prediction mode; None where that was not asked for.
         skipped: examples of a last batch of one, left out because batch norm over one example has
             no variance and teaches nothing.
     """
 
     number: int
+    step: int
+    lr: float
     train: Metrics
-    test: Metrics
+    test: Metrics | None
     skipped: int
 
 
@@ -69,12 +75,19 @@ def steps_per_epoch(examples: int, batch_size: int) -> int:
 class _Totals:
     """Sums of loss and hits, kept on the device: reading them is what stops a GPU."""
 
-    def __init__(self, backend: Backend) -> None:
+    def __init__(
+        self,
+        backend: Backend,
+        loss: float = 0.0,
+        hits: int = 0,
+        examples: int = 0,
+        seconds: float = 0.0,
+    ) -> None:
         self.backend = backend
-        self.loss = backend.xp.zeros((), dtype=backend.xp.float64)
-        self.hits = backend.xp.zeros((), dtype=backend.xp.int64)
-        self.examples = 0
-        self.started = time.perf_counter()
+        self.loss = backend.xp.asarray(loss, dtype=backend.xp.float64)
+        self.hits = backend.xp.asarray(hits, dtype=backend.xp.int64)
+        self.examples = examples
+        self.started = time.perf_counter() - seconds
 
     def add(self, loss: Array, logits: Array, labels: Array) -> None:
         xp, n = self.backend.xp, logits.shape[0]
@@ -82,51 +95,20 @@ class _Totals:
         self.hits = self.hits + xp.count_nonzero(xp.argmax(logits, axis=1) == labels)
         self.examples += n
 
+    def read(self) -> dict[str, Any]:
+        """The sums, as arguments of a new one; waits for the device."""
+        return {
+            "loss": float(self.loss),
+            "hits": int(self.hits),
+            "examples": self.examples,
+            "seconds": time.perf_counter() - self.started,
+        }
+
     def metrics(self) -> Metrics:
         """The means; waits for the device."""
-        n = self.examples or math.nan
-        loss, accuracy = float(self.loss) / n, int(self.hits) / n
-        return Metrics(loss, accuracy, self.examples, time.perf_counter() - self.started)
-
-
-def train_epoch(
-    model: Layer,
-    optimizer: SGD,
-    split: Split,
-    *,
-    batch_size: int,
-    generator: np.random.Generator,
-    backend: Backend,
-    dtype: Any = "float32",
-    on_batch: Callable[[int], None] | None = None,
-) -> tuple[Metrics, int]:
-    """One pass over ``split`` in random order, a step of the optimizer for each batch.
-
-    Args:
-        model, optimizer, split: all on ``backend``; every layer is switched to training mode.
-        batch_size: a last batch of a single example is left out, unless every batch is one.
-        generator: draws the order, on the host, so that every backend sees the same batches.
-        dtype: of the model's arrays.
-        on_batch: called after each batch with the number of its examples; must not wait for the
-            device.
-
-    Returns:
-        The metrics, and how many examples were left out.
-    """
-    model.train()
-    order = generator.permutation(len(split))
-    skipped = left_out(len(order), batch_size)
-    device_order = backend.asarray(order[: len(order) - skipped])
-    totals = _Totals(backend)
-    for x, labels in split.batches(batch_size, dtype, order=device_order):
-        logits = model.forward(x)
-        loss, cache = F.softmax_cross_entropy(logits, labels)
-        model.backward(F.softmax_cross_entropy_backward(cache))
-        optimizer.step()
-        totals.add(loss, logits, labels)
-        if on_batch is not None:
-            on_batch(int(labels.shape[0]))
-    return totals.metrics(), skipped
+        sums = self.read()
+        n = sums["examples"] or math.nan
+        return Metrics(sums["loss"] / n, sums["hits"] / n, sums["examples"], sums["seconds"])
 
 
 def evaluate(
@@ -138,53 +120,208 @@ def evaluate(
     batch_size: int = EVALUATION_BATCH_SIZE,
 ) -> Metrics:
     """Loss and accuracy on ``split`` in prediction mode; every layer's own mode is kept."""
-    modes = [(layer, layer.training) for layer in self_and_descendants(model)]
-    model.eval()
     totals = _Totals(backend)
-    try:
+    with modes_kept(model):
+        model.eval()
         for x, labels in split.batches(batch_size, dtype):
             logits = model.forward(x)
             loss, _ = F.softmax_cross_entropy(logits, labels)
             totals.add(loss, logits, labels)
-    finally:
-        for layer, mode in modes:
-            layer.training = mode
     return totals.metrics()
 
 
-def fit(
-    model: Layer,
-    optimizer: SGD,
-    train: Split,
-    test: Split,
-    *,
-    epochs: int,
-    batch_size: int,
-    generator: np.random.Generator,
-    backend: Backend,
-    dtype: Any = "float32",
-    on_batch: Callable[[int], None] | None = None,
-    on_epoch: Callable[[Epoch], None] | None = None,
-) -> list[Epoch]:
-    """Train for some epochs, evaluating after each.
+class Training:
+    """A training run: what is trained, on what, and how far it has come.
 
-    Arguments are those of `train_epoch`; ``on_epoch`` is called with each epoch's record.
+    After every batch it can be stopped (by an exception in ``on_batch``), its `state` saved and
+    loaded into another one: that goes on as if nothing had happened, to the last bit.
+
+    Args:
+        model, optimizer, train, test: all on ``backend``.
+        batch_size: a last batch of a single example is left out, unless every batch is one.
+        generator: draws the order of each epoch, on the host, so that every backend sees the same
+            batches. Nobody else may draw from it as long as training goes on.
+        dtype: of the model's arrays.
+        precise_bn: before each evaluation, replace batch norm's moving averages by the statistics
+            of the training split (`npbn.inspection.precise_statistics`).
+
+    Raises:
+        ValueError: no batch size, or nothing to train on.
+
+    Attributes:
+        epoch: how many are done.
+        batch: how many batches of the epoch that is under way are done.
+        best: the best test accuracy so far; -1 before the first.
     """
-    history = []
-    for number in range(1, epochs + 1):
-        metrics, skipped = train_epoch(
-            model,
-            optimizer,
-            train,
-            batch_size=batch_size,
-            generator=generator,
-            backend=backend,
-            dtype=dtype,
-            on_batch=on_batch,
-        )
-        found = evaluate(model, test, backend=backend, dtype=dtype)
-        epoch = Epoch(number, metrics, found, skipped)
-        history.append(epoch)
-        if on_epoch is not None:
-            on_epoch(epoch)
-    return history
+
+    def __init__(
+        self,
+        model: Sequential,
+        optimizer: SGD,
+        train: Split,
+        test: Split,
+        *,
+        batch_size: int,
+        generator: np.random.Generator,
+        backend: Backend,
+        dtype: Any = "float32",
+        precise_bn: bool = False,
+    ) -> None:
+        if batch_size < 1:
+            raise ValueError(f"expected batch_size >= 1, got {batch_size}")
+        if len(train) == left_out(len(train), batch_size):
+            raise ValueError(f"expected at least 2 training examples, got {len(train)}")
+        self.model = model
+        self.optimizer = optimizer
+        self.train = train
+        self.test = test
+        self.batch_size = batch_size
+        self.generator = generator
+        self.backend = backend
+        self.dtype = dtype
+        self.precise_bn = precise_bn
+        self.epoch = 0
+        self.batch = 0
+        self.best = -1.0
+        self._totals: _Totals | None = None  # of the epoch that is under way
+        # Before the order of the epoch was drawn, so that it can be drawn once more.
+        self._generator_state = generator.bit_generator.state
+
+    def run(
+        self,
+        epochs: int,
+        *,
+        max_steps: float = math.inf,
+        eval_every: int = 1,
+        target_accuracy: float = math.inf,
+        on_batch: Callable[[int], None] | None = None,
+        on_epoch: Callable[[Epoch], None] | None = None,
+    ) -> None:
+        """Train on, until any of three things is reached.
+
+        Args:
+            epochs: how many there are to be, those done already included.
+            max_steps: of the optimizer, likewise; it may cut the last epoch short.
+            eval_every: how many epochs to an evaluation; the last epoch is evaluated, too.
+            target_accuracy: test accuracy that is enough.
+            on_batch: called after each batch with the number of its examples; must not wait for
+                the device.
+            on_epoch: called after each epoch with what it found.
+
+        Raises:
+            NonFiniteError: loss, or a test loss, is NaN or infinite. The state is spoilt then.
+        """
+        while (
+            self.epoch < epochs and self.optimizer.steps < max_steps and self.best < target_accuracy
+        ):
+            for labels in self._steps(max_steps):
+                if on_batch is not None:
+                    on_batch(int(labels.shape[0]))
+            assert self._totals is not None
+            train = self._totals.metrics()
+            self.epoch, self.batch, self._totals = self.epoch + 1, 0, None
+            self._generator_state = self.generator.bit_generator.state
+            steps = self.optimizer.steps
+            test = None
+            if self.epoch % eval_every == 0 or self.epoch == epochs or steps >= max_steps:
+                test = self._evaluate()
+            if not math.isfinite(train.loss + (0.0 if test is None else test.loss)):
+                raise NonFiniteError(f"in epoch {self.epoch}, the loss became NaN or infinite")
+            if test is not None:
+                self.best = max(self.best, test.accuracy)
+            lr = self.optimizer.schedule(steps - 1)
+            skipped = left_out(len(self.train), self.batch_size)
+            if on_epoch is not None:
+                on_epoch(Epoch(self.epoch, steps, lr, train, test, skipped))
+
+    def step(self, x: Array, labels: Array) -> tuple[Array, Array]:
+        """One step of the optimizer on one batch: its loss and logits."""
+        logits = self.model.forward(x)
+        loss, cache = F.softmax_cross_entropy(logits, labels)
+        self.model.backward(F.softmax_cross_entropy_backward(cache))
+        self.optimizer.step()
+        return loss, logits
+
+    def state(self) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+        """Everything that is needed to go on: arrays by name, and what JSON can hold."""
+        arrays = {f"model.{name}": value for name, value in self.model.state_dict().items()}
+        arrays |= {f"velocity.{n}": to_numpy(v) for n, v in self.optimizer.velocity.items()}
+        record = {
+            "epoch": self.epoch,
+            "batch": self.batch,
+            "step": self.optimizer.steps,
+            "best": self.best,
+            "totals": None if self._totals is None else self._totals.read(),
+            "generator": self._generator_state,
+        }
+        return arrays, record
+
+    def load_state(self, arrays: Mapping[str, np.ndarray], record: Mapping[str, Any]) -> None:
+        """Go on from a `state`, of the same model and settings, on whatever backend it was.
+
+        Raises:
+            ValueError: it is of another model, or incomplete.
+        """
+        parts: dict[str, dict[str, np.ndarray]] = {"model": {}, "velocity": {}}
+        for name, value in arrays.items():
+            kind, _, rest = name.partition(".")
+            if kind not in parts or (kind == "velocity" and rest not in self.optimizer.parameters):
+                raise ValueError(f"expected arrays of model and velocity, got {name}")
+            parts[kind][rest] = value
+        self.model.load_state_dict(parts["model"])
+        self.optimizer.velocity = {
+            name: self.backend.asarray(np.array(value), self.dtype)
+            for name, value in parts["velocity"].items()
+        }
+        self.optimizer.steps = record["step"]
+        self.epoch, self.batch, self.best = record["epoch"], record["batch"], record["best"]
+        self._generator_state = record["generator"]
+        totals = record["totals"]
+        self._totals = None if totals is None else _Totals(self.backend, **totals)
+
+    def locate_non_finite(self) -> str:
+        """Do the epoch that is under way over, through the layers, up to the first NaN or infinity.
+
+        Returns:
+            At which step and where it appears, and what the losses before were. If it does not
+            appear, the model is at the end of the epoch.
+        """
+        losses: list[float] = []
+        for x, labels in self._batches():
+            where, loss = inspection.first_non_finite(self.model, x, labels)
+            if where:
+                before = ", ".join(f"{value:.3g}" for value in losses[-3:])
+                return f"step {self.optimizer.steps + 1}: {where}" + (
+                    f" (losses before: {before})" if before else ""
+                )
+            losses.append(loss)
+            self.optimizer.step()
+        return "no step of the epoch: the parameters after it, or batch norm's moving averages"
+
+    def _batches(self) -> Iterator[tuple[Array, Array]]:
+        """Those of the epoch under way that are not done yet."""
+        self.generator.bit_generator.state = self._generator_state
+        order = self.generator.permutation(len(self.train))
+        order = order[: len(order) - left_out(len(order), self.batch_size)]
+        left = self.backend.asarray(order[self.batch * self.batch_size :])
+        return self.train.batches(self.batch_size, self.dtype, order=left)
+
+    def _steps(self, max_steps: float) -> Iterator[Array]:
+        """Train to the end of the epoch; the labels of each batch."""
+        self.model.train()
+        if self._totals is None:
+            self._totals = _Totals(self.backend)
+        for x, labels in self._batches():
+            if self.optimizer.steps >= max_steps:
+                break
+            loss, logits = self.step(x, labels)
+            self._totals.add(loss, logits, labels)
+            self.batch += 1
+            yield labels
+
+    def _evaluate(self) -> Metrics:
+        if self.precise_bn:
+            inspection.precise_statistics(
+                self.model, self.train, dtype=self.dtype, batch_size=self.batch_size
+            )
+        return evaluate(self.model, self.test, backend=self.backend, dtype=self.dtype)

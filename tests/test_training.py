@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-import math
+import dataclasses
+import json
+import re
 
 import numpy as np
 import pytest
 
 from arrays import to_host
-from npbn import backend, training
+from npbn import backend, inspection, training
 from npbn import functional as F
 from npbn.data import Split
+from npbn.errors import NonFiniteError
 from npbn.layers import (
     AvgPool2d,
     BatchNorm,
@@ -45,19 +48,39 @@ def a_model(seed: int = 0) -> Sequential:
     )
 
 
-def train(model, split, device=NUMPY, *, test=None, batch_size=8, epochs=2, lr=0.1, **options):
+def a_training(
+    split,
+    device=NUMPY,
+    *,
+    model=None,
+    test=None,
+    batch_size=8,
+    lr=0.1,
+    seed=1,
+    generator=None,
+    momentum=0.0,
+    **options,
+):
+    model = model or a_model()
     model.to(device)
-    return training.fit(
+    return training.Training(
         model,
-        SGD(model.parameters(), lr),
+        SGD(model.parameters(), lr, momentum=momentum),
         split.to(device),
         (test or split).to(device),
-        epochs=epochs,
         batch_size=batch_size,
-        generator=options.pop("generator", np.random.default_rng(1)),
+        generator=generator or np.random.default_rng(seed),
         backend=device,
         **options,
     )
+
+
+def train(model, split, device=NUMPY, *, epochs=2, on_batch=None, **options):
+    history: list = []
+    a_training(split, device, model=model, **options).run(
+        epochs, on_batch=on_batch, on_epoch=history.append
+    )
+    return history
 
 
 def test_the_loop_is_the_one_in_the_books(device):
@@ -98,7 +121,7 @@ def test_the_loop_is_the_one_in_the_books(device):
         np.testing.assert_array_equal(value, expected.state_dict()[name])
 
 
-def test_an_epoch_reads_the_device_twice(monkeypatch):
+def test_a_pass_reads_the_device_twice(monkeypatch):
     """The loss and the hits, at its end: whatever else became a Python number would stop a GPU."""
     import array_api_strict
 
@@ -121,9 +144,12 @@ def test_an_epoch_reads_the_device_twice(monkeypatch):
     model.to(device)
     optimizer = SGD(model.parameters(), 0.1, momentum=0.9, weight_decay=0.1)
     split, generator = a_split(24).to(device), np.random.default_rng(0)
+    run = training.Training(
+        model, optimizer, split, split, batch_size=8, generator=generator, backend=device
+    )
     reads.clear()
-    training.train_epoch(model, optimizer, split, batch_size=8, generator=generator, backend=device)
-    assert reads == ["__float__", "__int__"]
+    run.run(2, eval_every=2)
+    assert reads == ["__float__", "__int__"] * 3  # two epochs, one evaluation
 
 
 def lenet_in_small() -> Sequential:
@@ -143,9 +169,10 @@ def lenet_in_small() -> Sequential:
 
 
 def test_learns_and_records(device):
-    seen: list = []
-    history = train(a_model(), a_split(64), device, epochs=10, on_epoch=seen.append)
-    assert seen == history and [epoch.number for epoch in history] == list(range(1, 11))
+    history = train(a_model(), a_split(64), device, epochs=10)
+    assert [epoch.number for epoch in history] == list(range(1, 11))
+    assert [epoch.step for epoch in history] == list(range(8, 88, 8))
+    assert {epoch.lr for epoch in history} == {0.1}
     assert history[-1].train.loss < history[0].train.loss / 2
     assert history[-1].test.accuracy == 1.0
     assert history[-1].train.examples == 64 and history[-1].train.seconds > 0
@@ -178,11 +205,6 @@ def test_a_last_batch_of_one_is_left_out(examples, batch_size, trained):
     assert training.steps_per_epoch(examples, batch_size) == len(batches)
     assert epoch.skipped == examples - trained
     assert epoch.test.examples == examples
-
-
-def test_a_split_of_one_example_has_nothing_to_train_on():
-    (epoch,) = train(a_model(), a_split(1), epochs=1)
-    assert epoch.train.examples == 0 and math.isnan(epoch.train.loss)
 
 
 def test_batches_in_an_order_that_is_given(device):
@@ -232,6 +254,8 @@ def test_evaluation_changes_nothing(mode, device):
 def test_errors():
     with pytest.raises(ValueError, match="expected batch_size >= 1, got 0"):
         train(a_model(), a_split(4), batch_size=0)
+    with pytest.raises(ValueError, match="expected at least 2 training examples, got 1"):
+        train(a_model(), a_split(1))
     with pytest.raises(TypeError, match="expected images of dtype uint8, got float32"):
         Split(np.zeros((3, 1, 4, 4), np.float32), np.zeros(3, int))
     with pytest.raises(TypeError, match="expected labels of an integer dtype, got float64"):
@@ -244,3 +268,190 @@ def test_errors():
         Split(np.zeros((3, 4, 4)), np.zeros(3))
     with pytest.raises(ValueError, match=r"labels of shape \(N,\)"):
         Split(np.zeros((3, 1, 4, 4)), np.zeros(4))
+
+
+class StopError(Exception):
+    pass
+
+
+def stop_after(batches: int):
+    def on_batch(_: int) -> None:
+        nonlocal batches
+        batches -= 1
+        if batches == 0:
+            raise StopError
+
+    return on_batch
+
+
+def without_times(epoch):
+    found = dataclasses.asdict(epoch)
+    for part in ("train", "test"):
+        if found[part] is not None:
+            del found[part]["seconds"]
+    return found
+
+
+@pytest.mark.parametrize("stop", range(1, 11))
+def test_stopped_and_resumed_equals_never_stopped(stop, device):
+    """After every batch of three epochs of which the last has two: state by way of JSON."""
+    options = {"momentum": 0.9, "batch_size": 6, "lr": 0.5}
+    whole = a_training(a_split(20), device, **options)
+    expected: list = []
+    whole.run(3, on_epoch=expected.append)
+
+    first, seen = a_training(a_split(20), device, **options), []
+    with pytest.raises(StopError):
+        first.run(3, on_batch=stop_after(stop), on_epoch=seen.append)
+    arrays, record = first.state()
+    second = a_training(a_split(20), device, model=a_model(7), seed=8, **options)
+    second.load_state(arrays, json.loads(json.dumps(record)))
+    second.run(3, on_epoch=seen.append)
+
+    assert [without_times(e) for e in seen] == [without_times(e) for e in expected]
+    arrays, record = second.state()
+    expected_arrays, expected_record = whole.state()
+    assert record == expected_record
+    for name, value in expected_arrays.items():
+        np.testing.assert_array_equal(arrays[name], value, err_msg=name)
+    assert any(name.startswith("velocity.") for name in arrays)
+
+
+def test_going_on_in_the_same_process(device):
+    """A stop is no end: run again, and it is as if there had been none."""
+    expected = train(a_model(), a_split(20), device)
+    run, seen = a_training(a_split(20), device), []
+    with pytest.raises(StopError):
+        run.run(2, on_batch=stop_after(2), on_epoch=seen.append)
+    run.run(2, on_epoch=seen.append)
+    assert [without_times(e) for e in seen] == [without_times(e) for e in expected]
+
+
+def test_a_state_moves_between_array_libraries(device):
+    run = a_training(a_split(20), NUMPY, momentum=0.9)
+    run.run(1)
+    there = a_training(a_split(20), device, model=a_model(3), momentum=0.9)
+    there.load_state(*run.state())
+    assert all(
+        type(v) is type(there.model.layers[1].weight.data)
+        for v in there.optimizer.velocity.values()
+    )
+    history: list = []
+    there.run(2, on_epoch=history.append)
+    assert [epoch.number for epoch in history] == [2]
+
+
+def test_a_state_of_another_model_is_an_error():
+    arrays, record = a_training(a_split(20)).state()
+    other = a_training(a_split(20), model=Sequential(Flatten(), Linear(16, 2)))
+    with pytest.raises(ValueError, match="names of this model"):
+        other.load_state(arrays, record)
+    with pytest.raises(ValueError, match=r"expected arrays of model and velocity, got x\.y"):
+        a_training(a_split(20)).load_state(arrays | {"x.y": np.ones(1)}, record)
+    with pytest.raises(ValueError, match=r"got velocity\.9\.weight"):
+        a_training(a_split(20)).load_state(arrays | {"velocity.9.weight": np.ones(1)}, record)
+
+
+def test_what_ends_a_run():
+    def numbers(**options):
+        found: list = []
+        a_training(a_split(64)).run(9, on_epoch=found.append, **options)
+        return found
+
+    assert [e.step for e in numbers(max_steps=19)] == [8, 16, 19]
+    assert [e.train.examples for e in numbers(max_steps=19)] == [64, 64, 24]
+    assert len(numbers(max_steps=16)) == 2
+    whole = numbers()
+    target = whole[3].test.accuracy
+    first = next(e.number for e in whole if e.test.accuracy >= target)
+    assert len(numbers(target_accuracy=target)) == first
+    assert [e.test is not None for e in numbers(eval_every=4)] == [False] * 3 + [True] + [
+        False
+    ] * 3 + [True, True]
+    assert numbers(max_steps=19, eval_every=5)[-1].test is not None
+
+
+@pytest.mark.filterwarnings("ignore:overflow|invalid:RuntimeWarning")
+@pytest.mark.parametrize(
+    ("lr", "message"),
+    [
+        (1e30, r"step 2: the output of layer 2 \(Linear\) is infinite \(losses before: 0\.\d+\)"),
+        (1e39, r"step 2: 1\.weight is infinite"),
+    ],
+)
+def test_a_loss_that_is_not_finite_ends_the_run_and_is_located(lr, message):
+    run = a_training(a_split(64), lr=lr, model=Sequential(Flatten(), Linear(16, 8), Linear(8, 2)))
+    start = run.state()
+    with pytest.raises(NonFiniteError, match="in epoch 1, the loss became NaN or infinite"):
+        run.run(3)
+    run.load_state(*start)
+    assert re.match(message, run.locate_non_finite())
+
+
+def test_a_label_out_of_range_is_located():
+    split = a_split(64)
+    split.labels[40] = 2
+    run = a_training(split)
+    start = run.state()
+    with pytest.raises(NonFiniteError):
+        run.run(1)
+    run.load_state(*start)
+    assert re.match(r"step \d: the loss is NaN: a label is out of range", run.locate_non_finite())
+
+
+def test_a_healthy_epoch_has_no_such_place():
+    run, replayed = a_training(a_split(64)), a_training(a_split(64))
+    assert replayed.locate_non_finite().startswith("no step of the epoch")
+    run.run(1)
+    for name, parameter in run.model.parameters().items():  # and it has trained the same
+        np.testing.assert_array_equal(parameter.data, replayed.model.parameters()[name].data)
+
+
+def test_precise_statistics_are_those_of_the_whole_split(device):
+    """The first batch norm's are those of its input over all examples, exactly as one batch."""
+    split = a_split(40)
+    run = a_training(split, device, lr=0.5)
+    run.run(1)
+    model = run.model
+    before = model.state_dict()
+    model.layers[1].eval()
+    inspection.precise_statistics(model, run.train, batch_size=8)
+    x = split.images.reshape(40, 16).astype(np.float64) / 255
+    z = x @ before["1.weight"].astype(np.float64).T + before["1.bias"]
+    after = model.state_dict()
+    np.testing.assert_allclose(after["2.moving_mean"], z.mean(0, keepdims=True), rtol=1e-5)
+    np.testing.assert_allclose(after["2.moving_var"], z.var(0, keepdims=True), rtol=1e-5)
+    changed = {name for name in after if not np.array_equal(before[name], after[name])}
+    assert changed == {"2.moving_mean", "2.moving_var"}
+    assert model.layers[2].momentum == 0.9 and not model.layers[1].training
+
+
+def test_precise_statistics_leave_a_last_batch_of_one_out():
+    run = a_training(a_split(17))
+    inspection.precise_statistics(run.model, run.train, batch_size=8)
+    seventeen = run.model.state_dict()
+    inspection.precise_statistics(
+        run.model, Split(run.train.images[:16], run.train.labels[:16]), batch_size=8
+    )
+    np.testing.assert_array_equal(seventeen["2.moving_var"], run.model.state_dict()["2.moving_var"])
+
+
+def test_precise_bn_is_used_for_evaluation_and_changes_no_training():
+    plain, precise = (
+        train(a_model(), a_split(64), precise_bn=choice, epochs=3) for choice in (False, True)
+    )
+    assert [e.train.loss for e in plain] == [e.train.loss for e in precise]
+    assert [e.test.loss for e in plain] != [e.test.loss for e in precise]
+
+
+def test_preactivations_are_normalized_by_batch_norm_and_leave_no_trace(device):
+    model = lenet_in_small()
+    model.to(device)
+    x = device.asarray(np.random.default_rng(0).random((10, 1, 4, 4)).astype(np.float32))
+    before = model.state_dict()
+    found = inspection.preactivations(model, x)
+    assert list(found) == ["2", "4"]
+    np.testing.assert_allclose(found["2"].mean((0, 2, 3)), 0, atol=1e-5)
+    np.testing.assert_allclose(found["2"].std((0, 2, 3)), 1, atol=1e-2)
+    for name, value in model.state_dict().items():
+        np.testing.assert_array_equal(value, before[name])

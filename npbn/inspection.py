@@ -1,0 +1,160 @@
+"""Looking into a network: what its layers see, how batch norm stands, where numbers went astray."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import array_api_compat
+import numpy as np
+
+from npbn import functional as F
+from npbn.backend import to_numpy
+from npbn.data import Split
+from npbn.functional._arrays import Array
+from npbn.layers import (
+    BatchNorm,
+    Layer,
+    ReLU,
+    Sequential,
+    Sigmoid,
+    modes_kept,
+    self_and_descendants,
+)
+
+
+def batch_norms(model: Layer) -> list[BatchNorm]:
+    """Every batch norm of a model, in the order of its layers."""
+    return [layer for layer in self_and_descendants(model) if isinstance(layer, BatchNorm)]
+
+
+def activations(model: Sequential, x: Array) -> list[Array]:
+    """The output of every layer of ``model`` on the batch x, in its present mode."""
+    outputs = []
+    for layer in model.layers:
+        x = layer.forward(x)
+        outputs.append(x)
+    return outputs
+
+
+def preactivations(model: Sequential, x: Array) -> dict[str, np.ndarray]:
+    """What enters each sigmoid and ReLU in training on the batch x, by the layer's name.
+
+    The model is in training mode for that, so batch norm uses the statistics of x; its moving
+    averages stay as they are.
+    """
+    with batch_norm_momentum(model, 1.0):
+        outputs = activations(model, x)
+    return {
+        str(i): to_numpy(outputs[i - 1] if i else x)
+        for i, layer in enumerate(model.layers)
+        if isinstance(layer, Sigmoid | ReLU)
+    }
+
+
+@contextlib.contextmanager
+def batch_norm_momentum(model: Layer, momentum: float) -> Iterator[None]:
+    """The model in training mode, its batch norms with another momentum, for a while.
+
+    With 1, a forward pass leaves the moving averages alone; with 0, it sets them to the batch's
+    statistics.
+    """
+    norms = batch_norms(model)
+    before = [norm.momentum for norm in norms]
+    with modes_kept(model):
+        model.train()
+        for norm in norms:
+            norm.momentum = momentum
+        try:
+            yield
+        finally:
+            for norm, value in zip(norms, before, strict=True):
+                norm.momentum = value
+
+
+def precise_statistics(
+    model: Layer, split: Split, *, dtype: Any = "float32", batch_size: int = 256
+) -> None:
+    r"""Replace the moving averages by the statistics of a whole split, for the weights as they are.
+
+    The moving averages lag behind: they mix statistics of weights that have moved on. Here all
+    batches (of $n_k$ values, mean $\mu_k$ and variance $v_k$) count alike, as one large batch:
+
+    $$\mu = \sum_k \frac{n_k}{n} \mu_k \qquad
+      v = \sum_k \frac{n_k}{n} (v_k + (\mu_k - \mu)^2)$$
+
+    Each layer's $\mu_k$ and $v_k$ are those of what the layers before it make of the batch in
+    training mode, as in training. A last batch of a single example is left out, if there is
+    another.
+
+    Source: Y. Wu and J. Johnson, "Rethinking 'Batch' in BatchNorm", 2021 (arXiv:2105.07576),
+    section 3 ("precise BatchNorm").
+
+    Args:
+        model: on the backend of ``split``; its mode is kept.
+        split: the training split; statistics of a test split would be a peek at it.
+        dtype: of the model's arrays.
+        batch_size: of the batches; as in training, for the same statistics.
+    """
+    norms = batch_norms(model)
+    counts: list[int] = []
+    found: list[list[tuple[Array, Array]]] = []  # left on the device until the end
+    with batch_norm_momentum(model, 0.0):
+        for x, _ in split.batches(batch_size, dtype):
+            if x.shape[0] == 1 and counts:
+                break
+            model.forward(x)
+            counts.append(x.shape[0])
+            found.append([(norm.moving_mean, norm.moving_var) for norm in norms])
+    share = np.array(counts) / sum(counts)
+    for k, norm in enumerate(norms):
+        means = np.stack([to_numpy(batch[k][0]).astype(np.float64) for batch in found])
+        variances = np.stack([to_numpy(batch[k][1]).astype(np.float64) for batch in found])
+        mean = np.tensordot(share, means, axes=1)
+        var = np.tensordot(share, variances + (means - mean) ** 2, axes=1)
+        for name, value in (("moving_mean", mean), ("moving_var", var)):
+            old = getattr(norm, name)
+            xp = array_api_compat.array_namespace(old)
+            device = array_api_compat.device(old)
+            setattr(norm, name, xp.asarray(value, dtype=old.dtype, device=device))
+
+
+def first_non_finite(model: Sequential, x: Array, labels: Array) -> tuple[str, float]:
+    """Where the first NaN or infinity appears in a training step, and the loss.
+
+    The parameters, the forward pass layer by layer, the loss, the backward pass layer by layer. The
+    words are empty if there is none; then the gradients are left in the parameters, for a step of
+    the optimizer. The moving averages stay as they are.
+    """
+
+    def bad(array: Array) -> str:
+        host = to_numpy(array)
+        if np.all(np.isfinite(host)):
+            return ""
+        return "NaN" if np.any(np.isnan(host)) else "infinite"
+
+    def name(i: int) -> str:
+        return f"layer {i} ({type(model.layers[i]).__name__})"
+
+    for parameter_name, parameter in model.parameters().items():
+        if kind := bad(parameter.data):
+            return f"{parameter_name} is {kind}", math.nan
+    with batch_norm_momentum(model, 1.0), np.errstate(all="ignore"):
+        for i, layer in enumerate(model.layers):
+            x = layer.forward(x)
+            if kind := bad(x):
+                return f"the output of {name(i)} is {kind}", math.nan
+        loss, cache = F.softmax_cross_entropy(x, labels)
+        if kind := bad(loss):
+            return f"the loss is {kind}: a label is out of range, or a logit too large", math.nan
+        dy = F.softmax_cross_entropy_backward(cache)
+        for i in reversed(range(len(model.layers))):
+            dy = model.layers[i].backward(dy)
+            for parameter_name, parameter in model.layers[i].parameters().items():
+                if kind := bad(parameter.gradient):
+                    return f"the gradient by {parameter_name} of {name(i)} is {kind}", float(loss)
+            if kind := bad(dy):
+                return f"the gradient by the input of {name(i)} is {kind}", float(loss)
+    return "", float(loss)

@@ -1,0 +1,91 @@
+"""What the options of train.py stand for: from a run's configuration to what is trained."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from npbn import data, layers, models, optim, training
+from npbn.backend import Backend
+from npbn.errors import CheckpointError, NpbnError
+from npbn.runs import Run
+
+ACTIVATIONS = {"sigmoid": layers.Sigmoid, "relu": layers.ReLU}
+
+
+def load_data(config: Mapping[str, Any], **options: Any) -> data.Dataset:
+    """The data set, with no more training examples than asked for."""
+    dataset = data.load(config["dataset"], config["data"], **options)
+    limit = config["limit_train"]
+    if limit is None:
+        return dataset
+    if limit > len(dataset.train):
+        raise NpbnError(f"--limit-train {limit}: there are {len(dataset.train):,} examples")
+    return dataset.limited(limit)
+
+
+def build_model(
+    config: Mapping[str, Any], dataset: data.Dataset, generator: np.random.Generator
+) -> layers.Sequential:
+    options = {
+        "batch_norm": not config["no_batch_norm"],
+        "activation": ACTIVATIONS[config["activation"]],
+        "generator": generator,
+    }
+    if config["model"] == "lenet":
+        return models.LeNet(**options)
+    _, channels, side, _ = dataset.train.images.shape
+    return models.BLeNet(channels, side, len(dataset.classes), **options)
+
+
+def build_schedule(config: Mapping[str, Any], steps_per_epoch: int) -> optim.Schedule:
+    if config["schedule"] == "step":
+        every = config["lr_epochs"] * steps_per_epoch
+        return optim.StepDecay(config["lr"], every, config["lr_factor"])
+    if config["schedule"] == "cosine":
+        return optim.Cosine(config["lr"], config["epochs"] * steps_per_epoch)
+    return optim.Constant(config["lr"])
+
+
+def build_training(
+    config: Mapping[str, Any], dataset: data.Dataset, device: Backend
+) -> training.Training:
+    """Model, optimizer and data on ``device``, at the start of the run."""
+    generator = np.random.default_rng(config["seed"])
+    model = build_model(config, dataset, generator)
+    model.to(device, config["dtype"])
+    steps_per_epoch = training.steps_per_epoch(len(dataset.train), config["batch_size"])
+    optimizer = optim.SGD(
+        model.parameters(),
+        build_schedule(config, steps_per_epoch),
+        momentum=config["momentum"],
+        weight_decay=config["weight_decay"],
+    )
+    return training.Training(
+        model,
+        optimizer,
+        dataset.train.to(device),
+        dataset.test.to(device),
+        batch_size=config["batch_size"],
+        generator=generator,
+        backend=device,
+        dtype=config["dtype"],
+        precise_bn=config["precise_bn"],
+    )
+
+
+def load_training(
+    run: Run, dataset: data.Dataset, device: Backend, which: str = "last"
+) -> tuple[training.Training, dict[str, Any]]:
+    """What a run had come to, and the record of its checkpoint."""
+    arrays, record = run.load(which)
+    state = build_training(run.config, dataset, device)
+    try:
+        state.load_state(arrays, record)
+    except (ValueError, TypeError, KeyError) as error:
+        raise CheckpointError(
+            f"{run.path / which}.safetensors does not fit {run.path / 'config.json'}: {error}"
+        ) from None
+    return state, record
