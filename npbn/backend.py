@@ -101,9 +101,15 @@ def keep_freed_memory() -> None:
     mallopt(m_top_pad, 64 * 2**20)
 
 
+def limit_blas_threads(threads: int) -> None:
+    """Let the CPU's matrix products compute with this many threads, in the whole process."""
+    threadpoolctl.threadpool_limits(threads, user_api="blas")
+
+
 def _numpy_backend(note: str = "") -> Backend:
     blas = ", ".join(
-        f"{pool['internal_api']} {pool['version']}, {pool['num_threads']} threads"
+        f"{pool['internal_api']} {pool['version']}, "
+        f"{pool['num_threads']} thread{'s' * (pool['num_threads'] > 1)}"
         for pool in threadpoolctl.threadpool_info()
         if pool["user_api"] == "blas"
     )

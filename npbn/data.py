@@ -294,8 +294,8 @@ def _read_verified(path: Path, name: str) -> bytes:
         )
     if digest != _SHA256[name]:
         raise DataError(
-            f"{path} is not Fashion-MNIST's: its content has the SHA-256 {digest[:16]}…, "
-            f"expected {_SHA256[name][:16]}…"
+            f"{path} is not Fashion-MNIST's: its content has the SHA-256 {digest[:16]}..., "
+            f"expected {_SHA256[name][:16]}..."
         )
     return content
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import io
 import math
 import os
 import signal
@@ -75,22 +76,36 @@ def number(description: str, holds: Callable[[float], bool]) -> Callable[[str], 
     return parse
 
 
+def say(line: str) -> None:
+    """Print a line, so that it is seen at once."""
+    print(line, flush=True)
+
+
 def run(program: str, main: Callable[[], None]) -> NoReturn:
     """Run ``main`` and exit: what a user can mend is one line, without a traceback."""
     from npbn.errors import NpbnError
 
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal without √ shows \u221a
+        sys.stdout.reconfigure(errors="backslashreplace")
     if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        main()
-        if sys.stdout is not None:
-            sys.stdout.flush()
+        try:
+            main()
+        finally:  # also after argparse's --help, which ends the program
+            if sys.stdout is not None:
+                sys.stdout.flush()
     except NpbnError as error:
         sys.exit(_fail(f"{program}: error: {error}"))
     except KeyboardInterrupt:
         _fail(f"\n{program}: interrupted")
         sys.exit(130)
-    except BrokenPipeError:  # the reader of our output has gone, as in `train.py | head`
+    except OSError as error:
+        if error.filename is not None:  # nothing that we print to
+            raise
+        # What is left in the buffer would fail again when Python ends.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
+        if isinstance(error, BrokenPipeError):  # the reader has gone, as in `train.py | head`
+            sys.exit(1)
+        sys.exit(_fail(f"{program}: error: cannot write the output: {error.strerror}"))
     sys.exit(0)

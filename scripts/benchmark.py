@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from _command_line import ArgumentParser, check_installation, integer, run
+from _command_line import ArgumentParser, check_installation, integer, run, say
 
 check_installation()
 
@@ -26,7 +26,6 @@ from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
-import threadpoolctl
 from tqdm import tqdm
 
 import npbn
@@ -134,7 +133,7 @@ class Contestant:
 
 def npbn_contestant(arguments: argparse.Namespace) -> Contestant:
     backend.keep_freed_memory()
-    threadpoolctl.threadpool_limits(arguments.threads, user_api="blas")
+    backend.limit_blas_threads(arguments.threads)
     device = backend.get_backend(arguments.backend)
     xp = device.xp
     model = npbn_model(arguments)
@@ -489,7 +488,7 @@ def convolution_in_buffers(x: Array, weight: Array, bias: Array, dy: Array) -> C
 def array_api_cost(arguments: argparse.Namespace) -> dict[str, Any]:
     """Measure network A's first block both ways, print the table, return every value."""
     backend.keep_freed_memory()
-    threadpoolctl.threadpool_limits(arguments.threads, user_api="blas")
+    backend.limit_blas_threads(arguments.threads)
     say(backend.get_backend("numpy").description)
     generator = np.random.default_rng(arguments.seed)
 
@@ -547,10 +546,6 @@ def milliseconds(function: Callable[[], Any], calls: int) -> float:
     for _ in range(calls):
         function()
     return (time.perf_counter() - started) / calls * 1e3
-
-
-def say(line: str) -> None:
-    print(line, flush=True)
 
 
 def save(path: Path, report: dict[str, Any]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from _command_line import ArgumentParser, check_installation, number, run
+from _command_line import ArgumentParser, check_installation, number, run, say
 
 check_installation()
 
@@ -239,10 +239,6 @@ def whole(
         )
 
     return check
-
-
-def say(line: str) -> None:
-    print(line, flush=True)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 
-from _command_line import ArgumentParser, check_installation, integer, number, run
+from _command_line import ArgumentParser, check_installation, integer, number, run, say
 
 STARTED = time.perf_counter()  # before the other imports: they are part of the wait
 check_installation()
@@ -51,6 +51,13 @@ def parse_arguments() -> argparse.Namespace:
         default="auto",
         help="array library: numpy (CPU), cupy (NVIDIA GPU), or auto, a GPU if there is a usable "
         "one (default: auto)",
+    )
+    where.add_argument(
+        "--threads",
+        type=integer(1),
+        metavar="N",
+        help="that the CPU's matrix products compute with; 1 is fastest beside other busy programs "
+        "(default: the BLAS library's own choice)",
     )
     where.add_argument(
         "--dtype", choices=("float32", "float64"), default="float32", help="(default: float32)"
@@ -100,10 +107,10 @@ def parse_arguments() -> argparse.Namespace:
         "--lr-epochs epochs; cosine, down to 0 at the end (default: constant)",
     )
     how.add_argument(
-        "--lr-epochs", type=integer(1), default=3, metavar="N", help="for step (default: 3)"
+        "--lr-epochs", type=integer(1), metavar="N", help="with --schedule step (default: 3)"
     )
     how.add_argument(
-        "--lr-factor", type=positive, default=0.1, metavar="X", help="for step (default: 0.1)"
+        "--lr-factor", type=positive, metavar="X", help="with --schedule step (default: 0.1)"
     )
     how.add_argument(
         "--momentum", type=fraction, default=0.0, metavar="X", help="of SGD (default: 0)"
@@ -131,6 +138,12 @@ def parse_arguments() -> argparse.Namespace:
     arguments = parser.parse_args()
     if arguments.dataset == "digits" and arguments.data is not None:
         parser.error("argument --data: not allowed with --dataset digits, which needs no files")
+    for option, default in (("lr_epochs", 3), ("lr_factor", 0.1)):
+        if getattr(arguments, option) is None:
+            setattr(arguments, option, default)
+        elif arguments.schedule != "step":
+            name = option.replace("_", "-")
+            parser.error(f"argument --{name}: not allowed without --schedule step")
     return arguments
 
 
@@ -159,6 +172,8 @@ def main() -> None:
     arguments = parse_arguments()
     generator = np.random.default_rng(arguments.seed)
     backend.keep_freed_memory()
+    if arguments.threads is not None:
+        backend.limit_blas_threads(arguments.threads)
 
     device = backend.get_backend(arguments.backend)
     say(f"npbn {npbn.__version__}, Python {platform.python_version()}, {device.description}")
@@ -272,10 +287,6 @@ def check_gradients(
         say(f"{finding.name:12}  {finding.error:14.1e}  {finding.verdict}")
     if not report.ok:
         raise NpbnError("a gradient is wrong, see above; nothing was trained")
-
-
-def say(line: str) -> None:
-    print(line, flush=True)
 
 
 if __name__ == "__main__":

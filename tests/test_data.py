@@ -125,8 +125,9 @@ def test_a_single_changed_byte_is_refused(copied, idx_files):
     content = bytearray((idx_files / name).read_bytes())
     content[30_000] ^= 1
     replace(copied / name, bytes(content))
-    with pytest.raises(DataError, match=f"{name} is not Fashion-MNIST's: .*SHA-256"):
+    with pytest.raises(DataError, match=f"{name} is not Fashion-MNIST's: .*SHA-256") as caught:
         data.load("fashion-mnist", copied)
+    assert str(caught.value).isascii()  # it is printed on terminals of all kinds
 
 
 def test_truncated_and_damaged_gzip_files_are_named(copied):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import signal
@@ -10,9 +11,14 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
+import threadpoolctl
 
 from commands import NO_NETWORK, SCRIPTS, assert_refused, run
+from npbn import backend, data, training
+from npbn.models import LeNet
+from npbn.optim import SGD
 
 QUICK = ("--dataset", "digits", "--backend", "numpy", "--epochs", "1")
 EPOCH_LINE = re.compile(r"^ +(\d+) +(\d\.\d{4}) +(\d\.\d{4}) +(\d\.\d{4}) +([\d,]+)$", re.MULTILINE)
@@ -82,6 +88,78 @@ def test_options(options, expected, tmp_path):
     assert ("first batch norm" in process.stdout) == ("--no-batch-norm" not in options)
 
 
+@pytest.mark.parametrize(
+    ("options", "rate"),
+    [
+        (("--lr-epochs", "2", "--lr-factor", "0.5"), lambda step: 0.5 ** (step // 12)),
+        ((), lambda step: 0.1 ** (step // 18)),
+        (("--schedule", "cosine"), lambda step: (1 + math.cos(math.pi * step / 24)) / 2),
+        (("--schedule", "constant"), lambda step: 1.0),
+    ],
+    ids=["step", "step by default", "cosine", "constant"],
+)
+def test_the_options_reach_the_training(options, rate, tmp_path):
+    """What is printed is what a training set up by hand arrives at; an epoch has 6 steps."""
+    common = ("--epochs", "4", "--seed", "7", "--threads", "1", "--schedule", "step")
+    sgd = ("--lr", "0.3", "--momentum", "0.7", "--weight-decay", "0.02")
+    process = run("train.py", *QUICK, *common, *sgd, *options, cwd=tmp_path)
+    assert process.returncode == 0, process.stderr
+
+    digits, generator = data.load("digits"), np.random.default_rng(7)
+    model = LeNet(generator=generator)
+    optimizer = SGD(
+        model.parameters(), lambda step: 0.3 * rate(step), momentum=0.7, weight_decay=0.02
+    )
+    with threadpoolctl.threadpool_limits(1):
+        history = training.fit(
+            model,
+            optimizer,
+            digits.train,
+            digits.test,
+            epochs=4,
+            batch_size=256,
+            generator=generator,
+            backend=backend.get_backend("numpy"),
+        )
+    assert metrics(process.stdout) == [
+        (
+            str(epoch.number),
+            *(f"{v:.4f}" for v in (epoch.train.loss, epoch.train.accuracy, epoch.test.accuracy)),
+        )
+        for epoch in history
+    ]
+    norm = model.layers[1]
+    assert process.stdout.splitlines()[-2:] == [
+        f"{name} of the first batch norm: {' '.join(f'{v:.3f}' for v in array.data.ravel())}"
+        for name, array in (("gamma", norm.gamma), ("beta", norm.beta))
+    ]
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_threads_are_limited_and_said(threads, tmp_path):
+    if not any(pool["user_api"] == "blas" for pool in threadpoolctl.threadpool_info()):
+        pytest.skip("threadpoolctl does not know this BLAS")
+    process = run("train.py", *QUICK, "--threads", str(threads), cwd=tmp_path)
+    assert process.returncode == 0, process.stderr
+    assert {1: ", 1 thread)", 2: ", 2 threads)"}[threads] in process.stdout.splitlines()[0]
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="this system has no /dev/full")
+@pytest.mark.parametrize("options", [QUICK, ("--help",)], ids=["training", "help"])
+def test_a_full_disk_is_one_line(options, tmp_path):
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"}
+    with open("/dev/full", "w") as full:
+        process = subprocess.run(
+            [sys.executable, str(SCRIPTS / "train.py"), *options],
+            cwd=tmp_path,
+            env=environment,
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+    assert_refused(process, "train.py: error: cannot write the output: No space left on device")
+
+
 def test_check_gradients_before_training(tmp_path):
     process = run("train.py", *QUICK, "--check-gradients", "--batch-size", "64", cwd=tmp_path)
     assert process.returncode == 0, process.stderr
@@ -115,6 +193,12 @@ def test_help_names_every_option_and_the_exit_codes(tmp_path):
         (("--lr", "nan"), "argument --lr: expected a number > 0, got 'nan'"),
         (("--momentum", "1"), "argument --momentum: expected a number in [0, 1), got '1'"),
         (("--weight-decay", "inf"), "argument --weight-decay: expected a number >= 0"),
+        (("--threads", "0"), "argument --threads: expected an integer >= 1, got '0'"),
+        (("--lr-epochs", "3"), "argument --lr-epochs: not allowed without --schedule step"),
+        (
+            ("--schedule", "cosine", "--lr-factor", "0.1"),
+            "argument --lr-factor: not allowed without --schedule step",
+        ),
         (("--seed", "-1"), "argument --seed: expected an integer >= 0, got '-1'"),
         (("--backend", "torch"), "argument --backend: invalid choice: 'torch'"),
         (("--model", "vgg"), "argument --model: invalid choice: 'vgg'"),
@@ -200,11 +284,11 @@ def test_cupy_that_cannot_be_used_is_told_apart(case, tmp_path):
     """A stand-in for CuPy fails as the real one does; the machine need not be broken for it."""
     code, expected = CUPY_STAND_INS[case]
     (tmp_path / "cupy.py").write_text(code)
-    env = {"PYTHONPATH": str(tmp_path)}
-    process = run("train.py", *QUICK, "--backend", "cupy", cwd=tmp_path, env=env)
+    found = f"sys.path.insert(0, {str(tmp_path)!r})"
+    process = run("train.py", *QUICK, "--backend", "cupy", cwd=tmp_path, prelude=found)
     assert_refused(process, "train.py: error:", expected)
     assert process.stdout == ""
-    auto = run("train.py", *QUICK, "--backend", "auto", cwd=tmp_path, env=env)
+    auto = run("train.py", *QUICK, "--backend", "auto", cwd=tmp_path, prelude=found)
     assert auto.returncode == 0, auto.stderr
     assert "on the CPU, because: CuPy" in auto.stdout and expected in auto.stdout
 
