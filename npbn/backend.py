@@ -106,6 +106,12 @@ def limit_blas_threads(threads: int) -> None:
     threadpoolctl.threadpool_limits(threads, user_api="blas")
 
 
+def blas_threads() -> int | None:
+    """How many threads the CPU's matrix products compute with, where that can be known."""
+    pools = threadpoolctl.threadpool_info()
+    return max((pool["num_threads"] for pool in pools if pool["user_api"] == "blas"), default=None)
+
+
 def _numpy_backend(note: str = "") -> Backend:
     blas = ", ".join(
         f"{pool['internal_api']} {pool['version']}, "

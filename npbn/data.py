@@ -153,6 +153,11 @@ class Dataset:
     test: Split
     notes: tuple[str, ...] = ()
 
+    @property
+    def key(self) -> str:
+        """What `load` calls it."""
+        return "digits" if self.source == "scikit-learn" else "fashion-mnist"
+
     def limited(self, examples: int) -> Dataset:
         """The same with the first so many training examples alone."""
         train = Split(self.train.images[:examples], self.train.labels[:examples])

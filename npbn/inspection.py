@@ -54,6 +54,21 @@ def preactivations(model: Sequential, x: Array) -> dict[str, np.ndarray]:
     }
 
 
+HISTOGRAM_EDGES = np.linspace(-10, 10, 81)
+
+
+def histograms(model: Sequential, x: Array) -> dict[str, list[int]]:
+    """How often the `preactivations` fall between two `HISTOGRAM_EDGES`, by the layer's name.
+
+    What is beyond the edges counts in the first and the last of the bins.
+    """
+    low, high = HISTOGRAM_EDGES[0], HISTOGRAM_EDGES[-1]
+    return {
+        name: np.histogram(np.clip(values, low, high), HISTOGRAM_EDGES)[0].tolist()
+        for name, values in preactivations(model, x).items()
+    }
+
+
 @contextlib.contextmanager
 def batch_norm_momentum(model: Layer, momentum: float) -> Iterator[None]:
     """The model in training mode, its batch norms with another momentum, for a while.

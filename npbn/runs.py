@@ -62,11 +62,7 @@ class Run:
                 it is no run; or the folder cannot be written.
         """
         path = Path(path)
-        if path.exists() or path.is_symlink():
-            if not overwrite:
-                raise CheckpointError(f"{path} exists; choose another name, or --overwrite it")
-            if not (path / "config.json").is_file():
-                raise CheckpointError(f"{path} is not a run, and will not be overwritten")
+        cls.check_name(path, overwrite=overwrite)
         metrics, arrays, record = start
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -85,6 +81,20 @@ class Run:
         run.path = path
         return run
 
+    @staticmethod
+    def check_name(path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
+        """Whether `create` may make a folder of that name.
+
+        Raises:
+            CheckpointError: there is something already that may not be overwritten.
+        """
+        path = Path(path)
+        if path.exists() or path.is_symlink():
+            if not overwrite:
+                raise CheckpointError(f"{path} exists; choose another name, or --overwrite it")
+            if not (path / "config.json").is_file():
+                raise CheckpointError(f"{path} is not a run, and will not be overwritten")
+
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> Run:
         """The run in a folder.
@@ -97,6 +107,14 @@ class Run:
             raise CheckpointError(f"{path} is not a directory; expected the folder of a run")
         config = _read_json(path / "config.json")
         return cls(path, config)
+
+    def environment(self) -> dict[str, Any]:
+        """What it began on.
+
+        Raises:
+            CheckpointError: the file is missing or damaged.
+        """
+        return _read_json(self.path / "environment.json")
 
     def load(self, which: str = "last") -> tuple[Arrays, Record]:
         """A checkpoint of this run.

@@ -21,7 +21,15 @@ from typing import NoReturn
 if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
-NEEDED = ("npbn", "numpy", "array_api_compat", "platformdirs", "threadpoolctl", "tqdm")
+NEEDED = (
+    "npbn",
+    "numpy",
+    "array_api_compat",
+    "platformdirs",
+    "safetensors",
+    "threadpoolctl",
+    "tqdm",
+)
 
 
 def check_installation() -> None:
@@ -74,6 +82,26 @@ def number(description: str, holds: Callable[[float], bool]) -> Callable[[str], 
         return value
 
     return parse
+
+
+class CtrlC:
+    """Inside, the first Ctrl-C is noted; a second one ends the program at once."""
+
+    def __init__(self) -> None:
+        self.pressed = False
+
+    def __enter__(self) -> CtrlC:
+        self._before = signal.getsignal(signal.SIGINT)
+        if self._before is signal.default_int_handler:  # and not ignored, as in the background
+            signal.signal(signal.SIGINT, self._note)
+        return self
+
+    def _note(self, *_: object) -> None:
+        self.pressed = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def __exit__(self, *_: object) -> None:
+        signal.signal(signal.SIGINT, self._before)
 
 
 def say(line: str) -> None:

@@ -29,7 +29,7 @@ def load_data(config: Mapping[str, Any], **options: Any) -> data.Dataset:
 def build_model(
     config: Mapping[str, Any], dataset: data.Dataset, generator: np.random.Generator
 ) -> layers.Sequential:
-    options = {
+    options: dict[str, Any] = {
         "batch_norm": not config["no_batch_norm"],
         "activation": ACTIVATIONS[config["activation"]],
         "generator": generator,

@@ -4,23 +4,31 @@ from __future__ import annotations
 
 import time
 
-from _command_line import ArgumentParser, check_installation, integer, number, run, say
+from _command_line import ArgumentParser, CtrlC, check_installation, integer, number, run, say
 
 STARTED = time.perf_counter()  # before the other imports: they are part of the wait
 check_installation()
 
 import argparse
 import copy
+import dataclasses
+import datetime
+import math
 import platform
+import shlex
+import subprocess
 import sys
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
 import npbn
-from npbn import backend, data, models, optim, training, verify
-from npbn.errors import NpbnError
-from npbn.layers import BatchNorm, Sequential
+from _experiment import ACTIVATIONS, build_training, load_data, load_training
+from npbn import backend, data, inspection, training, verify
+from npbn.errors import CheckpointError, NonFiniteError, NpbnError
+from npbn.runs import Run
 
 EPILOG = """\
 examples:
@@ -29,10 +37,16 @@ examples:
   python scripts/train.py --model blenet --epochs 3
   python scripts/train.py --no-batch-norm --lr 0.5       what it is like without
   python scripts/train.py --schedule cosine --momentum 0.9 --lr 0.1
+  python scripts/train.py --run runs/first               a folder to find again
+  python scripts/train.py --resume runs/first            after Ctrl-C, or a power cut
 
-exit codes: 0 trained, 1 nobody reads the output any more, 2 bad input or something missing on this
-machine, 130 interrupted
+exit codes: 0 trained, 1 nobody reads the output any more, 2 bad input, something missing on this
+machine, or a loss that became NaN, 130 interrupted
 """
+
+# On what a run that goes on may differ from the one that was interrupted.
+FREE_WITH_RESUME = ("resume", "data", "backend", "threads")
+NOT_CONFIGURATION = ("resume", "run", "overwrite", "check_gradients")
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -78,6 +92,12 @@ def parse_arguments() -> argparse.Namespace:
         "FashionMNIST/raw; no other place is tried then (default: $NPBN_DATA, else the system's "
         "and the user's data directories, else a download)",
     )
+    what.add_argument(
+        "--limit-train",
+        type=integer(2),
+        metavar="N",
+        help="train on the first N examples alone",
+    )
 
     model = parser.add_argument_group("model")
     model.add_argument(
@@ -88,6 +108,9 @@ def parse_arguments() -> argparse.Namespace:
         "(default: lenet)",
     )
     model.add_argument("--no-batch-norm", action="store_true", help="leave batch norm out")
+    model.add_argument(
+        "--activation", choices=tuple(ACTIVATIONS), default="sigmoid", help="(default: sigmoid)"
+    )
 
     how = parser.add_argument_group("training")
     how.add_argument("--epochs", type=integer(1), default=10, metavar="N", help="(default: 10)")
@@ -123,6 +146,28 @@ def parse_arguments() -> argparse.Namespace:
         help="on weights, not on biases, gamma and beta (default: 0)",
     )
     how.add_argument(
+        "--max-steps", type=integer(1), metavar="N", help="stop after N steps of the optimizer"
+    )
+    how.add_argument(
+        "--target-accuracy",
+        type=number("a number in (0, 1]", lambda value: 0 < value <= 1),
+        metavar="X",
+        help="stop when the test accuracy is at least X",
+    )
+    how.add_argument(
+        "--eval-every",
+        type=integer(1),
+        default=1,
+        metavar="N",
+        help="epochs from one evaluation to the next (default: 1)",
+    )
+    how.add_argument(
+        "--precise-bn",
+        action="store_true",
+        help="before each evaluation, recompute batch norm's statistics over the training set "
+        "instead of the moving averages",
+    )
+    how.add_argument(
         "--check-gradients",
         action="store_true",
         help="first compare every gradient with the complex step, on one batch, in float64",
@@ -135,150 +180,308 @@ def parse_arguments() -> argparse.Namespace:
         help="of initial weights and shuffling; on one machine, backend and number of "
         "BLAS threads, two runs of a seed are equal to the last bit (default: 0)",
     )
+
+    kept = parser.add_argument_group("what is kept")
+    kept.add_argument(
+        "--run",
+        metavar="DIR",
+        help="new folder for configuration, metrics and checkpoints (default: runs/DATE-TIME)",
+    )
+    kept.add_argument("--overwrite", action="store_true", help="replace the run in that folder")
+    kept.add_argument(
+        "--resume",
+        metavar="DIR",
+        help="go on with the run in this folder, with its own options, from its last checkpoint: "
+        "it ends as if it had never been interrupted",
+    )
+
     arguments = parser.parse_args()
     if arguments.dataset == "digits" and arguments.data is not None:
         parser.error("argument --data: not allowed with --dataset digits, which needs no files")
-    for option, default in (("lr_epochs", 3), ("lr_factor", 0.1)):
-        if getattr(arguments, option) is None:
-            setattr(arguments, option, default)
-        elif arguments.schedule != "step":
+    if arguments.schedule == "step":
+        arguments.lr_epochs = arguments.lr_epochs or 3
+        arguments.lr_factor = arguments.lr_factor or 0.1
+    for option in ("lr_epochs", "lr_factor"):
+        if arguments.schedule != "step" and getattr(arguments, option) is not None:
             name = option.replace("_", "-")
             parser.error(f"argument --{name}: not allowed without --schedule step")
+    if arguments.overwrite and arguments.run is None:
+        parser.error("argument --overwrite: not allowed without --run, which names what to replace")
+    if arguments.resume is not None:
+        for option, value in vars(arguments).items():
+            if option not in FREE_WITH_RESUME and value != parser.get_default(option):
+                name = option.replace("_", "-")
+                parser.error(f"argument --{name}: not allowed with --resume: the run has its own")
     return arguments
-
-
-def build_model(
-    arguments: argparse.Namespace, dataset: data.Dataset, generator: np.random.Generator
-) -> Sequential:
-    batch_norm = not arguments.no_batch_norm
-    if arguments.model == "lenet":
-        return models.LeNet(batch_norm=batch_norm, generator=generator)
-    _, channels, side, _ = dataset.train.images.shape
-    return models.BLeNet(
-        channels, side, len(dataset.classes), batch_norm=batch_norm, generator=generator
-    )
-
-
-def build_schedule(arguments: argparse.Namespace, steps_per_epoch: int) -> optim.Schedule:
-    if arguments.schedule == "step":
-        every = arguments.lr_epochs * steps_per_epoch
-        return optim.StepDecay(arguments.lr, every, arguments.lr_factor)
-    if arguments.schedule == "cosine":
-        return optim.Cosine(arguments.lr, arguments.epochs * steps_per_epoch)
-    return optim.Constant(arguments.lr)
 
 
 def main() -> None:
     arguments = parse_arguments()
-    generator = np.random.default_rng(arguments.seed)
     backend.keep_freed_memory()
-    if arguments.threads is not None:
-        backend.limit_blas_threads(arguments.threads)
+    train(start(arguments) if arguments.resume is None else resume(arguments))
 
-    device = backend.get_backend(arguments.backend)
+
+@dataclasses.dataclass
+class Session:
+    """What a new run and one that goes on have in common."""
+
+    run: Run
+    state: training.Training
+    dataset: data.Dataset
+    device: backend.Backend
+
+    def describe(self) -> None:
+        """The lines above the table."""
+        config, dataset, model = self.run.config, self.dataset, self.state.model
+        say(
+            f"data: {dataset.name} from {dataset.source}, "
+            f"{len(dataset.train):,} training and {len(dataset.test):,} test images"
+        )
+        count = sum(parameter.data.size for parameter in model.parameters().values())
+        say(
+            f"model: {type(model).__name__} {'without' if config['no_batch_norm'] else 'with'} "
+            f"batch norm, {count:,} parameters, {config['dtype']}"
+        )
+        say(
+            f"training: {config['epochs']} epoch{'s' * (config['epochs'] > 1)}, "
+            f"batches of {config['batch_size']}, SGD with {config['schedule']} learning rate "
+            f"{config['lr']}, momentum {config['momentum']:g}, weight decay "
+            f"{config['weight_decay']:g}, seed {config['seed']}"
+        )
+        if config["batch_size"] == 1 and not config["no_batch_norm"]:
+            say(
+                "note: over a batch of one, batch norm after a linear layer is constant: "
+                "little is learned"
+            )
+
+    def record(self, epoch: training.Epoch | None) -> dict[str, Any]:
+        """A line of the metrics; None stands for the time before the first epoch."""
+        model, split = self.state.model, self.state.train
+        if epoch is None:
+            found: dict[str, Any] = {"number": 0, "step": 0, "train": None, "test": None}
+        else:
+            found = dataclasses.asdict(epoch)
+        found["batch_norm"] = [
+            {
+                name: backend.to_numpy(p.data).ravel().tolist()
+                for name, p in norm.parameters().items()
+            }
+            for norm in inspection.batch_norms(model)
+        ]
+        x, _ = next(split.batches(256, self.run.config["dtype"]))
+        found["preactivations"] = inspection.histograms(model, x)
+        return found
+
+    def save(self, best: bool = False) -> None:
+        arrays, record = self.state.state()
+        self.run.save(arrays, record, best=best)
+
+
+def start(arguments: argparse.Namespace) -> Session:
+    """A new run."""
+    config = {
+        name: value for name, value in vars(arguments).items() if name not in NOT_CONFIGURATION
+    }
+    now = datetime.datetime.now()
+    path = Path(arguments.run or now.strftime("runs/%Y-%m-%d-%H.%M.%S"))
+    Run.check_name(path, overwrite=arguments.overwrite)  # before anything that takes long
+    device = open_device(arguments.backend, arguments.threads)
+    dataset = load_data(config, on_download=say)
+    for note in dataset.notes:
+        say(f"note: {note}")
+    config |= {
+        "backend": device.name,
+        "threads": backend.blas_threads(),
+        "dataset": dataset.key,
+        "data": None if arguments.data is None else str(Path(arguments.data).resolve()),
+    }
+    session = Session(Run(path, config), build_training(config, dataset, device), dataset, device)
+    session.describe()
+    if arguments.check_gradients:
+        check_gradients(session)
+    environment = describe_environment(device) | {
+        "command": shlex.join(sys.argv),
+        "started": now.isoformat(timespec="seconds"),
+    }
+    session.run = Run.create(
+        path,
+        config,
+        environment,
+        (session.record(None), *session.state.state()),
+        overwrite=arguments.overwrite,
+    )
+    say(f"run: {path}")
+    return session
+
+
+def resume(arguments: argparse.Namespace) -> Session:
+    """A run that goes on."""
+    run = Run.open(arguments.resume)
+    config = run.config
+    try:
+        name = config["backend"] if arguments.backend == "auto" else arguments.backend
+        device = open_device(name, arguments.threads or config["threads"])
+        dataset = load_data(config | ({"data": arguments.data} if arguments.data else {}))
+        state, record = load_training(run, dataset, device)
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{run.path / 'config.json'} is damaged: {error}") from None
+    session = Session(run, state, dataset, device)
+    session.describe()
+    run.rewind(record)
+    here, there = describe_environment(device), run.environment()
+    for name, value in here.items():
+        if there.get(name) != value:
+            say(
+                f"note: {name} was {there.get(name)} when this run began and is {value} now: "
+                "the last bits may differ"
+            )
+    say(f"run: {run.path}, going on after epoch {state.epoch}, batch {state.batch}")
+    return session
+
+
+def open_device(name: str, threads: int | None) -> backend.Backend:
+    if threads is not None:
+        backend.limit_blas_threads(threads)
+    device = backend.get_backend(name)
     say(f"npbn {npbn.__version__}, Python {platform.python_version()}, {device.description}")
     if device.note:
         say(f"on the CPU, because: {device.note}")
+    return device
 
-    dataset = data.load(arguments.dataset, arguments.data, on_download=say)
-    for note in dataset.notes:
-        say(f"note: {note}")
-    train, test = dataset.train.to(device), dataset.test.to(device)
-    say(
-        f"data: {dataset.name} from {dataset.source}, "
-        f"{len(train):,} training and {len(test):,} test images"
-    )
 
-    model = build_model(arguments, dataset, generator)
-    model.to(device, arguments.dtype)
-    count = sum(parameter.data.size for parameter in model.parameters().values())
-    with_or_without = "without" if arguments.no_batch_norm else "with"
-    say(
-        f"model: {type(model).__name__} {with_or_without} batch norm, {count:,} parameters, "
-        f"{arguments.dtype}"
-    )
+def describe_environment(device: backend.Backend) -> dict[str, str | None]:
+    """What the last bits of a result depend on."""
+    return {
+        "npbn": npbn.__version__,
+        "commit": commit(),
+        "Python": platform.python_version(),
+        "device": device.description,
+        "platform": platform.platform(),
+    }
 
-    optimizer = optim.SGD(
-        model.parameters(),
-        build_schedule(arguments, training.steps_per_epoch(len(train), arguments.batch_size)),
-        momentum=arguments.momentum,
-        weight_decay=arguments.weight_decay,
-    )
-    say(
-        f"training: {arguments.epochs} epoch{'s' * (arguments.epochs > 1)}, "
-        f"batches of {arguments.batch_size}, SGD with {arguments.schedule} learning rate "
-        f"{arguments.lr}, momentum {arguments.momentum:g}, weight decay "
-        f"{arguments.weight_decay:g}, seed {arguments.seed}"
-    )
-    if arguments.batch_size == 1 and not arguments.no_batch_norm:
-        say(
-            "note: over a batch of one, batch norm after a linear layer is constant: "
-            "little is learned"
+
+def commit() -> str | None:
+    """Of the checkout that npbn is in, if it is in one."""
+    try:
+        process = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=12"],
+            cwd=Path(npbn.__file__).parent,
+            capture_output=True,
+            text=True,
+            timeout=10,
         )
-    if arguments.check_gradients:
-        check_gradients(model, train, device, arguments)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return process.stdout.strip() or None
+
+
+class StoppedError(Exception):
+    """Ctrl-C, between two batches."""
+
+
+def train(session: Session) -> None:
+    """Train to the end, saving after each epoch; print the table and what came out."""
+    config, state, run = session.run.config, session.state, session.run
     say("")
     say("epoch    loss  train acc  test acc  examples/s")
-
     bar = tqdm(
-        total=len(train),
+        total=len(state.train),
+        initial=state.batch * state.batch_size,
         unit=" examples",
         unit_scale=True,
         leave=False,
         disable=sys.stderr is None or not sys.stderr.isatty(),
     )
+    bar.set_description(f"epoch {state.epoch + 1}")
+    epochs: list[training.Epoch] = []
+    best = state.best
+
+    def on_batch(examples: int) -> None:
+        bar.update(examples)
+        if ctrl_c.pressed:
+            raise StoppedError
 
     def on_epoch(epoch: training.Epoch) -> None:
+        nonlocal best
+        epochs.append(epoch)
         bar.clear()
+        accuracy = "-" if epoch.test is None else f"{epoch.test.accuracy:.4f}"
         say(
             f"{epoch.number:5d}  {epoch.train.loss:6.4f}  {epoch.train.accuracy:9.4f}  "
-            f"{epoch.test.accuracy:8.4f}  {epoch.train.examples / epoch.train.seconds:10,.0f}"
+            f"{accuracy:>8}  {epoch.train.examples / epoch.train.seconds:10,.0f}"
         )
         if epoch.skipped and epoch.number == 1:
             say("       (one example an epoch is left out: as a batch it has no variance)")
-        if epoch.number < arguments.epochs:
+        run.append(session.record(epoch))
+        session.save(best=state.best > best)
+        best = state.best
+        if epoch.number < config["epochs"]:
             bar.reset()
             bar.set_description(f"epoch {epoch.number + 1}")
+        if ctrl_c.pressed:
+            raise StoppedError
 
-    bar.set_description("epoch 1")
     try:
-        history = training.fit(
-            model,
-            optimizer,
-            train,
-            test,
-            epochs=arguments.epochs,
-            batch_size=arguments.batch_size,
-            generator=generator,
-            backend=device,
-            dtype=arguments.dtype,
-            on_batch=bar.update,
-            on_epoch=on_epoch,
-        )
+        # NaN and infinity are looked for in the results.
+        with CtrlC() as ctrl_c, np.errstate(over="ignore", invalid="ignore"):
+            state.run(
+                config["epochs"],
+                max_steps=config["max_steps"] or math.inf,
+                eval_every=config["eval_every"],
+                target_accuracy=config["target_accuracy"] or math.inf,
+                on_batch=on_batch,
+                on_epoch=on_epoch,
+            )
+    except StoppedError:
+        bar.close()
+        session.save()
+        say(f"stopped after step {state.optimizer.steps}; to go on: --resume {run.path}")
+        raise KeyboardInterrupt from None
+    except NonFiniteError as error:
+        bar.close()
+        raise NpbnError(f"{error}: {explain_non_finite(session)}") from None
     finally:
         bar.close()
+    conclude(session, epochs)
 
-    seconds = sum(epoch.train.seconds for epoch in history)
-    examples = sum(epoch.train.examples for epoch in history)
+
+def explain_non_finite(session: Session) -> str:
+    """Where it began, by doing the epoch over from the last checkpoint, and why."""
+    state, run = session.state, session.run
+    state.load_state(*run.load())
+    with np.errstate(over="ignore", invalid="ignore"):
+        where = state.locate_non_finite()
+    cause = ""
+    if "label" not in where and state.optimizer.steps > 0:
+        cause = f"; most likely the learning rate, {state.optimizer.lr:g}, is too high"
+    return f"{where}{cause}; the last good checkpoint is kept: {run.path / 'last.safetensors'}"
+
+
+def conclude(session: Session, epochs: list[training.Epoch]) -> None:
+    """What there is to say at the end."""
+    state = session.state
     say("")
-    say(
-        f"{examples / seconds:,.0f} examples/s in training on {device.name}: {seconds:.1f} s of "
-        f"training, {time.perf_counter() - STARTED:.1f} s in all"
-    )
-    first = next((layer for layer in model.layers if isinstance(layer, BatchNorm)), None)
-    if first is not None:
-        for parameter in (first.gamma, first.beta):
-            values = " ".join(f"{v:.3f}" for v in backend.to_numpy(parameter.data).ravel())
-            say(f"{parameter.name} of the first batch norm: {values}")
+    if not epochs:
+        say(f"this run was finished already, after {state.epoch} epochs")
+    else:
+        seconds = sum(epoch.train.seconds for epoch in epochs)
+        examples = sum(epoch.train.examples for epoch in epochs)
+        say(
+            f"{examples / seconds:,.0f} examples/s in training on {session.device.name}: "
+            f"{seconds:.1f} s of training, {time.perf_counter() - STARTED:.1f} s in all"
+        )
+    say(f"best test accuracy {state.best:.4f}; checkpoints last and best in {session.run.path}")
+    norms = inspection.batch_norms(state.model)
+    for parameter in (norms[0].gamma, norms[0].beta) if norms else ():
+        values = " ".join(f"{v:.3f}" for v in backend.to_numpy(parameter.data).ravel())
+        say(f"{parameter.name} of the first batch norm: {values}")
 
 
-def check_gradients(
-    model: Sequential, train: data.Split, device: backend.Backend, arguments: argparse.Namespace
-) -> None:
+def check_gradients(session: Session) -> None:
     """Print a table for one batch of the data; end the program if a gradient is wrong."""
-    copied = copy.deepcopy(model)
-    copied.to(device, "float64")
-    x, labels = next(train.batches(arguments.batch_size, "float64"))
+    copied = copy.deepcopy(session.state.model)
+    copied.to(session.device, "float64")
+    x, labels = next(session.state.train.batches(session.state.batch_size, "float64"))
     report = verify.check_model(copied, x, labels)
     say("")
     say(f"gradients on a batch of {len(labels)}, float64, by the complex step:")
