@@ -30,8 +30,8 @@ examples:
   python scripts/train.py --no-batch-norm --lr 0.5       what it is like without
   python scripts/train.py --schedule cosine --momentum 0.9 --lr 0.1
 
-exit codes: 0 trained, 1 nobody reads the output any more, 2 bad input or something missing on this
-machine, 130 interrupted
+exit codes: 0 trained, 1 nobody reads the output any more, 2 bad input, something missing on this
+machine or an output that cannot be written, 130 interrupted
 """
 
 
