@@ -1,7 +1,7 @@
 """What the command lines share: one clear line for bad input, and exit codes.
 
-0 all went well, 1 nobody reads the output any more, 2 bad input or something missing on this
-machine, 130 interrupted (Ctrl-C).
+0 all went well, 1 nobody reads the output any more, 2 bad input, something missing on this machine
+or an output that cannot be written, 130 interrupted (Ctrl-C).
 """
 
 from __future__ import annotations

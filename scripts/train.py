@@ -41,7 +41,7 @@ examples:
   python scripts/train.py --resume runs/first            after Ctrl-C, or a power cut
 
 exit codes: 0 trained, 1 nobody reads the output any more, 2 bad input, something missing on this
-machine, or a loss that became NaN, 130 interrupted
+machine, an output that cannot be written, or a loss that became NaN, 130 interrupted
 """
 
 # On what a run that goes on may differ from the one that was interrupted.

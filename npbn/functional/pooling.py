@@ -1,19 +1,20 @@
 r"""Average and max pooling over sliding windows, and their gradients.
 
-**Average.** With windows of $k_H \times k_W$ values, padding zeros counted among them,
+**Formula.** The average of a window of $k_H \times k_W$ values, padding zeros counted among them,
+and its maximum, padding counted as $-\infty$, are
 
-$$y_{n c p q} = \frac{1}{k_H k_W} \sum_{i, j} x_{n, c,  p s_H + i,  q s_W + j}$$
+$$y_{n c p q} = \frac{1}{k_H k_W} \sum_{i, j} x_{n, c, p s_H + i, q s_W + j} \qquad
+  y_{n c p q} = \max_{i, j} x_{n, c, p s_H + i, q s_W + j}$$
 
-Each element of $x$ reaches the loss through every window that sees it, each time with the factor
-$1 / (k_H k_W)$, so
+**Backward.** Each element of $x$ reaches the loss through every window that sees it. Moving it
+moves an average by $1 / (k_H k_W)$ as much:
 
-$$dx_{n c h w} = \frac{1}{k_H k_W} \sum_{(p, q)  :  (h, w) \in \text{window}(p, q)} dy_{n c p q}$$
+$$dx_{n c h w} = \frac{1}{k_H k_W} \sum_{(p, q) : (h, w) \in \text{window}(p, q)} dy_{n c p q}$$
 
-**Maximum.** $y_{n c p q} = \max_{i, j} x_{n, c,  p s_H + i,  q s_W + j}$, padding counted as
-$-\infty$. Where the maximum is unique, moving it moves $y$ by as much, and moving any other
-element moves nothing:
+Where the maximum is unique, moving it moves $y$ by as much, and moving any other element moves
+nothing:
 
-$$dx_{n c h w} = \sum_{(p, q)  :  (h, w) = \arg\max \text{window}(p, q)} dy_{n c p q}$$
+$$dx_{n c h w} = \sum_{(p, q) : (h, w) = \arg\max \text{window}(p, q)} dy_{n c p q}$$
 
 *Ties.* There the derivative does not exist; one element is chosen to receive the whole gradient:
 the first of the window in reading order (row by row), on every library, as PyTorch chooses. A NaN
