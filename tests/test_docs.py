@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from commands import ROOT
+from commands import ROOT, assert_refused, run
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
@@ -83,3 +83,18 @@ def test_the_backward_pass_in_the_readme_is_the_one_that_runs():
 def test_links_in_the_readme_lead_somewhere():
     for target in re.findall(r"\]\(([^)#]+)\)", README):
         assert target.startswith("http") or (ROOT / target).exists(), target
+
+
+def test_the_site_has_a_page_for_every_module(tmp_path):
+    process = run("build_docs.py", "out", cwd=tmp_path)
+    assert process.returncode == 0, process.stderr
+    for path in (ROOT / "npbn").rglob("[a-z]*.py"):
+        name = path.relative_to(ROOT).with_suffix(".html")
+        assert (tmp_path / "out" / name).is_file(), name
+    page = (tmp_path / "out" / "npbn" / "functional" / "batch_norm.html").read_text("utf-8")
+    assert r"\frac{\gamma}{s}" in page and "MathJax" in page
+
+
+def test_bad_places_for_the_site_are_refused_in_one_line(tmp_path):
+    (tmp_path / "file").write_text("")
+    assert_refused(run("build_docs.py", "file", cwd=tmp_path), "build_docs.py: error:", "file")
