@@ -1,0 +1,267 @@
+"""The measurements that take longer than a lesson should, and the files that keep them.
+
+Each function here trains for minutes on Fashion-MNIST and returns what it found. What it found is
+in ``curves/``, under its name, with the machine, the date and the versions. A lesson reads that
+file; with ``--regenerate``, it measures anew and writes it.
+"""
+
+from __future__ import annotations
+
+import copy
+import datetime
+import json
+import math
+import os
+import platform
+import re
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from _lesson import Lesson
+from npbn import backend, data, inspection
+from npbn.checkpoint import write_file
+from npbn.layers import ReLU, Sequential, Sigmoid
+from npbn.models import LeNet
+from npbn.optim import SGD
+from npbn.training import Epoch, Training, evaluate
+
+FOLDER = Path(__file__).parent / "curves"
+
+LEARNING_RATES = (0.05, 0.2, 1.0, 5.0)
+BATCH_SIZES = (1, 2, 4, 8, 32, 256)
+SEEDS = (0, 1, 2)
+EPOCHS = 10
+
+
+def curves(lesson: Lesson, measure: Callable[..., Any], *arguments: Any) -> Any:
+    """What a function of this file found, from its file, or, with --regenerate, anew."""
+    path = FOLDER / f"{measure.__name__}.json"
+    if lesson.regenerate:
+        _write(path, measure, arguments)
+    kept = json.loads(path.read_text(encoding="utf-8"))
+    made = kept["made"]
+    print(f"{path.name}: {made['date']}, {made['on']}, {made['minutes']} min")
+    return kept["found"]
+
+
+def learning_rates() -> list[dict[str, Any]]:
+    """Network A with and without batch norm, with sigmoid and ReLU: two epochs at each rate."""
+    dataset, found = data.load("fashion-mnist"), []
+    for activation in (Sigmoid, ReLU):
+        for batch_norm in (True, False):
+            for lr in LEARNING_RATES:
+                run = new_run(dataset, lr, batch_norm=batch_norm, activation=activation)
+                losses, accuracies = [], []
+                for _ in range(2):
+                    losses += steps(run, len(dataset.train))
+                    metrics = evaluate(run.model, run.test, backend=run.backend)
+                    accuracies.append(metrics.accuracy)
+                found.append(
+                    {
+                        "activation": activation.__name__,
+                        "batch_norm": batch_norm,
+                        "lr": lr,
+                        "loss": in_parts(losses, 20),
+                        "test_accuracy": accuracies,
+                    }
+                )
+    return found
+
+
+def batch_sizes() -> list[dict[str, Any]]:
+    """Network A with ReLU, with and without batch norm: 12,800 examples in batches of each size.
+
+    The learning rate is 0.2 for 256 and proportional to the batch size, so that an example counts
+    alike in all of them.
+    """
+    dataset, found = data.load("fashion-mnist"), []
+    for batch_norm in (True, False):
+        for size in BATCH_SIZES:
+            run = new_run(dataset, 0.2 * size / 256, size, batch_norm=batch_norm, activation=ReLU)
+            found.append(
+                {
+                    "batch_norm": batch_norm,
+                    "batch_size": size,
+                    "loss": in_parts(steps(run, 12_800), 10),
+                    "test_accuracy": evaluate(run.model, run.test, backend=run.backend).accuracy,
+                }
+            )
+    return found
+
+
+def ten_epochs() -> list[dict[str, Any]]:
+    """What train.py does with seeds 0, 1 and 2; each epoch evaluated with several statistics."""
+    dataset, found = data.load("fashion-mnist"), []
+    for seed in SEEDS:
+        run = new_run(dataset, 1.0, seed=seed)
+        epochs: list[dict[str, Any]] = []
+
+        def note(epoch: Epoch, run: Training = run, epochs: list[Any] = epochs) -> None:
+            assert epoch.test is not None
+            norms = inspection.batch_norms(run.model)[:2]
+            epochs.append(
+                {
+                    "loss": epoch.train.loss,
+                    "train_accuracy": epoch.train.accuracy,
+                    "moving": epoch.test.accuracy,
+                    "batch": accuracy_with_batch_statistics(run.model, run.test),
+                    "precise": _precise(run),
+                    "standing_still": _standing_still(run),
+                    "gamma": [norm.gamma.data.ravel().tolist() for norm in norms],
+                    "beta": [norm.beta.data.ravel().tolist() for norm in norms],
+                }
+            )
+
+        run.run(EPOCHS, on_epoch=note)
+        found.append({"seed": seed, "epochs": epochs})
+    return found
+
+
+def ten_epochs_of_pytorch(networks: dict[str, Callable[[LeNet], Any]]) -> list[dict[str, Any]]:
+    """The same training in PyTorch: npbn's initial weights, and its batches in its order.
+
+    Args:
+        networks: by name, what makes PyTorch's network, with the weights of the npbn model given.
+    """
+    import torch
+
+    torch.set_num_threads(1)
+    dataset, found = data.load("fashion-mnist"), []
+    for name, make in networks.items():
+        for seed in SEEDS:
+            generator = np.random.default_rng(seed)
+            network = make(LeNet(generator=generator))
+            optimizer = torch.optim.SGD(network.parameters(), lr=1.0)
+            epochs = []
+            for _ in range(EPOCHS):
+                order = generator.permutation(len(dataset.train))
+                loss_sum, train_hits, test_hits = 0.0, 0, 0
+                network.train()
+                for x, labels in _tensors(dataset.train, order):
+                    logits = network(x)
+                    loss: Any = torch.nn.functional.cross_entropy(logits, labels)
+                    optimizer.zero_grad()
+                    loss.backward()
+                    optimizer.step()
+                    loss_sum += loss.item() * len(labels)
+                    train_hits += int((logits.argmax(1) == labels).sum())
+                network.eval()
+                with torch.no_grad():
+                    for x, labels in _tensors(dataset.test, np.arange(len(dataset.test))):
+                        test_hits += int((network(x).argmax(1) == labels).sum())
+                epochs.append(
+                    {
+                        "loss": loss_sum / len(dataset.train),
+                        "train_accuracy": train_hits / len(dataset.train),
+                        "moving": test_hits / len(dataset.test),
+                    }
+                )
+            found.append({"network": name, "seed": seed, "epochs": epochs})
+    return found
+
+
+def new_run(
+    dataset: data.Dataset, lr: float, batch_size: int = 256, *, seed: int = 0, **options: Any
+) -> Training:
+    """Network A before its first step, as train.py would set it up."""
+    generator = np.random.default_rng(seed)
+    model = LeNet(generator=generator, **options)
+    return Training(
+        model,
+        SGD(model.parameters(), lr),
+        dataset.train,
+        dataset.test,
+        batch_size=batch_size,
+        generator=generator,
+        backend=backend.get_backend("numpy"),
+    )
+
+
+def steps(run: Training, examples: int) -> list[float]:
+    """Train on so many examples, in random order; the loss of every step."""
+    order = run.generator.permutation(len(run.train))[:examples]
+    losses = []
+    run.model.train()
+    with np.errstate(all="ignore"):  # a loss that becomes infinite is a result, too
+        for x, labels in run.train.batches(run.batch_size, run.dtype, order=order):
+            loss, _ = run.step(x, labels)
+            losses.append(float(loss))
+    return losses
+
+
+def in_parts(losses: list[float], count: int) -> list[float]:
+    """The mean loss of each of ``count`` parts of a training run."""
+    return [float(np.mean(part)) for part in np.array_split(losses, count)]
+
+
+def accuracy_with_batch_statistics(
+    model: Sequential, split: data.Split, batch_size: int = 256
+) -> float:
+    """What no prediction should do: normalize test examples with one another."""
+    hits = 0
+    with inspection.batch_norm_momentum(model, 1.0):  # the moving averages stay as they are
+        for x, labels in split.batches(batch_size, "float32"):
+            hits += int(np.sum(np.argmax(model.forward(x), axis=1) == labels))
+    return hits / len(split)
+
+
+def _precise(run: Training) -> float:
+    """Test accuracy with the statistics of the training split, for the weights as they are."""
+    model = copy.deepcopy(run.model)
+    inspection.precise_statistics(model, run.train)
+    return evaluate(model, run.test, backend=run.backend).accuracy
+
+
+def _standing_still(run: Training) -> dict[str, float]:
+    """Test accuracy after so many batches that moved the averages, but not the weights."""
+    model = copy.deepcopy(run.model)
+    model.train()
+    found = {}
+    for count, (x, _) in enumerate(run.train.batches(256, "float32", order=np.arange(256 * 40)), 1):
+        model.forward(x)
+        if count in (1, 2, 5, 10, 20, 40):
+            found[str(count)] = evaluate(model, run.test, backend=run.backend).accuracy
+    return found
+
+
+def _tensors(split: data.Split, order: np.ndarray) -> Iterator[tuple[Any, Any]]:
+    import torch
+
+    for x, labels in split.batches(256, "float32", order=order):
+        yield torch.from_numpy(x), torch.from_numpy(labels)
+
+
+def _write(path: Path, measure: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+    backend.keep_freed_memory()
+    backend.limit_blas_threads(1)  # so that the file does not depend on how many cores there are
+    started = time.perf_counter()
+    found = _rounded(measure(*arguments))
+    versions = f"Python {platform.python_version()}, {backend.get_backend('numpy').description}"
+    if arguments:
+        import torch
+
+        versions += f", PyTorch {torch.__version__}"
+    made = {
+        "by": f"{measure.__name__} in scripts/lessons/_curves.py",
+        "date": datetime.date.today().isoformat(),
+        "on": f"{versions}, {os.cpu_count()} cores",
+        "minutes": round((time.perf_counter() - started) / 60, 1),
+    }
+    text = json.dumps({"made": made, "found": found}, indent=1, allow_nan=False)
+    text = re.sub(r"\[[^][{}]*\]", lambda numbers: " ".join(numbers[0].split()), text)
+    write_file(path, (text + "\n").encode())
+
+
+def _rounded(value: Any) -> Any:
+    """With four significant digits, and None for what is not a finite number."""
+    if isinstance(value, dict):
+        return {key: _rounded(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [_rounded(part) for part in value]
+    if isinstance(value, float):
+        return float(f"{value:.4g}") if math.isfinite(value) else None
+    return value

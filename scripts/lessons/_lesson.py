@@ -1,0 +1,150 @@
+"""What the lessons share: their options, their pictures, and arrays in print.
+
+A lesson is a Python file in cells (``# %%``). It opens as a notebook in VS Code and, with jupytext,
+in Jupyter, where its pictures appear below their cells. It also runs as a script, which saves them:
+
+    python scripts/lessons/1_batch_norm_by_hand.py [--quick] [--pictures DIR]
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import signal
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+    from npbn.data import Dataset
+
+# Okabe and Ito's, which the colour-blind can tell apart, too.
+BLUE, ORANGE, GREEN = "#0072B2", "#E69F00", "#009E73"
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """How the lesson was started.
+
+    Attributes:
+        quick: measure less; everything is still shown and checked.
+        pictures: the folder into which pictures are saved, if any.
+        regenerate: measure what takes long anew, see `_curves`.
+    """
+
+    quick: bool = False
+    pictures: Path | None = None
+    regenerate: bool = False
+
+    def show(self, figure: Figure, name: str) -> None:
+        """Show a finished picture in a notebook; as a script, save it where that is wanted."""
+        import matplotlib.pyplot as plt
+
+        if _in_notebook():
+            plt.show()
+        elif self.pictures is None:
+            print(f"picture: {name} (--pictures DIR saves it)")
+        else:
+            path = self.pictures / f"{Path(sys.argv[0]).stem}-{name}.png"
+            figure.savefig(path, dpi=150)
+            print(f"picture: {path}")
+        plt.close(figure)
+
+    def data(self) -> Dataset:
+        """Fashion-MNIST, or, where it cannot be had, scikit-learn's digits."""
+        from npbn import data
+        from npbn.errors import DataError
+
+        try:
+            dataset = data.load("auto")
+        except DataError as error:
+            print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
+            sys.exit(2)
+        print(f"{dataset.name}: {len(dataset.train):,} images to train on")
+        return dataset
+
+
+def start(*, needs: tuple[str, ...] = (), curves: bool = False) -> Lesson:
+    """The lesson's options, as a script; ends with one clear line where something is missing.
+
+    Args:
+        needs: libraries beside matplotlib that it cannot do without.
+        curves: it shows measurements of `_curves`, which --regenerate makes anew.
+    """
+    lesson = Lesson() if _in_notebook() else _from_command_line(needs, curves)
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # at first, it reports on its fonts
+    import matplotlib.pyplot as plt
+
+    if not _in_notebook():
+        plt.switch_backend("Agg")
+    plt.rcParams.update({"figure.constrained_layout.use": True, "axes.titlesize": "medium"})
+    return lesson
+
+
+def print_arrays(**arrays: Any) -> None:
+    """Each array after its name."""
+    import numpy as np
+
+    for name, array in arrays.items():
+        rounded = np.round(array, 4) + 0.0  # adding 0 makes -0 a 0
+        start = f"{name} = "
+        print(start + np.array2string(rounded, prefix=start, floatmode="maxprec_equal"))
+
+
+def draw_matrix(axes: Axes, matrix: Any, title: str, *, numbers: bool = True) -> None:
+    """A matrix as an image, blue below 0, white at 0, brown above, with its numbers."""
+    import numpy as np
+
+    matrix = np.asarray(matrix)
+    largest = np.max(np.abs(matrix))
+    axes.imshow(matrix, cmap="BrBG_r", vmin=-1.6 * largest, vmax=1.6 * largest)
+    axes.set_title(title)
+    axes.set_xticks(np.arange(matrix.shape[1] + 1) - 0.5, labels=[])
+    axes.set_yticks(np.arange(matrix.shape[0] + 1) - 0.5, labels=[])
+    axes.tick_params(length=0)
+    axes.grid(color="0.7", linewidth=0.5)
+    if numbers:
+        for (row, column), value in np.ndenumerate(np.round(matrix, 2) + 0.0):
+            axes.text(column, row, f"{value:g}", ha="center", va="center")
+
+
+def _in_notebook() -> bool:
+    return "ipykernel" in sys.modules
+
+
+def _from_command_line(needs: tuple[str, ...], curves: bool) -> Lesson:
+    sys.path.insert(0, str(Path(__file__).parent.parent))
+    from _command_line import ArgumentParser, check_installation
+
+    check_installation()
+    if hasattr(signal, "SIGPIPE"):  # end in silence when nobody reads any more, as in `| head`
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    parser = ArgumentParser(
+        description="A lesson, run as a script: prints its numbers and fails if a claim is wrong."
+    )
+    parser.add_argument("--quick", action="store_true", help="measure less: done in seconds")
+    parser.add_argument(
+        "--pictures", type=Path, metavar="DIR", help="save the pictures in DIR, as PNG"
+    )
+    if curves:
+        parser.add_argument(
+            "--regenerate",
+            action="store_true",
+            help="measure the long curves anew, in several minutes, and write curves/*.json",
+        )
+    options = parser.parse_args()
+    for name, extra in (("matplotlib", "plots"), *((name, "benchmark") for name in needs)):
+        if importlib.util.find_spec(name) is None:
+            parser.exit(
+                2, f"not installed: {name}; in npbn's directory: pip install -e '.[{extra}]'\n"
+            )
+    if options.pictures is not None:
+        try:
+            options.pictures.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            parser.error(f"cannot save pictures in {options.pictures}: {error.strerror}")
+    return Lesson(options.quick, options.pictures, curves and options.regenerate)
