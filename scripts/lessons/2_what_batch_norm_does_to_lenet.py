@@ -99,7 +99,7 @@ assert np.mean(losses[WITH][-10:]) < (0.9 if is_fashion and not lesson.quick els
 
 # %%
 LAYERS = ("convolution 1", "convolution 2", "linear 1", "linear 2")
-edges = np.linspace(-8, 8, 81)
+edges = np.linspace(-4, 4, 81)
 figure, rows = plt.subplots(len(SNAPSHOTS), 4, figsize=(12, 6.4), sharex=True)
 for row, step in zip(rows, SNAPSHOTS, strict=True):
     for i, axes in enumerate(row):
@@ -121,8 +121,8 @@ lesson.show(figure, "histograms")
 # %% [markdown]
 # At first sight, both have values of a healthy size. But a histogram mixes two things: how features
 # differ from one another, and how *images* differ in one feature. Only the second carries
-# information. (A feature is a channel or a unit.) This is the standard deviation over the images, of
-# the median feature:
+# information. (A feature is a channel of a convolution or a unit of a linear layer.) So take each
+# feature on its own. Its standard deviation over the images, for the median feature:
 
 # %%
 
@@ -133,19 +133,28 @@ def spread(values: np.ndarray) -> float:
 
 
 print(f"{'':29}" + "".join(f"{layer:>15}" for layer in LAYERS))
-spreads = {name: {step: [spread(v) for v in seen[name][step]] for step in SNAPSHOTS} for name in runs}
+spreads = {
+    name: {step: [spread(v) for v in seen[name][step]] for step in SNAPSHOTS} for name in runs
+}
 for step in SNAPSHOTS:
     for name in runs:
         numbers = "".join(f"{value:15.4f}" for value in spreads[name][step])
         print(f"step {step:3}, {name:19}{numbers}")
 
-figure, axes = plt.subplots(figsize=(6.5, 3.6))
+figure, (left, right) = plt.subplots(1, 2, figsize=(12, 3.8))
 for name, colour in COLOURS.items():
+    for unit in range(6):
+        values = np.clip(seen[name][0][-1][:, unit], edges[0], edges[-1])
+        left.hist(values, edges, histtype="step", color=colour, label=name if unit == 0 else None)
     for step, style in zip(SNAPSHOTS, (":", "--", "-"), strict=True):
         label = f"{name}, {'at the start' if step == 0 else f'after {step} steps'}"
-        axes.semilogy(LAYERS, spreads[name][step], style, color=colour, marker="o", label=label)
-axes.set_ylabel("spread over the images\n(standard deviation)")
-axes.legend(fontsize="small")
+        right.semilogy(LAYERS, spreads[name][step], style, color=colour, marker="o", label=label)
+left.set_title("Six units of linear 2, each on its own, at the start")
+left.set_xlabel("value that enters the sigmoid")
+left.set_ylabel("how many of 256 images")
+left.legend()
+right.set_title("Spread over the images, standard deviation")
+right.legend(fontsize="small")
 lesson.show(figure, "spread")
 
 assert np.allclose(spreads[WITH][0], 1, atol=0.01)  # gamma is 1 then
@@ -199,3 +208,300 @@ for activation in ("Sigmoid", "ReLU"):
             f"{activation + ', ' + name:24}"
             + "".join(f"{'NaN' if a is None else f'{a:.3f}':>8}" for a in accuracies)
         )
+
+# %% [markdown]
+# ## What gamma and beta become
+#
+# They start at 1 and 0. This is what the published setting (learning rate 1, ten epochs, seed 0)
+# makes of those of the two convolutions, a line for each channel.
+
+# %%
+by_seed = curves(lesson, ten_epochs)
+figure, rows = plt.subplots(2, 2, figsize=(10, 5), sharex=True)
+for row, name, start_value in zip(rows, ("gamma", "beta"), (1, 0), strict=True):
+    for norm, axes in enumerate(row):
+        after = [epoch[name][norm] for epoch in by_seed[0]["epochs"]]
+        values = np.array([np.full(len(after[0]), start_value), *after])
+        axes.axhline(start_value, color="0.7", linewidth=1)
+        axes.plot(values, color=BLUE, alpha=0.8)
+    row[0].set_ylabel(name)
+for axes, layer in zip(rows[0], LAYERS, strict=False):
+    axes.set_title(layer)
+for axes in rows[1]:
+    axes.set_xlabel("epoch")
+lesson.show(figure, "gamma_and_beta")
+
+for found in by_seed:
+    last = found["epochs"][-1]
+    for name in ("gamma", "beta"):
+        print(f"seed {found['seed']}, {name:5} of convolution 1: {sorted(last[name][0])}")
+    assert max(last["gamma"][0]) > 3 and max(last["gamma"][1]) > 1
+
+# %% [markdown]
+# Most channels of the first convolution end with a $\gamma$ of 2 to 5: a standard deviation that is
+# no longer in the straight middle of the sigmoid. The network *wants* to be nonlinear there, and
+# $\beta$ chooses where. So batch norm does not keep the values near 0 for good; it puts two numbers
+# for each feature in charge of where they are, instead of all weights below together. (The published
+# runs ended with $\gamma$ from 1.9 to 3.5 and $\beta$ from -3.6 to 2.3.)
+#
+# ## A batch of one
+#
+# Now for what batch norm costs. In training, an example's result depends on the others in its batch.
+# Without any others, a batch norm over (N, D) subtracts the only value there is from itself:
+# $\hat{x} = 0$, whatever the image shows. So the network says the same to every image, exactly:
+
+# %%
+model = LeNet(generator=np.random.default_rng(0))
+alone = [model.forward(images[i : i + 1]) for i in range(5)]
+print("largest difference of the outputs for five images:", max(np.ptp(alone, axis=0).ravel()))
+assert all(np.array_equal(output, alone[0]) for output in alone)
+
+# %% [markdown]
+# And the gradient stops at the last batch norm. Only what is above it learns: how frequent the
+# classes are.
+
+# %%
+loss, cache = F.softmax_cross_entropy(alone[-1], np.array([7]))
+model.backward(F.softmax_cross_entropy_backward(cache))
+for name, parameter in model.parameters().items():
+    largest = np.max(np.abs(parameter.gradient))
+    print(f"{name:9} largest gradient {largest:.1e}")
+    assert (largest > 0) == (name in ("13.beta", "15.weight", "15.bias"))
+
+# %% [markdown]
+# ## Small batches
+#
+# **The statistics are noisy.** The mean of N examples misses the mean of all by about
+# $\sigma / \sqrt{N}$. Of two values, the mean is the middle, so $\hat{x}$ is -1 for one and 1 for
+# the other: all that is left of a feature is which of two images has more of it. Here is the noise
+# of the batch mean, measured in front of the first batch norm after a convolution and after a linear
+# layer, in units of the standard deviation. (In a convolution, N images are N times 576 values; but
+# neighbours are alike, and so one image is nowhere near 576 independent values.)
+
+# %%
+many = dataset.train.images[: 1024 if lesson.quick else 4096]
+batches_of_256 = [
+    many[i : i + 256].astype(np.float32) / 255 for i in range(0, len(many) - 255, 256)
+]
+through = [inspection.activations(model, x) for x in batches_of_256]
+before_norm = {
+    "convolution 1": np.concatenate([outputs[0] for outputs in through]),
+    "linear 1": np.concatenate([outputs[9] for outputs in through]),
+}
+sizes = 2 ** np.arange(7)
+
+
+def noise_of_the_mean(values: np.ndarray, size: int) -> float:
+    """Standard deviation of the batch mean, by that of the values; over all features."""
+    axes = (0, 2, 3)[: values.ndim - 1]
+    of_batches = [np.mean(part, axis=axes) for part in np.split(values, len(values) // size)]
+    return float(np.sqrt(np.mean(np.var(of_batches, axis=0) / np.var(values, axis=axes))))
+
+
+figure, axes = plt.subplots(figsize=(6.5, 3.8))
+axes.loglog(sizes, 1 / np.sqrt(sizes), color="0.5", linestyle=":", label=r"$1 / \sqrt{N}$")
+axes.loglog(
+    sizes, 1 / np.sqrt(576 * sizes), color="0.8", linestyle=":", label=r"$1 / \sqrt{576 N}$"
+)
+for (layer, values), colour in zip(before_norm.items(), (GREEN, BLUE), strict=True):
+    noise = [noise_of_the_mean(values, size) for size in sizes]
+    axes.loglog(sizes, noise, "o-", color=colour, label=layer)
+    print(
+        f"{layer:13}: {', '.join(f'{n:.3f}' for n in noise)} for N = {', '.join(map(str, sizes))}"
+    )
+    if layer == "linear 1":
+        np.testing.assert_allclose(noise, 1 / np.sqrt(sizes), rtol=0.2)
+    else:
+        assert np.all(np.array(noise) < 1 / np.sqrt(sizes))
+        assert np.all(np.array(noise) > 3 / np.sqrt(576 * sizes))
+axes.set_xlabel("batch size N")
+axes.set_ylabel("noise of the batch mean,\nin standard deviations")
+axes.legend(fontsize="small")
+lesson.show(figure, "noise")
+
+of_two = np.concatenate(
+    [
+        F.batch_norm(pair, *constants, training=True)[0]
+        for pair in np.split(before_norm["linear 1"], len(many) // 2)[:200]
+        for constants in [
+            (np.ones((1, 120)), np.zeros((1, 120)), np.zeros((1, 120)), np.ones((1, 120)))
+        ]
+    ]
+)
+print(f"in batches of 2, {np.mean(np.abs(of_two) > 0.99):.1%} of all x_hat are beyond 0.99")
+assert np.mean(np.abs(of_two) > 0.99) > 0.9
+
+# %% [markdown]
+# **The gradient is cut.** The backward pass of batch norm passes on what is left of $dy$ after
+# fitting a line to it (lesson 1). A line has two numbers, so of N directions, N - 2 get through: of
+# a random gradient, the fraction $\sqrt{(N - 2) / N}$. Of two points, nothing is left.
+
+# %%
+rng = np.random.default_rng(0)
+print("batch size   gradient that gets through   sqrt((N - 2) / N)")
+for size in (2, 4, 8, 32, 256):
+    x = before_norm["linear 1"][:size].astype(np.float64)
+    constants = (np.ones((1, 120)), np.zeros((1, 120)), np.zeros((1, 120)), np.ones((1, 120)))
+    _, cache, _ = F.batch_norm(x, *constants, training=True)
+    dy = rng.normal(size=x.shape)
+    dx, _, _ = F.batch_norm_backward(dy, cache)
+    s = np.sqrt(np.var(x, axis=0) + 1e-5)
+    through_norm = np.linalg.norm(s * dx) / np.linalg.norm(dy)
+    print(f"{size:10} {through_norm:28.4f} {math.sqrt((size - 2) / size):19.4f}")
+    np.testing.assert_allclose(through_norm, math.sqrt((size - 2) / size), atol=0.06)
+
+# %% [markdown]
+# **So it learns less.** 12,800 images in batches of each size, with ReLU, which learns without batch
+# norm, too. The learning rate is proportional to the batch size, so that an image counts alike.
+
+# %%
+by_size = curves(lesson, batch_sizes)
+figure, columns = plt.subplots(1, 2, figsize=(11, 4), sharey=True)
+last_loss = {}
+for found in by_size:
+    name = WITH if found["batch_norm"] else WITHOUT
+    size = found["batch_size"]
+    seen_images = 1.28 * np.arange(0.5, len(found["loss"]))
+    columns[name == WITHOUT].plot(
+        seen_images,
+        found["loss"],
+        "o-",
+        markersize=3,
+        color=plt.get_cmap("viridis")(0.95 - math.log2(size) / 9),
+        label=f"batch size {size}",
+    )
+    last_loss[name, size] = found["loss"][-1]
+    print(
+        f"{name:15}, batch size {size:3}: loss {found['loss'][-1]:.3f} over the last tenth, "
+        f"test accuracy {found['test_accuracy']:.3f}"
+    )
+for axes, name in zip(columns, (WITH, WITHOUT), strict=True):
+    axes.axhline(math.log(10), color="0.5", linestyle=":", linewidth=1)
+    axes.set_title(name)
+    axes.set_xlabel("thousand images seen")
+columns[0].set_ylabel("training loss")
+columns[0].legend(fontsize="small", ncols=2, loc="lower left")
+columns[0].set_ylim(0, 2.6)
+lesson.show(figure, "batch_sizes")
+
+assert abs(last_loss[WITH, 1] - math.log(10)) < 0.01
+assert [last_loss[WITH, n] for n in (1, 2, 4, 8, 32)] == sorted(
+    (last_loss[WITH, n] for n in (1, 2, 4, 8, 32)), reverse=True
+)
+assert np.ptp([last_loss[WITHOUT, n] for n in (1, 2, 4, 8)]) < 0.05
+
+# %% [markdown]
+# Without batch norm, batches of 1 to 8 are the same: the lines lie on one another. With it, 1 learns
+# nothing (the loss stays at $\ln 10$), 2 next to nothing, and each larger batch more than the one
+# before, up to 32. (256 means only 50 steps here, which is few, with or without.)
+#
+# ## Training is not prediction
+#
+# In prediction, an image must not depend on the others in its batch. So batch norm uses moving
+# averages of the statistics that it saw in training: at each step, a tenth is replaced. They describe
+# the weights of about the last ten steps, not those of now. With a learning rate of 1, the weights
+# have moved on. The same weights can be evaluated in three ways:
+
+# %%
+run = runs[WITH]
+by_moving = evaluate(run.model, run.test, backend=run.backend).accuracy
+by_batch = accuracy_with_batch_statistics(run.model, run.test)
+precise = copy.deepcopy(run.model)
+inspection.precise_statistics(precise, dataset.limited(min(5120, len(dataset.train))).train)
+by_precise = evaluate(precise, run.test, backend=run.backend).accuracy
+print(f"test accuracy of the network from above, after {steps} steps:")
+print(f"    {by_moving:.3f} with the moving averages")
+print(f"    {by_batch:.3f} with the statistics of each batch of 256 test images, as in training")
+print(f"    {by_precise:.3f} with statistics of training images, for the weights as they are")
+
+# %% [markdown]
+# The second way is cheating: what it says about an image depends on 255 others. The third is honest:
+# `precise_statistics` passes training images through the network, whose weights stand still, and
+# averages over all batches (Wu and Johnson 2021, "precise BatchNorm"). `train.py --precise-bn` does
+# that before each evaluation.
+#
+# Now epoch by epoch, ten epochs of the published setting with three seeds:
+
+# %%
+ways = {
+    "moving": ("moving averages", ORANGE, "-"),
+    "batch": ("statistics of the test batch", GREEN, "--"),
+    "precise": ("precise statistics", BLUE, "-"),
+}
+figure, columns = plt.subplots(1, 3, figsize=(12, 3.8), sharey=True)
+accuracies = {
+    way: np.array([[epoch[way] for epoch in found["epochs"]] for found in by_seed]) for way in ways
+}
+for i, axes in enumerate(columns):
+    for way, (label, colour, style) in ways.items():
+        axes.plot(
+            np.arange(1, 11),
+            accuracies[way][i],
+            style,
+            marker="o",
+            markersize=4,
+            color=colour,
+            label=label,
+        )
+    axes.set_title(f"seed {by_seed[i]['seed']}")
+    axes.set_xlabel("epoch")
+columns[0].set_ylabel("test accuracy")
+columns[2].legend(loc="lower right")
+lesson.show(figure, "train_and_predict")
+
+print("test accuracy                   mean   worst epoch   mean jump from epoch to epoch")
+jumps = {}
+for way, (label, _, _) in ways.items():
+    jumps[way] = np.mean(np.abs(np.diff(accuracies[way], axis=1)))
+    print(
+        f"{label:29} {np.mean(accuracies[way]):.3f} {np.min(accuracies[way]):13.3f} "
+        f"{jumps[way]:32.3f}"
+    )
+gain = accuracies["precise"] - accuracies["moving"]
+print(
+    f"precise statistics: better than the moving averages in {np.sum(gain > 0)} of {gain.size} "
+    f"epochs, by {np.max(gain):.3f} at most, and worse by {-np.min(gain):.3f} at most"
+)
+assert jumps["moving"] > 3 * jumps["precise"]
+assert np.max(np.abs(accuracies["batch"] - accuracies["precise"])) < 0.005
+assert np.sum(gain > 0) >= 27
+
+# %% [markdown]
+# The jumps, like the published run's from .822 to .553 and back to .797, come mostly from the moving
+# averages, not from the weights: with precise statistics, they shrink to less than a third. What
+# remains is the weights' own: at this learning rate, one epoch really is better than the next. That
+# the second and the third way agree, to half a percent, shows that it is the statistics' age that
+# matters, not from which images they come.
+#
+# ### Is it age, or noise?
+#
+# A moving average could also be wrong because it is made of few batches. A test: after each of the
+# 30 epochs, let the weights stand still, and let training batches pass that move nothing but the
+# moving averages. Were it noise, it would stay as it is. Here is what happens:
+
+# %%
+figure, axes = plt.subplots(figsize=(7, 4))
+counts = [0, 1, 2, 5, 10, 20, 40]
+distance = []
+for found in by_seed:
+    for epoch in found["epochs"]:
+        passed = [epoch["moving"], *(epoch["standing_still"][str(n)] for n in counts[1:])]
+        distance.append(np.array(passed) - epoch["precise"])
+        axes.plot(counts, distance[-1], color=BLUE, alpha=0.4, linewidth=1)
+axes.axhline(0, color="0.5", linestyle=":")
+axes.plot(counts, np.mean(distance, axis=0), color=ORANGE, linewidth=3, label="mean of 30 epochs")
+axes.set_xlabel("training batches since the weights stand still")
+axes.set_ylabel("test accuracy,\ncompared with precise statistics")
+axes.legend()
+lesson.show(figure, "standing_still")
+
+left = np.mean(np.abs(distance), axis=0)
+for count, value in zip(counts, left, strict=True):
+    print(f"after {count:2} batches, {value:.4f} from precise statistics, on average")
+assert left[0] > 10 * left[-1]
+
+# %% [markdown]
+# It is age. After 20 batches, of which $1 - 0.9^{20} = 88\,\%$ of the averages are made, nearly all
+# is well; after 40, all is. So there are three remedies: a smaller learning rate towards the end
+# (`--schedule cosine`), which lets the weights nearly stand still; precise statistics; or to know
+# about it, and to judge a run by its best epochs and its training loss.

@@ -56,7 +56,10 @@ class HandWritten(nn.Module):
                 self.running_mean = 0.9 * self.running_mean + 0.1 * mean.flatten()
                 self.running_var = 0.9 * self.running_var + 0.1 * var.flatten()
         else:
-            mean, var = self.per_feature(self.running_mean, x), self.per_feature(self.running_var, x)
+            mean, var = (
+                self.per_feature(self.running_mean, x),
+                self.per_feature(self.running_var, x),
+            )
         x_hat = (x - mean) / torch.sqrt(var + 1e-5)
         return self.per_feature(self.weight, x) * x_hat + self.per_feature(self.bias, x)
 
