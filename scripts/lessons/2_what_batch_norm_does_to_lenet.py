@@ -1,9 +1,9 @@
 # %% [markdown]
 # # What batch norm does to LeNet
 #
-# The same network twice, with the same weights, on the same images of Fashion-MNIST: with batch norm
-# it learns in a minute; without, it learns nothing. Why? And what goes wrong *with* batch norm: in
-# small batches, and in prediction?
+# The same network twice, with the same weights, on the same images of Fashion-MNIST: with batch
+# norm it learns in a minute; without, it learns nothing. Why? And what goes wrong *with* batch
+# norm: in small batches, and in prediction?
 #
 # Short runs are measured here and now. Curves over several epochs come from `curves/*.json`;
 # `_curves.py` has the code that measured them, and `--regenerate` does so anew. They are of
@@ -31,6 +31,7 @@ from _curves import (
 )
 from npbn import functional as F
 from npbn import inspection
+from npbn.layers import BatchNorm
 from npbn.models import LeNet
 from npbn.training import Training, evaluate
 
@@ -241,13 +242,13 @@ for found in by_seed:
 # Most channels of the first convolution end with a $\gamma$ of 2 to 5: a standard deviation that is
 # no longer in the straight middle of the sigmoid. The network *wants* to be nonlinear there, and
 # $\beta$ chooses where. So batch norm does not keep the values near 0 for good; it puts two numbers
-# for each feature in charge of where they are, instead of all weights below together. (The published
-# runs ended with $\gamma$ from 1.9 to 3.5 and $\beta$ from -3.6 to 2.3.)
+# for each feature in charge of where they are, instead of all weights below together. (The
+# published runs ended with $\gamma$ from 1.9 to 3.5 and $\beta$ from -3.6 to 2.3.)
 #
 # ## A batch of one
 #
-# Now for what batch norm costs. In training, an example's result depends on the others in its batch.
-# Without any others, a batch norm over (N, D) subtracts the only value there is from itself:
+# Now for what batch norm costs. In training, an example's result depends on the others in its
+# batch. Without any others, a batch norm over (N, D) subtracts the only value there is from itself:
 # $\hat{x} = 0$, whatever the image shows. So the network says the same to every image, exactly:
 
 # %%
@@ -271,10 +272,10 @@ for name, parameter in model.parameters().items():
 # %% [markdown]
 # ## Small batches
 #
-# **The statistics are noisy.** The mean of N examples misses the mean of all by about
-# $\sigma / \sqrt{N}$. Of two values, the mean is the middle, so $\hat{x}$ is -1 for one and 1 for
-# the other: all that is left of a feature is which of two images has more of it. Here is the noise
-# of the batch mean, measured in front of the first batch norm after a convolution and after a linear
+# **The statistics are noisy.** The mean of N examples misses the mean of all by about $\sigma /
+# \sqrt{N}$. Of two values, the mean is the middle, so $\hat{x}$ is -1 for one and 1 for the other:
+# all that is left of a feature is which of two images has more of it. Here is the noise of the
+# batch mean, measured in front of the first batch norm after a convolution and after a linear
 # layer, in units of the standard deviation. (In a convolution, N images are N times 576 values; but
 # neighbours are alike, and so one image is nowhere near 576 independent values.)
 
@@ -319,15 +320,8 @@ axes.set_ylabel("noise of the batch mean,\nin standard deviations")
 axes.legend(fontsize="small")
 lesson.show(figure, "noise")
 
-of_two = np.concatenate(
-    [
-        F.batch_norm(pair, *constants, training=True)[0]
-        for pair in np.split(before_norm["linear 1"], len(many) // 2)[:200]
-        for constants in [
-            (np.ones((1, 120)), np.zeros((1, 120)), np.zeros((1, 120)), np.ones((1, 120)))
-        ]
-    ]
-)
+norm = BatchNorm(120, num_dims=2)  # gamma is 1, beta 0
+of_two = [norm.forward(pair) for pair in np.split(before_norm["linear 1"][:400], 200)]
 print(f"in batches of 2, {np.mean(np.abs(of_two) > 0.99):.1%} of all x_hat are beyond 0.99")
 assert np.mean(np.abs(of_two) > 0.99) > 0.9
 
@@ -341,18 +335,18 @@ rng = np.random.default_rng(0)
 print("batch size   gradient that gets through   sqrt((N - 2) / N)")
 for size in (2, 4, 8, 32, 256):
     x = before_norm["linear 1"][:size].astype(np.float64)
-    constants = (np.ones((1, 120)), np.zeros((1, 120)), np.zeros((1, 120)), np.ones((1, 120)))
-    _, cache, _ = F.batch_norm(x, *constants, training=True)
+    norm.forward(x)
     dy = rng.normal(size=x.shape)
-    dx, _, _ = F.batch_norm_backward(dy, cache)
+    dx = norm.backward(dy)
     s = np.sqrt(np.var(x, axis=0) + 1e-5)
     through_norm = np.linalg.norm(s * dx) / np.linalg.norm(dy)
     print(f"{size:10} {through_norm:28.4f} {math.sqrt((size - 2) / size):19.4f}")
     np.testing.assert_allclose(through_norm, math.sqrt((size - 2) / size), atol=0.06)
 
 # %% [markdown]
-# **So it learns less.** 12,800 images in batches of each size, with ReLU, which learns without batch
-# norm, too. The learning rate is proportional to the batch size, so that an image counts alike.
+# **So it learns less.** 12,800 images in batches of each size, with ReLU, which learns without
+# batch norm, too. The learning rate is proportional to the batch size, so that an image counts
+# alike.
 
 # %%
 by_size = curves(lesson, batch_sizes)
@@ -391,16 +385,16 @@ assert [last_loss[WITH, n] for n in (1, 2, 4, 8, 32)] == sorted(
 assert np.ptp([last_loss[WITHOUT, n] for n in (1, 2, 4, 8)]) < 0.05
 
 # %% [markdown]
-# Without batch norm, batches of 1 to 8 are the same: the lines lie on one another. With it, 1 learns
-# nothing (the loss stays at $\ln 10$), 2 next to nothing, and each larger batch more than the one
-# before, up to 32. (256 means only 50 steps here, which is few, with or without.)
+# Without batch norm, batches of 1 to 8 are the same: the lines lie on one another. With it, 1
+# learns nothing (the loss stays at $\ln 10$), 2 next to nothing, and each larger batch more than
+# the one before, up to 32. (256 means only 50 steps here, which is few, with or without.)
 #
 # ## Training is not prediction
 #
 # In prediction, an image must not depend on the others in its batch. So batch norm uses moving
-# averages of the statistics that it saw in training: at each step, a tenth is replaced. They describe
-# the weights of about the last ten steps, not those of now. With a learning rate of 1, the weights
-# have moved on. The same weights can be evaluated in three ways:
+# averages of the statistics that it saw in training: at each step, a tenth is replaced. They
+# describe the weights of about the last ten steps, not those of now. With a learning rate of 1, the
+# weights have moved on. The same weights can be evaluated in three ways:
 
 # %%
 run = runs[WITH]
@@ -415,10 +409,10 @@ print(f"    {by_batch:.3f} with the statistics of each batch of 256 test images,
 print(f"    {by_precise:.3f} with statistics of training images, for the weights as they are")
 
 # %% [markdown]
-# The second way is cheating: what it says about an image depends on 255 others. The third is honest:
-# `precise_statistics` passes training images through the network, whose weights stand still, and
-# averages over all batches (Wu and Johnson 2021, "precise BatchNorm"). `train.py --precise-bn` does
-# that before each evaluation.
+# The second way is cheating: what it says about an image depends on 255 others. The third is
+# honest: `precise_statistics` passes training images through the network, whose weights stand
+# still, and averages over all batches (Wu and Johnson 2021, "precise BatchNorm"). `train.py
+# --precise-bn` does that before each evaluation.
 #
 # Now epoch by epoch, ten epochs of the published setting with three seeds:
 
@@ -467,11 +461,11 @@ assert np.max(np.abs(accuracies["batch"] - accuracies["precise"])) < 0.005
 assert np.sum(gain > 0) >= 27
 
 # %% [markdown]
-# The jumps, like the published run's from .822 to .553 and back to .797, come mostly from the moving
-# averages, not from the weights: with precise statistics, they shrink to less than a third. What
-# remains is the weights' own: at this learning rate, one epoch really is better than the next. That
-# the second and the third way agree, to half a percent, shows that it is the statistics' age that
-# matters, not from which images they come.
+# The jumps, like the published run's from .822 to .553 and back to .797, come mostly from the
+# moving averages, not from the weights: with precise statistics, they shrink to less than a third.
+# What remains is the weights' own: at this learning rate, one epoch really is better than the next.
+# That the second and the third way agree, to half a percent, shows that it is the statistics' age
+# that matters, not from which images they come.
 #
 # ### Is it age, or noise?
 #
