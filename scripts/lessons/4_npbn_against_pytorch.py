@@ -11,8 +11,9 @@ from _lesson import BLUE, GREEN, ORANGE, Lesson, start
 
 lesson = start(needs=("torch",), curves=True)
 
+import math
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,9 @@ dataset = lesson.data()
 # %%
 class HandWritten(nn.Module):
     """Batch norm for PyTorch, as the formulas say it; autograd finds the backward pass."""
+
+    running_mean: torch.Tensor
+    running_var: torch.Tensor
 
     def __init__(self, features: int) -> None:
         super().__init__()
@@ -95,7 +99,7 @@ def in_pytorch(model: LeNet, norm_of_maps: type, norm_of_vectors: type) -> nn.Se
     return network
 
 
-networks = {
+networks: dict[str, Callable[[LeNet], Any]] = {
     "PyTorch": lambda model: in_pytorch(model, nn.BatchNorm2d, nn.BatchNorm1d),
     "PyTorch, hand-written batch norm": lambda model: in_pytorch(model, HandWritten, HandWritten),
 }
@@ -110,13 +114,13 @@ networks = {
 # %%
 def batches(count: int, dtype: str) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Random batches of 256, of as many epochs as it takes."""
-    generator, orders = np.random.default_rng(1), []
-    while sum(map(len, orders)) < 256 * count:
-        orders.append(generator.permutation(len(dataset.train)))
-    return dataset.train.batches(256, dtype, order=np.concatenate(orders)[: 256 * count])
+    generator, examples = np.random.default_rng(1), len(dataset.train)
+    epochs = math.ceil(256 * count / examples)
+    order = np.concatenate([generator.permutation(examples) for _ in range(epochs)])
+    return dataset.train.batches(256, dtype, order=order[: 256 * count])
 
 
-def new_model(dtype: str) -> LeNet:
+def new_model(dtype: str) -> Any:
     model = LeNet(generator=np.random.default_rng(0))
     model.to(get_backend("numpy"), dtype)
     return model
@@ -132,9 +136,9 @@ def forward_and_backward(model: LeNet, x: np.ndarray, labels: np.ndarray) -> flo
 def forward_and_autograd(network: nn.Module, x: np.ndarray, labels: np.ndarray) -> float:
     """PyTorch: by itself; the loss."""
     y = network(torch.from_numpy(x))
-    loss: Any = nn.functional.cross_entropy(y, torch.from_numpy(labels))
+    loss = nn.functional.cross_entropy(y, torch.from_numpy(labels))
     network.zero_grad()
-    loss.backward()
+    torch.autograd.backward(loss)
     return float(loss.item())
 
 
@@ -187,19 +191,21 @@ for i in (0, 4, 9, 12):
 steps = 30 if lesson.quick else 100
 
 
-def train_side_by_side(dtype: str) -> tuple[dict[str, np.ndarray], LeNet, dict[str, Any]]:
+def train_side_by_side(dtype: str) -> tuple[dict[str, np.ndarray], Any, dict[str, Any]]:
     """The losses of each, by name; npbn's network, and PyTorch's."""
     model = new_model(dtype)
-    theirs = {name: make(model) for name, make in networks.items()}
+    theirs: dict[str, Any] = {name: make(model) for name, make in networks.items()}
     optimizer = SGD(model.parameters(), 1.0)
-    optimizers = {n: torch.optim.SGD(network.parameters(), lr=1.0) for n, network in theirs.items()}
+    oracles: dict[str, Any] = {
+        name: torch.optim.SGD(network.parameters(), lr=1.0) for name, network in theirs.items()
+    }
     losses: dict[str, list[float]] = {"npbn": [], **{name: [] for name in theirs}}
     for x, labels in batches(steps, dtype):
         losses["npbn"].append(forward_and_backward(model, x, labels))
         optimizer.step()
         for name, network in theirs.items():
             losses[name].append(forward_and_autograd(network, x, labels))
-            optimizers[name].step()
+            oracles[name].step()
     return {name: np.array(values) for name, values in losses.items()}, model, theirs
 
 
@@ -208,10 +214,10 @@ in_float64, model, theirs = train_side_by_side("float64")
 
 figure, axes = plt.subplots(figsize=(8, 3.8))
 count = np.arange(1, steps + 1)
-for (name, losses), colour, width in zip(
+for (name, values), colour, width in zip(
     in_float32.items(), (BLUE, ORANGE, "black"), (8, 4, 1), strict=True
 ):
-    axes.plot(count, losses, color=colour, linewidth=width, label=name)
+    axes.plot(count, values, color=colour, linewidth=width, label=name)
 axes.set_xlabel("step")
 axes.set_ylabel("training loss, float32")
 axes.set_title("Three lines on top of one another")
@@ -227,14 +233,16 @@ lesson.show(figure, "losses")
 # %%
 HAND_WRITTEN = "PyTorch, hand-written batch norm"
 figure, columns = plt.subplots(1, 2, figsize=(11, 4), sharey=True)
-drift = {}
+drift: dict[tuple[str, str], Any] = {}
 for axes, losses_of, bits in zip(columns, (in_float32, in_float64), (24, 53), strict=True):
     dtype = "float32" if bits == 24 else "float64"
-    for name, colour, width in ((HAND_WRITTEN, ORANGE, 4), ("npbn", BLUE, 1.5)):
+    for name, colour, thickness in ((HAND_WRITTEN, ORANGE, 4.0), ("npbn", BLUE, 1.5)):
         difference = np.abs(losses_of[name] / losses_of["PyTorch"] - 1)
         drift[dtype, name] = difference
         shown = np.where(difference > 0, difference, np.nan)  # no place for 0 on this scale
-        axes.semilogy(count, shown, ".-", color=colour, linewidth=width, markersize=3, label=name)
+        axes.semilogy(
+            count, shown, ".-", color=colour, linewidth=thickness, markersize=3, label=name
+        )
     axes.axhline(2.0**-bits, color="0.5", linestyle=":", label="one rounding")
     axes.set_title(f"in {dtype}")
     axes.set_xlabel("step")
@@ -334,7 +342,12 @@ PUBLISHED = {
         .734 .734 .711  .479 .825 .817  .405 .854 .676  .361 .868 .841  .331 .880 .861
         .311 .887 .860  .295 .892 .869  .284 .895 .881  .271 .900 .856  .260 .904 .836""",
 }
-QUANTITIES = ("loss", "train_accuracy", "moving")  # test accuracy with the moving averages
+
+
+def as_table(epochs: list[dict[str, float]]) -> np.ndarray:
+    """A row for each epoch; "moving" is the test accuracy with the moving averages."""
+    return np.array([[e["loss"], e["train_accuracy"], e["moving"]] for e in epochs])
+
 
 results = {
     (name, 0): np.array(text.split(), dtype=float).reshape(10, 3)
@@ -342,11 +355,9 @@ results = {
 }
 for found in curves(lesson, ten_epochs_of_pytorch, networks):
     name = "PyTorch" if found["network"] == "PyTorch" else "PyTorch, hand-written"
-    table = [[epoch[quantity] for quantity in QUANTITIES] for epoch in found["epochs"]]
-    results[name, found["seed"]] = np.array(table)
+    results[name, found["seed"]] = as_table(found["epochs"])
 for found in curves(Lesson(), ten_epochs):  # --regenerate of lesson 2 makes these anew
-    table = [[epoch[quantity] for quantity in QUANTITIES] for epoch in found["epochs"]]
-    results["npbn", found["seed"]] = np.array(table)
+    results["npbn", found["seed"]] = as_table(found["epochs"])
 
 STYLES = {
     "npbn": (BLUE, "-"),
@@ -362,7 +373,7 @@ for axes, i, title in zip(
     for name, (colour, style) in STYLES.items():
         for (whose, seed), table in results.items():
             if whose == name:
-                label = name if seed == 0 else None
+                label = name if seed == 0 else ""
                 axes.plot(
                     np.arange(1, 11), table[:, i], style, color=colour, linewidth=1.3, label=label
                 )

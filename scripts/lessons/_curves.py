@@ -143,9 +143,9 @@ def ten_epochs_of_pytorch(networks: dict[str, Callable[[LeNet], Any]]) -> list[d
                 network.train()
                 for x, labels in _tensors(dataset.train, order):
                     logits = network(x)
-                    loss: Any = torch.nn.functional.cross_entropy(logits, labels)
+                    loss = torch.nn.functional.cross_entropy(logits, labels)
                     optimizer.zero_grad()
-                    loss.backward()
+                    torch.autograd.backward(loss)
                     optimizer.step()
                     loss_sum += loss.item() * len(labels)
                     train_hits += int((logits.argmax(1) == labels).sum())
