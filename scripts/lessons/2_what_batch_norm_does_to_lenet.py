@@ -2,8 +2,8 @@
 # # What batch norm does to LeNet
 #
 # The same network twice, with the same weights, on the same images of Fashion-MNIST: with batch
-# norm it learns in a minute; without, it learns nothing. Why? And what goes wrong *with* batch
-# norm: in small batches, and in prediction?
+# norm, it learns at once; without, hardly at all. Why? And what goes wrong *with* batch norm, in
+# small batches and in prediction?
 #
 # Short runs are measured here and now. Curves over several epochs come from `curves/*.json`;
 # `_curves.py` has the code that measured them, and `--regenerate` does so anew. They are of
@@ -29,9 +29,10 @@ from _curves import (
     new_run,
     ten_epochs,
 )
+from _curves import steps as train_steps
 from npbn import functional as F
 from npbn import inspection
-from npbn.layers import BatchNorm
+from npbn.layers import BatchNorm, ReLU
 from npbn.models import LeNet
 from npbn.training import Training, evaluate
 
@@ -146,11 +147,14 @@ figure, (left, right) = plt.subplots(1, 2, figsize=(12, 3.8))
 for name, colour in COLOURS.items():
     for unit in range(6):
         values = np.clip(seen[name][0][-1][:, unit], edges[0], edges[-1])
-        left.hist(values, edges, histtype="step", color=colour, label=name if unit == 0 else None)
+        left.hist(values, edges, color=colour, alpha=0.5, label=None if unit else name)
     for step, style in zip(SNAPSHOTS, (":", "--", "-"), strict=True):
         label = f"{name}, {'at the start' if step == 0 else f'after {step} steps'}"
         right.semilogy(LAYERS, spreads[name][step], style, color=colour, marker="o", label=label)
-left.set_title("Six units of linear 2, each on its own, at the start")
+left.set_ylim(0, 60)
+left.set_title(
+    "Six units of linear 2, each on its own, at the start\n(the narrow columns go up to 256)"
+)
 left.set_xlabel("value that enters the sigmoid")
 left.set_ylabel("how many of 256 images")
 left.legend()
@@ -167,14 +171,33 @@ assert np.all(ratios < 1 / 3) and spreads[WITHOUT][0][-1] < 0.01
 # Without batch norm, every layer makes the differences between images four or five times smaller:
 # the sigmoid's slope is 1/4 at most, and averaging does the rest. In front of the last sigmoid, a
 # shoe and a shirt differ in the third decimal. All images look alike there, and so the best answer
-# is the same for all: 1/10 for each class. The gradient shrinks in the same way on its way back.
-#
+# is the same for all: 1/10 for each class. The gradient fares no better on its way back:
+
+# %%
+labels = dataset.test.labels[:256]
+weights = ("convolution 1", "convolution 2", "linear 1", "linear 2", "linear 3")
+print(f"size of the gradient {'':8}" + "".join(f"{layer:>15}" for layer in weights))
+of_first = {}
+for name in runs:
+    model = LeNet(batch_norm=name == WITH, generator=np.random.default_rng(0))
+    _, cache = F.softmax_cross_entropy(model.forward(images), labels)
+    model.backward(F.softmax_cross_entropy_backward(cache))
+    sizes_of = [
+        float(np.linalg.norm(np.asarray(parameter.gradient)))
+        for parameter in model.parameters().values()
+        if parameter.name == "weight"
+    ]
+    of_first[name] = sizes_of[0]
+    print(f"at the start, {name:15}" + "".join(f"{size:15.4f}" for size in sizes_of))
+assert of_first[WITH] > 100 * of_first[WITHOUT]
+
+# %% [markdown]
 # Batch norm sets the spread to $|\gamma|$ in every layer, at every step: 1 at first, and later what
-# the network has learned to want.
+# the network has learned to want. The gradient has about the same size everywhere.
 #
 # ## Learning rates
 #
-# Two epochs each. Where a line ends, the loss has become infinite or NaN.
+# Two epochs each; the dotted line is guessing.
 
 # %%
 by_rate = curves(lesson, learning_rates)
@@ -184,11 +207,9 @@ final = {}
 for found in by_rate:
     name = WITH if found["batch_norm"] else WITHOUT
     row, column = ("Sigmoid", "ReLU").index(found["activation"]), RATES.index(found["lr"])
-    loss = np.array(found["loss"], dtype=float)  # None becomes NaN, which is not drawn
-    finite = np.all(np.isfinite(loss))
-    final[found["activation"], name, found["lr"]] = found["test_accuracy"][-1] if finite else None
-    epochs = np.linspace(0.1, 2, len(loss))
-    rows[row][column].plot(epochs, loss, color=COLOURS[name], label=name)
+    final[found["activation"], name, found["lr"]] = found["test_accuracy"][-1]
+    loss = np.array(found["loss"], dtype=float)  # None, for infinity, becomes NaN: not drawn
+    rows[row][column].plot(np.linspace(0.1, 2, len(loss)), loss, color=COLOURS[name], label=name)
     rows[row][column].set_title(f"{found['activation']}, learning rate {found['lr']:g}")
 for axes in rows.flat:
     axes.axhline(math.log(10), color="0.5", linestyle=":", linewidth=1)
@@ -206,9 +227,35 @@ for activation in ("Sigmoid", "ReLU"):
     for name in (WITH, WITHOUT):
         reached = [final[activation, name, rate] for rate in RATES]
         print(
-            f"{activation + ', ' + name:24}"
-            + "".join(f"{'NaN' if a is None else f'{a:.3f}':>8}" for a in reached)
+            f"{activation + ', ' + name:24}" + "".join(f"{accuracy:8.3f}" for accuracy in reached)
         )
+
+for rate in RATES:
+    assert final["Sigmoid", WITH, rate] > 0.7
+    assert final["Sigmoid", WITHOUT, rate] < (0.6 if rate == 1 else 0.11)
+    assert (final["ReLU", WITHOUT, rate] > 0.7) == (rate < 1)
+    assert (final["ReLU", WITH, rate] > 0.7) == (rate < 5)
+
+# %% [markdown]
+# With sigmoids and batch norm, any of these rates will do, though the largest is a hundred times
+# the smallest. Without, only 1 leads away from guessing, and only after an epoch.
+#
+# ReLU lets the differences through. So it learns without batch norm as well, if more slowly, and at
+# small rates only. A step that is too large puts units below 0 for every image; there ReLU has no
+# gradient, and nothing brings them back. Batch norm does, as it centres every feature anew. (At 5,
+# it cannot help either.) This is what is left of the units of linear 2 after 60 steps at 1:
+
+# %%
+alive = {}
+for name in runs:
+    run = new_run(dataset, 1.0, batch_norm=name == WITH, activation=ReLU)
+    while run.optimizer.steps < 60:
+        train_steps(run, min(256 * 60, 256 * (len(run.train) // 256)))
+    *_, entering = inspection.preactivations(run.model, images).values()
+    alive[name] = float(np.mean(np.any(entering > 0, axis=0)))
+    print(f"{name:15}: {alive[name]:4.0%} are above 0 for any of 256 images")
+if is_fashion:
+    assert alive[WITHOUT] < 0.5 < 0.8 < alive[WITH]
 
 # %% [markdown]
 # ## What gamma and beta become
@@ -314,6 +361,8 @@ for layer, colour in (("convolution 1", GREEN), ("linear 1", BLUE)):
     else:
         assert np.all(np.array(noise) < 1 / np.sqrt(sizes))
         assert np.all(np.array(noise) > 3 / np.sqrt(576 * sizes))
+axes.set_xticks(sizes, labels=map(str, sizes))
+axes.minorticks_off()
 axes.set_xlabel("batch size N")
 axes.set_ylabel("noise of the batch mean,\nin standard deviations")
 axes.legend(fontsize="small")
@@ -357,12 +406,13 @@ for size in (2, 4, 8, 32, 256):
 # %%
 by_size = curves(lesson, batch_sizes)
 figure, columns = plt.subplots(1, 2, figsize=(11, 4), sharey=True)
+panels = dict(zip((WITH, WITHOUT), columns, strict=True))
 last_loss = {}
 for found in by_size:
     name = WITH if found["batch_norm"] else WITHOUT
     size = found["batch_size"]
     seen_images = 1.28 * np.arange(0.5, len(found["loss"]))
-    columns[name == WITHOUT].plot(
+    panels[name].plot(
         seen_images,
         found["loss"],
         "o-",
@@ -375,7 +425,7 @@ for found in by_size:
         f"{name:15}, batch size {size:3}: loss {found['loss'][-1]:.3f} over the last tenth, "
         f"test accuracy {found['test_accuracy']:.3f}"
     )
-for axes, name in zip(columns, (WITH, WITHOUT), strict=True):
+for name, axes in panels.items():
     axes.axhline(math.log(10), color="0.5", linestyle=":", linewidth=1)
     axes.set_title(name)
     axes.set_xlabel("thousand images seen")
@@ -393,7 +443,9 @@ assert np.ptp([last_loss[WITHOUT, n] for n in (1, 2, 4, 8)]) < 0.05
 # %% [markdown]
 # Without batch norm, batches of 1 to 8 are the same: the lines lie on one another. With it, 1
 # learns nothing (the loss stays at $\ln 10$), 2 next to nothing, and each larger batch more than
-# the one before, up to 32. (256 means only 50 steps here, which is few, with or without.)
+# the one before, up to 32. (256 means only 50 steps here, which is few, with or without.) That the
+# test accuracy for 1 is even worse than guessing has a reason, too: the variance of one value is 0,
+# and so is the moving average of it, by whose root prediction divides.
 #
 # ## Training is not prediction
 #
@@ -424,25 +476,18 @@ print(f"    {by_precise:.3f} with statistics of training images, for the weights
 
 # %%
 ways = {
-    "moving": ("moving averages", ORANGE, "-"),
-    "batch": ("statistics of the test batch", GREEN, "--"),
-    "precise": ("precise statistics", BLUE, "-"),
+    "moving": ("moving averages", ORANGE, 1.5),
+    "batch": ("statistics of the test batch", GREEN, 5),
+    "precise": ("precise statistics", BLUE, 1.5),
 }
 figure, columns = plt.subplots(1, 3, figsize=(12, 3.8), sharey=True)
 accuracies = {
     way: np.array([[epoch[way] for epoch in found["epochs"]] for found in by_seed]) for way in ways
 }
 for i, axes in enumerate(columns):
-    for way, (label, colour, style) in ways.items():
-        axes.plot(
-            np.arange(1, 11),
-            accuracies[way][i],
-            style,
-            marker="o",
-            markersize=4,
-            color=colour,
-            label=label,
-        )
+    for way, (label, colour, width) in ways.items():
+        epochs = np.arange(1, len(accuracies[way][i]) + 1)
+        axes.plot(epochs, accuracies[way][i], ".-", color=colour, linewidth=width, label=label)
     axes.set_title(f"seed {by_seed[i]['seed']}")
     axes.set_xlabel("epoch")
 columns[0].set_ylabel("test accuracy")
