@@ -356,6 +356,8 @@ for layer, colour in (("convolution 1", GREEN), ("linear 1", BLUE)):
     print(
         f"{layer:13}: {', '.join(f'{n:.3f}' for n in noise)} for N = {', '.join(map(str, sizes))}"
     )
+    if not is_fashion:  # the digits are not in random order
+        continue
     if layer == "linear 1":
         np.testing.assert_allclose(noise, 1 / np.sqrt(sizes), rtol=0.2)
     else:

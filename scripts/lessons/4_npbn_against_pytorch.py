@@ -30,6 +30,7 @@ from npbn.checkpoint import export_torch
 from npbn.models import LeNet
 from npbn.optim import SGD
 
+torch.set_num_threads(1)  # two that wait for one another can be slower than one
 dataset = lesson.data()
 
 # %% [markdown]

@@ -221,7 +221,8 @@ def _standing_still(run: Training) -> dict[str, float]:
     model = copy.deepcopy(run.model)
     model.train()
     found = {}
-    for count, (x, _) in enumerate(run.train.batches(256, "float32", order=np.arange(256 * 40)), 1):
+    order = np.arange(256 * 40) % len(run.train)
+    for count, (x, _) in enumerate(run.train.batches(256, "float32", order=order), 1):
         model.forward(x)
         if count in (1, 2, 5, 10, 20, 40):
             found[str(count)] = evaluate(model, run.test, backend=run.backend).accuracy
