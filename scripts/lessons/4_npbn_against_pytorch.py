@@ -7,7 +7,7 @@
 # shows it: PyTorch once more, with a batch norm that is written by hand.
 
 # %%
-from _lesson import BLUE, GREEN, ORANGE, Lesson, start
+from _lesson import BLUE, ORANGE, Lesson, start
 
 lesson = start(needs=("torch",), curves=True)
 
@@ -23,7 +23,7 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from _curves import curves, ten_epochs, ten_epochs_of_pytorch
+from _curves import SEEDS, curves, ten_epochs, ten_epochs_of_pytorch
 from npbn import functional as F
 from npbn.backend import get_backend
 from npbn.checkpoint import export_torch
@@ -215,10 +215,10 @@ in_float64, model, theirs = train_side_by_side("float64")
 
 figure, axes = plt.subplots(figsize=(8, 3.8))
 count = np.arange(1, steps + 1)
-for (name, values), colour, width in zip(
-    in_float32.items(), (BLUE, ORANGE, "black"), (8, 4, 1), strict=True
+for (name, values), colour, thickness in zip(
+    in_float32.items(), (BLUE, ORANGE, "black"), (7.0, 3.5, 1.0), strict=True
 ):
-    axes.plot(count, values, color=colour, linewidth=width, label=name)
+    axes.plot(count, values, color=colour, linewidth=thickness, label=name)
 axes.set_xlabel("step")
 axes.set_ylabel("training loss, float32")
 axes.set_title("Three lines on top of one another")
@@ -261,15 +261,16 @@ print(f"float64, npbn from the hand-written batch norm: at most {between:.1e} in
 
 # %% [markdown]
 # In float64, the blue line lies on the orange one: npbn and the hand-written batch norm are closer
-# to one another than either is to PyTorch's own, which adds up the values of a channel one after
-# another. So a disagreement of $10^{-3}$ after a hundred steps in float32 speaks against nobody.
-# That more digits make it a million times smaller is the proof that all three compute the same.
+# to one another than either is to PyTorch's own, which (on a CPU) adds up the values of a channel
+# one after another. So a disagreement of $10^{-3}$ after a hundred steps in float32 speaks against
+# nobody. That it is more than a hundred thousand times smaller in float64 is the proof that all
+# three compute the same.
 
 # %%
 if dataset.key == "fashion-mnist":
     assert np.max(drift["float64", "npbn"][:30]) < 1e-9
-    assert np.max(drift["float32", "npbn"]) < 2e-3
-    assert np.max(drift["float32", "npbn"]) > 1e6 * np.max(drift["float64", "npbn"])
+    assert np.max(drift["float32", "npbn"]) < 1e-2
+    assert np.max(drift["float32", "npbn"]) > 1e5 * np.max(drift["float64", "npbn"])
     assert np.max(drift["float64", "npbn"]) < 3 * np.max(drift["float64", HAND_WRITTEN])
     assert np.max(drift["float32", "npbn"]) < 30 * np.max(drift["float32", HAND_WRITTEN])
     assert between < np.max(drift["float64", "npbn"])
@@ -283,8 +284,8 @@ if dataset.key == "fashion-mnist":
 #   PyTorch's `momentum` 0.1 the fraction that is *new*. That is the same average under two names.
 #   Who gives PyTorch a momentum of 0.9 gets averages that forget nearly everything at each step.
 # - In training, both divide by the *biased* variance, $\frac{1}{m} \sum_i (x_i - \mu)^2$. npbn
-#   keeps a moving average of just this; PyTorch keeps the *unbiased* one, $\frac{1}{m - 1} \sum_i
-#   (x_i - \mu)^2$, larger by $m / (m - 1)$.
+#   keeps a moving average of just this; PyTorch keeps the *unbiased* one,
+#   $\frac{1}{m - 1} \sum_i (x_i - \mu)^2$, larger by $m / (m - 1)$.
 #
 # With batches of 256, $m$ is 256 after a linear layer and 147,456 after the first convolution.
 
@@ -303,9 +304,9 @@ for i, m in ((1, 256 * 24 * 24), (5, 256 * 8 * 8), (10, 256), (13, 256)):
 # %% [markdown]
 # In training mode, neither is used: the forward pass normalizes with the batch's own statistics,
 # and nothing flows back through the averages. So the losses above know nothing of it. In
-# prediction, $\hat{x}$ is smaller by a factor of $\sqrt{255 / 256}$, 0.2 %, after a linear layer.
-# How many of the test images does that put into another class? PyTorch's network, with its own
-# averages and with npbn's:
+# prediction after a linear layer, PyTorch's $\hat{x}$ is smaller by the factor $\sqrt{255 / 256}$,
+# that is, by 0.2 %. How many of the test images does that put into another class? PyTorch's network,
+# with its own averages and with npbn's:
 
 # %%
 x, labels = next(dataset.test.batches(2000, "float64"))
@@ -360,37 +361,59 @@ for found in curves(lesson, ten_epochs_of_pytorch, networks):
 for found in curves(Lesson(), ten_epochs):  # --regenerate of lesson 2 makes these anew
     results["npbn", found["seed"]] = as_table(found["epochs"])
 
-STYLES = {
-    "npbn": (BLUE, "-"),
-    "PyTorch": (ORANGE, "-"),
-    "PyTorch, hand-written": (GREEN, "-"),
-    "published, PyTorch's batch norm": ("black", "--"),
-    "published, hand-written": ("black", ":"),
+STYLES: dict[str, tuple[str, str, float]] = {
+    "npbn": (BLUE, "-", 7),
+    "PyTorch": (ORANGE, "-", 3.5),
+    "PyTorch, hand-written": ("black", "-", 1),
+    "published, PyTorch's batch norm": ("0.5", "--", 1.2),
+    "published, hand-written": ("0.5", ":", 1.5),
 }
-figure, columns = plt.subplots(1, 3, figsize=(13, 4.4))
-for axes, i, title in zip(
-    columns, range(3), ("training loss", "training accuracy", "test accuracy"), strict=True
-):
-    for name, (colour, style) in STYLES.items():
-        for (whose, seed), table in results.items():
-            if whose == name:
-                label = name if seed == 0 else ""
-                axes.plot(
-                    np.arange(1, 11), table[:, i], style, color=colour, linewidth=1.3, label=label
-                )
-    axes.set_title(title)
+figure, panels = plt.subplots(2, 2, figsize=(11, 7.5), sharex=True)
+for name, (colour, style, width) in STYLES.items():
+    for (whose, seed), table in results.items():
+        if whose != name:
+            continue
+        label = name if seed == 0 else ""
+        drawn: dict[str, Any] = {"color": colour, "linestyle": style, "linewidth": width}
+        panels.flat[0].plot(np.arange(1, 11), table[:, 0], label=label, **drawn)
+        for i in SEEDS if name.startswith("published") else (seed,):
+            panels.flat[i + 1].plot(np.arange(1, 11), table[:, 2], **drawn)
+panels.flat[0].set_title("training loss, all seeds")
+panels.flat[0].legend()
+for seed, axes in zip(SEEDS, panels.flat[1:], strict=True):
+    axes.set_title(f"test accuracy, seed {seed} (published: another)")
+    axes.set_ylim(0.43, 0.9)
+for axes in panels[1]:
     axes.set_xlabel("epoch")
-columns[0].legend(fontsize="small")
 lesson.show(figure, "ten_epochs")
 
-print("                                            epoch 10                test accuracy")
-print("                                      loss  train accuracy   mean  worst   best  epoch 10")
+print("                                          epoch 10                 test accuracy")
+print("                                      loss  train accuracy    best  worst  mean  mean jump")
 for name in STYLES:
     for (whose, seed), table in results.items():
         if whose == name:
             label = name if name.startswith("published") else f"{name}, seed {seed}"
             test = table[:, 2]
             print(
-                f"{label:36} {table[-1, 0]:5.3f} {table[-1, 1]:15.3f} {np.mean(test):6.3f} "
-                f"{np.min(test):6.3f} {np.max(test):6.3f} {test[-1]:9.3f}"
+                f"{label:36} {table[-1, 0]:5.3f} {table[-1, 1]:15.3f} {np.max(test):7.3f} "
+                f"{np.min(test):6.3f} {np.mean(test):5.3f} {np.mean(np.abs(np.diff(test))):10.3f}"
             )
+
+# %% [markdown]
+# With the seeds 1 and 2, the three lines of test accuracy lie on one another for 2,350 steps, dips
+# included: down to .66 in the same epoch. So those jumps are no defect of npbn. They belong to this
+# training, and lesson 2 shows where they come from. With the seed 0, rounding errors grow until the
+# runs part company, npbn in the first epoch, PyTorch's two batch norms more slowly. From then on,
+# they are different runs of the same training, as those of other seeds are.
+#
+# The published runs, of an unknown seed and on a GPU, lie among them. What can be compared is the
+# training loss and accuracy, and the best test accuracy. The last one is a matter of luck.
+
+# %%
+for seed in (1, 2):
+    for whose in ("PyTorch", "PyTorch, hand-written"):
+        assert np.max(np.abs(results["npbn", seed] - results[whose, seed])) < 0.001
+for table in results.values():
+    assert 0.255 < table[-1, 0] < 0.28
+    assert 0.895 < table[-1, 1] < 0.905
+    assert 0.87 < np.max(table[:, 2]) < 0.885
