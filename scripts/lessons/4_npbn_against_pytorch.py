@@ -305,8 +305,8 @@ for i, m in ((1, 256 * 24 * 24), (5, 256 * 8 * 8), (10, 256), (13, 256)):
 # In training mode, neither is used: the forward pass normalizes with the batch's own statistics,
 # and nothing flows back through the averages. So the losses above know nothing of it. In
 # prediction after a linear layer, PyTorch's $\hat{x}$ is smaller by the factor $\sqrt{255 / 256}$,
-# that is, by 0.2 %. How many of the test images does that put into another class? PyTorch's network,
-# with its own averages and with npbn's:
+# that is, by 0.2 %. How many of the test images does that put into another class? PyTorch's
+# network, with its own averages and with npbn's:
 
 # %%
 x, labels = next(dataset.test.batches(2000, "float64"))

@@ -1,12 +1,10 @@
 """The measurements that take longer than a lesson should, and the files that keep them.
 
-Each function here trains for minutes on Fashion-MNIST and returns what it found. What it found is
-in ``curves/``, under its name, with the machine, the date and the versions. A lesson reads that
-file; with ``--regenerate``, it measures anew and writes it. On one core of an AMD EPYC, of a machine
-that was busy with other things, too, that took 15 minutes for lesson 2 and 19 for lesson 4.
-
-On one machine, all but `ten_epochs_of_pytorch` come out the same to the last digit. On another one,
-rounding differs, and training at such learning rates magnifies that.
+Each function here trains for minutes on Fashion-MNIST and returns what it found, which is kept in
+``curves/``, under its name, with the machine, the date and the versions. A lesson reads that file;
+with ``--regenerate``, it measures anew and writes it. On one core of an AMD EPYC, of a machine that
+was busy with other things, too, that took 15 minutes for lesson 2 and 19 for lesson 4. On another
+machine, rounding differs, and training at such learning rates magnifies that.
 """
 
 from __future__ import annotations
