@@ -6,10 +6,10 @@
     last.safetensors   the state to go on from
     best.safetensors   the state with the best test accuracy
 
-The folder appears whole, made under a hidden name beside it (and stays there if the process is
-killed before: nothing reads it). From then on every file in it is replaced in
-one step but metrics.jsonl, which grows: lines beyond the last checkpoint's epoch, whole or not, are
-of an epoch that was cut short, and go when the run goes on.
+The folder appears whole: it is made under a hidden name beside its own (where it stays if the
+process is killed before, and nothing reads it). From then on every file in it is replaced in one
+step but metrics.jsonl, which grows: lines beyond the last checkpoint's epoch, whole or not, are of
+an epoch that was cut short, and go when the run goes on.
 """
 
 from __future__ import annotations
@@ -189,8 +189,6 @@ class Run:
         path = self.path / "metrics.jsonl"
         try:
             return path.read_bytes()
-        except FileNotFoundError:
-            return b""
         except OSError as error:
             raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
 

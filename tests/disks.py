@@ -37,9 +37,9 @@ def small_disk(folder: Path, kilobytes: int) -> Iterator[Path]:
         subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
-def make_read_only(disk: Path) -> None:
+def make_read_only(disk: Path, read_only: bool = True) -> None:
     """Also for root, for whom modes are no obstacle."""
-    _mount("remount,ro", disk)
+    _mount("remount," + ("ro" if read_only else "rw"), disk)
 
 
 def _mount(options: str, folder: Path) -> None:

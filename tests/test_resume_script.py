@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from commands import SCRIPTS, assert_refused
-from disks import unchanged
+from disks import make_read_only, small_disk, unchanged
 from npbn.checkpoint import load_checkpoint
 
 if not hasattr(os, "fork"):
@@ -356,6 +356,32 @@ os.environ.pop("NPBN_DATA", None)
         assert "downloading Fashion-MNIST into" in process.stdout
         process = trainer("--resume", "run", "--data", ".", cwd=tmp_path, prelude=elsewhere)
         assert_refused(process, "holds none of Fashion-MNIST's files")
+
+
+@pytest.mark.parametrize("fault", ["full", "read-only"])
+def test_a_disk_that_fails_in_the_middle_of_a_run(fault, trainer, tmp_path):
+    """The last checkpoint is intact, and once there is space, the run goes on."""
+    assert_finished(trainer(*QUICK, "--run", "whole", cwd=tmp_path))
+    with small_disk(tmp_path / "disk", kilobytes=1000) as disk:
+        full = "open('disk/filler', 'wb', 0).write(bytes(10**7))"
+        read_only = "os.system('mount -o remount,ro disk')"
+        action = {"full": full, "read-only": read_only}[fault]
+        options = (*QUICK, "--run", "disk/run")
+        process = trainer(*options, cwd=tmp_path, prelude=after_step(10, action))
+        said = {"full": "No space left on device", "read-only": "Read-only file system"}[fault]
+        assert_refused(process, "train.py: error: disk/run/", f"cannot be written: {said}")
+        assert load_checkpoint(disk / "run" / "last.safetensors")[1]["step"] == 7
+        process = trainer("--resume", "disk/run", cwd=tmp_path)
+        assert_refused(process, "train.py: error: disk/run/", f"cannot be written: {said}")
+        new = trainer(*QUICK, "--run", "disk/new", cwd=tmp_path)
+        assert_refused(new, "disk/new cannot be written", said)
+        if fault == "read-only":
+            make_read_only(disk, False)
+        else:
+            (disk / "filler").unlink()
+        assert sorted(path.name for path in disk.iterdir()) == ["run"]
+        assert_finished(trainer("--resume", "disk/run", cwd=tmp_path))
+        assert state(disk / "run") == state(tmp_path / "whole")
 
 
 NAN = ("--lr", "1e30", "--no-batch-norm", "--activation", "relu")
