@@ -132,8 +132,9 @@ def parse_arguments() -> argparse.Namespace:
     how.add_argument(
         "--lr-epochs", type=integer(1), metavar="N", help="with --schedule step (default: 3)"
     )
+    share = number("a number in (0, 1]", lambda value: 0 < value <= 1)
     how.add_argument(
-        "--lr-factor", type=positive, metavar="X", help="with --schedule step (default: 0.1)"
+        "--lr-factor", type=share, metavar="X", help="with --schedule step (default: 0.1)"
     )
     how.add_argument(
         "--momentum", type=fraction, default=0.0, metavar="X", help="of SGD (default: 0)"
@@ -150,7 +151,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     how.add_argument(
         "--target-accuracy",
-        type=number("a number in (0, 1]", lambda value: 0 < value <= 1),
+        type=share,
         metavar="X",
         help="stop when the test accuracy is at least X",
     )
@@ -288,7 +289,8 @@ def start(arguments: argparse.Namespace) -> Session:
         name: value for name, value in vars(arguments).items() if name not in NOT_CONFIGURATION
     }
     now = datetime.datetime.now()
-    path = Path(arguments.run or now.strftime("runs/%Y-%m-%d-%H.%M.%S"))
+    default = now.strftime("runs/%Y-%m-%d-%H.%M.%S")
+    path = Path(default if arguments.run is None else arguments.run)
     Run.check_name(path, overwrite=arguments.overwrite)  # before anything that takes long
     device = open_device(arguments.backend, arguments.threads)
     dataset = load_data(config, on_download=say)
