@@ -15,7 +15,7 @@ from npbn import inspection
 from npbn.backend import Backend, to_numpy
 from npbn.data import Split
 from npbn.errors import NonFiniteError
-from npbn.functional._arrays import Array
+from npbn.functional._arrays import Array, common_library
 from npbn.layers import Layer, Sequential, modes_kept
 from npbn.optim import SGD
 
@@ -146,7 +146,8 @@ class Training:
             of the training split (`npbn.inspection.precise_statistics`).
 
     Raises:
-        ValueError: no batch size, or nothing to train on.
+        ValueError: no batch size, or nothing to train on or to test on.
+        TypeError: data that is not on ``backend``.
 
     Attributes:
         epoch: how many are done.
@@ -171,6 +172,9 @@ class Training:
             raise ValueError(f"expected batch_size >= 1, got {batch_size}")
         if len(train) == left_out(len(train), batch_size):
             raise ValueError(f"expected at least 2 training examples, got {len(train)}")
+        if len(test) == 0:
+            raise ValueError("expected at least 1 test example, got 0")
+        common_library(train=train.images, test=test.images, backend=backend.xp.asarray(0))
         self.model = model
         self.optimizer = optimizer
         self.train = train
