@@ -7,10 +7,10 @@ from _command_line import ArgumentParser, check_installation, number, run, say
 check_installation()
 
 import argparse
+import os
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -83,8 +83,12 @@ def parse_arguments() -> argparse.Namespace:
         arguments.names = names.split(",")
         if not arguments.file or len(arguments.names) != 2 or not all(arguments.names):
             parser.error(f"expected FILE:FORWARD,BACKWARD, got {arguments.functions!r}")
-        if not Path(arguments.file).is_file():
+        if not os.path.isfile(arguments.file):  # where Path.is_file raises errors of its own
             parser.error(f"{arguments.file} is not a file")
+    if arguments.adapter is not None:
+        file, _, name = arguments.adapter.rpartition(":")
+        if not os.path.isfile(file) or not name:
+            parser.error(f"argument --adapter: expected FILE:FUNCTION, got {arguments.adapter!r}")
     return arguments
 
 
