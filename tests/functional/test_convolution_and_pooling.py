@@ -86,6 +86,15 @@ def test_results_are_batch_last_in_memory(rng):
         assert array.transpose(1, 2, 3, 0).flags.c_contiguous
 
 
+def test_sizes_can_be_numpy_integers(rng):
+    """Of a dtype too narrow for the size of the images, too."""
+    x = rng.normal(size=(1, 1, 300, 300))
+    for pool in (F.avg_pool2d, F.max_pool2d):
+        narrow, _ = pool(x, np.uint8(3), stride=(np.int8(2), np.int8(3)), padding=np.int8(1))
+        y, _ = pool(x, 3, stride=(2, 3), padding=1)
+        np.testing.assert_array_equal(narrow, y)
+
+
 def test_average_counts_padding_and_divides_by_the_whole_window():
     y, _ = F.avg_pool2d(np.ones((1, 1, 2, 2)), 2, padding=1)
     np.testing.assert_array_equal(y, np.full((1, 1, 2, 2), 0.25))
