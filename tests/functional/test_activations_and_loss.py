@@ -89,6 +89,7 @@ def test_unsigned_labels(xp):
     [
         (np.zeros((2, 3)), np.zeros(3, int), ValueError, r"expected labels of shape \(2,\)"),
         (np.zeros(3), np.zeros(3, int), ValueError, r"expected logits of shape \(N, K\)"),
+        (np.zeros((2, 3, 1)), np.zeros(2, int), ValueError, r"expected logits of shape \(N, K\)"),
         (np.zeros((0, 3)), np.zeros(0, int), ValueError, "not empty"),
         (np.zeros((2, 3)), np.zeros(2), TypeError, "expected labels of an integer dtype"),
         (np.zeros((2, 3)), [0, 1], TypeError, "expected labels to be an array, got list"),
