@@ -129,6 +129,13 @@ def test_maximum_of_the_most_negative_numbers():
     assert y[0, 0, 0, 0] == lowest
 
 
+def test_maximum_at_the_last_of_many_places():
+    x = np.zeros((1, 1, 20, 20))
+    x[..., -1, -1] = 1
+    _, cache = F.max_pool2d(x, 20)
+    np.testing.assert_array_equal(F.max_pool2d_backward(np.ones((1, 1, 1, 1)), cache), x)
+
+
 def test_maximum_passes_nan_on():
     x = np.zeros((1, 1, 2, 4))
     x[0, 0, 0, 1] = math.nan
@@ -144,6 +151,7 @@ W = np.zeros((4, 3, 3, 3))
     ("call", "message"),
     [
         (lambda: F.conv2d(X, W[:, :2]), r"expected x of shape \(N, 2, H, W\), got \(2, 3, 5, 5\)"),
+        (lambda: F.conv2d(X[:, :2], W), r"expected x of shape \(N, 3, H, W\), got \(2, 2, 5, 5\)"),
         (lambda: F.conv2d(X[0], W), r"expected x of shape \(N, C, H, W\), .* got \(3, 5, 5\)"),
         (lambda: F.conv2d(X[None], W), r"expected x of shape \(N, C, H, W\)"),
         (lambda: F.conv2d(X[:0], W), r"not empty, got \(0, 3, 5, 5\)"),
@@ -163,6 +171,7 @@ W = np.zeros((4, 3, 3, 3))
         (lambda: F.linear(np.ones((2, 5)), np.ones(5)), r"expected weight of shape \(out, in\)"),
         (lambda: F.linear(np.ones(5), np.ones((4, 5))), r"expected x of shape \(N, 5\)"),
         (lambda: F.linear(np.ones((2, 5, 1)), np.ones((4, 5))), r"expected x of shape \(N, 5\)"),
+        (lambda: F.linear(np.ones((2, 6)), np.ones((4, 5))), r"expected x of shape \(N, 5\)"),
         (lambda: F.linear(np.ones((2, 3)), np.ones((4, 5))), r"expected x of shape \(N, 5\)"),
         (lambda: F.linear(np.ones((2, 5)), np.ones((4, 5)), np.ones(5)), "expected bias"),
     ],
