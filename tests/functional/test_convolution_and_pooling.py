@@ -137,10 +137,12 @@ def test_maximum_at_the_last_of_many_places():
 
 
 def test_maximum_passes_nan_on():
-    x = np.zeros((1, 1, 2, 4))
-    x[0, 0, 0, 1] = math.nan
+    """From whichever place of the window."""
+    x = np.zeros((1, 1, 2, 10))
+    for window, (i, j) in enumerate(np.ndindex(2, 2)):
+        x[0, 0, i, 2 * window + j] = math.nan
     y, _ = F.max_pool2d(x, 2)
-    np.testing.assert_array_equal(y, [[[[math.nan, 0]]]])
+    np.testing.assert_array_equal(y, [[[[math.nan] * 4 + [0]]]])
 
 
 X = np.zeros((2, 3, 5, 5))
@@ -166,6 +168,7 @@ W = np.zeros((4, 3, 3, 3))
         (lambda: F.conv2d(X, W, stride=1.5), "expected stride"),
         (lambda: F.avg_pool2d(X, 0), "expected kernel_size"),
         (lambda: F.avg_pool2d(X, 2, padding=2), r"at most half the kernel \(2, 2\), got \(2, 2\)"),
+        (lambda: F.max_pool2d(X, 2, padding=(1, 2)), r"at most half the kernel .* got \(1, 2\)"),
         (lambda: F.max_pool2d(X, 6), r"expected images of at least \(6, 6\)"),
         (lambda: F.linear(X, W), r"expected weight of shape \(out, in\)"),
         (lambda: F.linear(np.ones((2, 5)), np.ones(5)), r"expected weight of shape \(out, in\)"),

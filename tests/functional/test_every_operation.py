@@ -99,10 +99,10 @@ def test_numbers_and_lists_are_a_type_error(case):
 @every_example
 def test_libraries_do_not_mix(case):
     arguments = case.inputs | case.constants
-    if len(case.inputs) > 1:
-        name = list(case.inputs)[-1]
+    first, *others = arguments
+    for name in others:
         mixed = arguments | {name: array_api_strict.asarray(arguments[name])}
-        found = rf"one library, got x: numpy, .*\b{name}: array_api_strict"
+        found = rf"one library, got {first}: numpy, .*\b{name}: array_api_strict"
         with pytest.raises(TypeError, match=found):
             case.forward(**mixed)
 
