@@ -86,6 +86,15 @@ def test_results_are_batch_last_in_memory(rng):
         assert array.transpose(1, 2, 3, 0).flags.c_contiguous
 
 
+def test_default_options(rng):
+    x, weight = rng.normal(size=(1, 2, 5, 7)), rng.normal(size=(3, 2, 2, 3))
+    explicit, _ = F.conv2d(x, weight, None, stride=1, padding=0)
+    np.testing.assert_array_equal(F.conv2d(x, weight)[0], explicit)
+    for pool in (F.avg_pool2d, F.max_pool2d):
+        explicit, _ = pool(x, (2, 3), stride=(2, 3), padding=0)
+        np.testing.assert_array_equal(pool(x, (2, 3))[0], explicit)
+
+
 def test_sizes_can_be_numpy_integers(rng):
     """Of a dtype too narrow for the size of the images, too."""
     x = rng.normal(size=(1, 1, 300, 300))
