@@ -97,6 +97,19 @@ def test_with_any_bit_flipped_it_is_refused(tmp_path, rng):
     load_checkpoint(saved)
 
 
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [(b'"dtype":"F32"', b'"dtype":"I32"'), (b'"shape":[2,3]', b'"shape":[3,2]')],
+)
+def test_other_arrays_of_the_same_bytes_are_refused(old, new, tmp_path):
+    path = tmp_path / "saved"
+    save_checkpoint(path, {"a": np.arange(6, dtype=np.float32).reshape(2, 3)}, {"epoch": 3})
+    content = path.read_bytes()
+    assert content.count(old) == 1
+    path.write_bytes(content.replace(old, new))
+    assert_refused(path, "is damaged: its SHA-256")
+
+
 def test_what_is_no_checkpoint(tmp_path):
     path = tmp_path / "file"
     assert_refused(path, "cannot be read: No such file")

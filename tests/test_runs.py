@@ -261,6 +261,17 @@ def test_every_bit_of_the_configuration_matters(trained, tmp_path):
         assert json.loads(damaged) == json.loads(content)  # one kind of white space for another
 
 
+def test_nothing_is_done_with_a_configuration_that_no_checkpoint_vouches_for(
+    trained, trainer, tmp_path
+):
+    shutil.copytree(trained, tmp_path / "run")
+    path = tmp_path / "run" / "config.json"
+    config = json.loads(path.read_text()) | {"dataset": "fashion-mnist", "data": "no/such/place"}
+    path.write_text(json.dumps(config))
+    process = trainer("--resume", "run", cwd=tmp_path)
+    assert_refused(process, "last.safetensors is of another run than run/config.json")
+
+
 def test_resume_ends_in_one_line_where_the_run_is_of_another_version(trained, trainer, tmp_path):
     """An option that is missing from a configuration that is otherwise whole."""
     shutil.copytree(trained, tmp_path / "run")
