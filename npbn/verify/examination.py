@@ -39,7 +39,10 @@ class Probe:
 
 
 def probes(operation: str) -> list[Probe]:
-    """The inputs that an operation is examined on; the same every time."""
+    """The inputs that an operation is examined on; the same every time.
+
+    No two sizes of an input are equal where that could hide that they are mixed up.
+    """
     rng = np.random.default_rng(2015)
 
     def normal(*shape: int) -> np.ndarray:
@@ -60,10 +63,10 @@ def probes(operation: str) -> list[Probe]:
         return Probe(name, arguments)
 
     def conv2d(name: str, image: tuple[int, int], stride: Any, padding: Any) -> Probe:
-        x, weight = normal(2, 3, *image), normal(2, 3, 3, 2)
+        x, weight = normal(2, 3, *image), normal(4, 3, 3, 2)
         return Probe(
             name,
-            {"x": x, "weight": weight, "bias": normal(2), "stride": stride, "padding": padding},
+            {"x": x, "weight": weight, "bias": normal(4), "stride": stride, "padding": padding},
         )
 
     def pooling(name: str, x: np.ndarray, kernel: Any, stride: Any, padding: Any) -> Probe:
@@ -72,23 +75,25 @@ def probes(operation: str) -> list[Probe]:
 
     if operation == "batch_norm":
         return [
-            batch_norm("training, (N, D)", (6, 3), True),
-            batch_norm("training, (N, C, H, W)", (3, 2, 3, 2), True),
+            batch_norm("training, (N, D)", (7, 3), True),
+            batch_norm("training, (N, C, H, W)", (3, 2, 4, 5), True),
             batch_norm("prediction, (N, D)", (5, 3), False),
-            batch_norm("prediction, (N, C, H, W)", (3, 2, 2, 3), False),
+            batch_norm("prediction, (N, C, H, W)", (4, 2, 5, 3), False),
         ]
     if operation == "conv2d":
         return [
-            conv2d("stride 1, no padding", (5, 4), (1, 1), (0, 0)),
-            conv2d("stride 2, padding 1", (5, 4), (2, 2), (1, 1)),
+            conv2d("stride 1, no padding", (5, 6), (1, 1), (0, 0)),
+            conv2d("stride 2, padding 1", (6, 4), (2, 2), (1, 1)),
             conv2d("stride (2, 1), padding (0, 1)", (7, 5), (2, 1), (0, 1)),
         ]
     if operation in ("avg_pool2d", "max_pool2d"):
+        # No two are so close that the step of a numeric derivative makes the other the maximum.
+        apart = rng.permutation(np.linspace(-4, 4, 288)).reshape(2, 3, 6, 8)
         return [
             pooling("windows side by side", normal(2, 3, 4, 6), (2, 2), (2, 2), (0, 0)),
-            pooling("overlapping windows", normal(2, 2, 5, 5), (3, 2), (1, 1), (0, 0)),
-            pooling("padding, negative numbers", normal(2, 2, 5, 4) - 5, (3, 2), (2, 1), (1, 1)),
-            pooling("ties", np.floor(2 * normal(2, 2, 4, 4)), (2, 2), (2, 2), (0, 0)),
+            pooling("overlapping windows", apart, (4, 3), (2, 2), (0, 0)),
+            pooling("padding, negative numbers", normal(2, 3, 5, 4) - 5, (3, 2), (2, 1), (1, 1)),
+            pooling("ties", np.floor(2 * normal(2, 3, 4, 6)), (2, 2), (2, 2), (0, 0)),
         ]
     if operation == "linear":
         return [
