@@ -97,8 +97,8 @@ def parse_arguments() -> argparse.Namespace:
         help="write file, verdict, right outputs, wrong outputs, first mistake and report there",
     )
     arguments = parser.parse_args()
-    others = arguments.functions or arguments.csv or arguments.op
-    if bool(arguments.submissions) != bool(arguments.op) or (others and not arguments.op):
+    needed = arguments.submissions, arguments.op
+    if any((*needed, arguments.functions, arguments.csv)) and not all(needed):
         parser.error("FILE:FORWARD,BACKWARD and --op belong together")
     arguments.submissions = [split(parser, s, arguments.functions) for s in arguments.submissions]
     return arguments
@@ -159,7 +159,7 @@ def check_submissions(arguments: argparse.Namespace) -> int:
         text = io.StringIO()
         csv.writer(text).writerows(rows)
         try:
-            write_file(arguments.csv, text.getvalue().encode())
+            write_file(arguments.csv, text.getvalue().encode(errors="backslashreplace"))
         except OSError as error:
             raise NpbnError(f"{arguments.csv} cannot be written: {error.strerror}") from None
     return max((CODES[verdict] for _, verdict, *_ in rows[1:]), key=(0, 3, 1, 2).index)

@@ -107,7 +107,7 @@ def examine_file(
 
 
 def _tell(directory: str, name: str, text: str) -> None:
-    (Path(directory) / f"{name}.txt").write_text(text, encoding="utf-8")
+    (Path(directory) / f"{name}.txt").write_text(text, "utf-8", "backslashreplace")
 
 
 def _told(directory: str, name: str) -> str:
