@@ -25,8 +25,9 @@ import numpy as np
 from tqdm import tqdm
 
 import npbn
-from _experiment import ACTIVATIONS, build_training, load_data, load_training
-from npbn import backend, data, inspection, training, verify
+from _experiment import ACTIVATIONS, build_training, load_data, load_model, load_training
+from _pictures import draw_run
+from npbn import backend, data, inspection, plots, training, verify
 from npbn.errors import CheckpointError, NonFiniteError, NpbnError
 from npbn.runs import Run
 
@@ -45,8 +46,8 @@ machine, an output that cannot be written, or a loss that became NaN, 130 interr
 """
 
 # On what a run that goes on may differ from the one that was interrupted.
-FREE_WITH_RESUME = ("resume", "data", "backend", "threads")
-NOT_CONFIGURATION = ("resume", "run", "overwrite", "check_gradients")
+FREE_WITH_RESUME = ("resume", "data", "backend", "threads", "plots")
+NOT_CONFIGURATION = ("resume", "run", "overwrite", "check_gradients", "plots")
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -195,6 +196,9 @@ def parse_arguments() -> argparse.Namespace:
         help="go on with the run in this folder, with its own options, from its last checkpoint: "
         "it ends as if it had never been interrupted",
     )
+    kept.add_argument(
+        "--plots", action="store_true", help="draw the run at the end, as plot_run.py does"
+    )
 
     arguments = parser.parse_args()
     if arguments.dataset == "digits" and arguments.data is not None:
@@ -221,7 +225,13 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     arguments = parse_arguments()
     backend.keep_freed_memory()
-    train(start(arguments) if arguments.resume is None else resume(arguments))
+    if arguments.plots:
+        plots.check_matplotlib()
+    session = start(arguments) if arguments.resume is None else resume(arguments)
+    train(session)
+    if arguments.plots:
+        model, _ = load_model(session.run, None)
+        draw_run(session.run, model, session.dataset, session.run.path / "plots")
 
 
 @dataclasses.dataclass
@@ -296,11 +306,16 @@ def start(arguments: argparse.Namespace) -> Session:
     dataset = load_data(config, on_download=say)
     for note in dataset.notes:
         say(f"note: {note}")
+    _, channels, side, _ = dataset.train.images.shape
     config |= {
         "backend": device.name,
         "threads": backend.blas_threads(),
         "dataset": dataset.key,
         "data": None if arguments.data is None else str(Path(arguments.data).resolve()),
+        # What a model needs to predict without the data set.
+        "classes": list(dataset.classes),
+        "channels": channels,
+        "side": side,
     }
     session = Session(Run(path, config), build_training(config, dataset, device), dataset, device)
     session.describe()
