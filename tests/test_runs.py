@@ -172,9 +172,9 @@ def test_lines_that_are_not_those_of_the_checkpoint(change, run):
 
 
 def flipped(content: bytes) -> bytes:
-    """In the middle; in the JSON files that is a letter of a name or a value."""
-    middle = len(content) // 2
-    return content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
+    """One bit: of a name in the environment, elsewhere in the middle."""
+    place = content.find(b'"npbn": ') + 1 or len(content) // 2
+    return content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :]
 
 
 DAMAGE = {
