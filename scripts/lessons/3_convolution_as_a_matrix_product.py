@@ -116,8 +116,8 @@ np.testing.assert_array_equal(sum(parts), dx)
 figure, row = plt.subplots(1, 5, figsize=(13, 3))
 for place, (axes, part) in enumerate(zip(row, parts, strict=False)):
     title = f"$dy_{{{place // 2}{place % 2}}} = {dy.ravel()[place]}$, times $w$"
-    draw_matrix(axes, part, title, largest=27)
-draw_matrix(row[4], dx, "their sum: $dx$", largest=27)
+    draw_matrix(axes, part, title, largest=32)
+draw_matrix(row[4], dx, "their sum: $dx$", largest=32)
 lesson.show(figure, "scatter")
 
 # %% [markdown]
