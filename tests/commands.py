@@ -23,7 +23,8 @@ def run(
     command = [sys.executable, str(SCRIPTS / script), *arguments]
     if prelude:
         start = (
-            f"import runpy, sys; sys.path.insert(0, {str(SCRIPTS)!r}); sys.argv = sys.argv[1:]\n"
+            f"import runpy, sys; sys.path.insert(0, {str((SCRIPTS / script).parent)!r})\n"
+            "sys.argv = sys.argv[1:]\n"
             f"{prelude}\nrunpy.run_path(sys.argv[0], run_name='__main__')"
         )
         command[1:2] = ["-c", start, str(SCRIPTS / script)]
