@@ -39,6 +39,19 @@ def activations(model: Sequential, x: Array) -> list[Array]:
     return outputs
 
 
+def probabilities(
+    model: Layer, split: Split, *, dtype: Any = "float32", batch_size: int = 256
+) -> np.ndarray:
+    """How probable the model in prediction mode finds each class, (N, K), for every example."""
+    found = []
+    with modes_kept(model):
+        model.eval()
+        for x, labels in split.batches(batch_size, dtype):
+            _, cache = F.softmax_cross_entropy(model.forward(x), labels)
+            found.append(to_numpy(cache.probabilities))
+    return np.concatenate(found)
+
+
 def preactivations(model: Sequential, x: Array) -> dict[str, np.ndarray]:
     """What enters each sigmoid and ReLU in training on the batch x, by the layer's name.
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from npbn import data, layers, models, optim, training
-from npbn.backend import Backend
+from npbn.backend import Backend, get_backend
 from npbn.errors import CheckpointError, NpbnError
 from npbn.runs import Run
 
@@ -26,9 +26,7 @@ def load_data(config: Mapping[str, Any], **options: Any) -> data.Dataset:
     return dataset.limited(limit)
 
 
-def build_model(
-    config: Mapping[str, Any], dataset: data.Dataset, generator: np.random.Generator
-) -> layers.Sequential:
+def build_model(config: Mapping[str, Any], generator: np.random.Generator) -> layers.Sequential:
     options: dict[str, Any] = {
         "batch_norm": not config["no_batch_norm"],
         "activation": ACTIVATIONS[config["activation"]],
@@ -36,8 +34,7 @@ def build_model(
     }
     if config["model"] == "lenet":
         return models.LeNet(**options)
-    _, channels, side, _ = dataset.train.images.shape
-    return models.BLeNet(channels, side, len(dataset.classes), **options)
+    return models.BLeNet(config["channels"], config["side"], len(config["classes"]), **options)
 
 
 def build_schedule(config: Mapping[str, Any], steps_per_epoch: int) -> optim.Schedule:
@@ -54,7 +51,7 @@ def build_training(
 ) -> training.Training:
     """Model, optimizer and data on ``device``, at the start of the run."""
     generator = np.random.default_rng(config["seed"])
-    model = build_model(config, dataset, generator)
+    model = build_model(config, generator)
     model.to(device, config["dtype"])
     steps_per_epoch = training.steps_per_epoch(len(dataset.train), config["batch_size"])
     optimizer = optim.SGD(
@@ -85,7 +82,32 @@ def load_training(
     try:
         state.load_state(arrays, record)
     except (ValueError, TypeError, KeyError) as error:
-        raise CheckpointError(
-            f"{run.path / which}.safetensors does not fit {run.path / 'config.json'}: {error}"
-        ) from None
+        raise _misfit(run, which, error) from None
     return state, record
+
+
+def load_model(run: Run, which: str | None) -> tuple[layers.Sequential, dict[str, Any]]:
+    """A run's model on the CPU, in prediction mode, and the record of its checkpoint.
+
+    Args:
+        run: to load from.
+        which: "last" or "best"; None is the best, or the last as long as nothing was evaluated.
+    """
+    which = which or ("best" if (run.path / "best.safetensors").exists() else "last")
+    arrays, record = run.load(which)
+    prefix = "model."
+    state = {n.removeprefix(prefix): v for n, v in arrays.items() if n.startswith(prefix)}
+    try:
+        model = build_model(run.config, np.random.default_rng(0))
+        model.to(get_backend("numpy"), run.config["dtype"])
+        model.load_state_dict(state)
+    except (ValueError, TypeError, KeyError) as error:
+        raise _misfit(run, which, error) from None
+    model.eval()
+    return model, record
+
+
+def _misfit(run: Run, which: str, error: Exception) -> CheckpointError:
+    return CheckpointError(
+        f"{run.path / which}.safetensors does not fit {run.path / 'config.json'}: {error}"
+    )

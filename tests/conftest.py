@@ -1,14 +1,17 @@
-"""Fixtures: array libraries, dtypes, Fashion-MNIST where it is installed; Hypothesis profiles."""
+"""Fixtures: array libraries, dtypes, data, short runs; Hypothesis profiles."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from pathlib import Path
 
 import array_api_strict
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, settings
 
+from commands import Trainer, run
 from npbn import backend, data
 from npbn.errors import BackendError
 
@@ -71,3 +74,25 @@ def fashion_mnist() -> data.Dataset:
 @pytest.fixture
 def rng() -> np.random.Generator:
     return np.random.default_rng(20150211)  # the day the batch norm paper came out
+
+
+@pytest.fixture(scope="session")
+def trainer(tmp_path_factory) -> Iterator[Trainer]:
+    """scripts/train.py, many times over."""
+    trainer = Trainer(tmp_path_factory.mktemp("trainer"))
+    yield trainer
+    trainer.close()
+
+
+@pytest.fixture(scope="session")
+def runs(tmp_path_factory) -> Path:
+    """A directory with two runs on digits, "with" and "without" batch norm; not to be changed."""
+    directory = tmp_path_factory.mktemp("runs")
+    common = ("--dataset", "digits", "--backend", "numpy", "--threads", "1")
+    for name, options in (
+        ("with", ("--batch-size", "64", "--epochs", "3", "--plots")),
+        ("without", ("--batch-size", "64", "--epochs", "2", "--no-batch-norm")),
+    ):
+        process = run("train.py", *common, *options, "--run", name, cwd=directory)
+        assert process.returncode == 0, process.stderr
+    return directory

@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 
 from commands import NO_NETWORK
+from disks import make_read_only, small_disk
 from npbn import data
 from npbn.errors import DataError
 
@@ -338,19 +339,24 @@ def published(name: str) -> bytes:
 @pytest.fixture
 def publisher(bare, monkeypatch):
     """A server on this machine that plays the publisher's; a dict of what it serves."""
-    contents: dict[str, bytes] = {}
+    contents: dict[str, bytes | tuple[bytes, str]] = {}
+    over = threading.Event()
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
             name = self.path.rsplit("/", 1)[-1].removesuffix(".gz")
-            body = contents.get(name)
+            body, flaw = contents.get(name), ""
+            if isinstance(body, tuple):
+                body, flaw = body
             if body is None:
                 self.send_error(404)
                 return
             self.send_response(200)
             self.send_header("Content-Length", str(len(body)))
             self.end_headers()
-            self.wfile.write(body)
+            self.wfile.write(body[: len(body) // 2] if flaw else body)
+            if flaw == "stalls":
+                over.wait(60)
 
         def log_message(self, *arguments):
             pass
@@ -361,6 +367,7 @@ def publisher(bare, monkeypatch):
     monkeypatch.setenv("http_proxy", f"http://127.0.0.1:{server.server_port}")
     monkeypatch.setenv("no_proxy", "")
     yield contents
+    over.set()
     server.shutdown()
     thread.join()
     server.server_close()
@@ -384,6 +391,93 @@ def test_a_download_of_other_bytes_leaves_nothing(publisher, bare, fashion_mnist
     with pytest.raises(DataError, match="torchvision could not download it: "):
         data.load("fashion-mnist", cache=bare)
     assert not [path for path in bare.rglob("*") if path.is_file()]
+
+
+@pytest.mark.parametrize("flaw", ["ends", "stalls"])
+def test_a_download_that_stops_in_the_middle_leaves_nothing(
+    flaw, publisher, bare, fashion_mnist, monkeypatch
+):
+    """Of the last file, when the others are there; a stalled connection is given up, too."""
+    pytest.importorskip("torchvision")
+    monkeypatch.setattr(data, "_DOWNLOAD", data._DOWNLOAD.replace("timeout(20)", "timeout(1)"))
+    publisher.update({name: published(name) for name in FILES})
+    publisher[FILES[3]] = published(FILES[3]), flaw
+    with pytest.raises(DataError, match="torchvision could not download it: ") as caught:
+        data.load("fashion-mnist", cache=bare)
+    assert "\n" not in str(caught.value)
+    assert not [path for path in bare.rglob("*") if path.is_file()]
+
+
+# A torchvision that copies the true files, at once and without a network.
+COPY = """
+import os, pathlib, shutil, sys, time
+
+class FashionMNIST:
+    def __init__(self, root, download):
+        target = pathlib.Path(root) / "FashionMNIST" / "raw"
+        shutil.copytree(os.environ["TRUE_FILES"], target)
+        # As many as are wanted at the same time have to have come as far as this.
+        (pathlib.Path(os.environ["MEETING"]) / str(os.getpid())).touch()
+        while len(os.listdir(os.environ["MEETING"])) < int(os.environ["WANTED"]):
+            time.sleep(0.01)
+"""
+
+
+@pytest.fixture
+def copying(idx_files, bare, tmp_path, monkeypatch) -> Path:
+    """The cache directory of a machine with that torchvision."""
+    package = tmp_path / "path" / "torchvision"
+    (package / "datasets").mkdir(parents=True)
+    (package / "__init__.py").write_text("")
+    (package / "datasets" / "__init__.py").write_text(COPY)
+    (tmp_path / "meeting").mkdir()
+    paths = (str(package.parent), *filter(None, [os.environ.get("PYTHONPATH")]))
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(paths))
+    monkeypatch.setenv("TRUE_FILES", str(idx_files))
+    monkeypatch.setenv("MEETING", str(tmp_path / "meeting"))
+    monkeypatch.setenv("WANTED", "1")
+    return bare
+
+
+def test_two_processes_that_download_at_once(copying, tmp_path, monkeypatch):
+    """Both get the true files, which are there once in the end, and nothing else."""
+    monkeypatch.setenv("WANTED", "2")
+    code = (
+        "import pathlib, sys\n"
+        "from npbn import data\n"
+        "data.SYSTEM_DIRECTORY = pathlib.Path('nowhere')\n"
+        "print(data.load('fashion-mnist', cache=sys.argv[1]).source)"
+    )
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", code, str(copying)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for _ in range(2)
+    ]
+    target = copying / "FashionMNIST" / "raw"
+    for process in processes:
+        output, errors = process.communicate()
+        assert (output.strip(), errors) == (str(target), "")
+    assert len(list((tmp_path / "meeting").iterdir())) == 2
+    assert sorted(path for path in copying.rglob("*") if path.is_file()) == sorted(
+        target / name for name in FILES
+    )
+
+
+def test_a_cache_on_a_disk_that_is_full_or_read_only(copying):
+    """55 MB are needed. Nothing of them is left, and later, with space, all is well."""
+    with small_disk(copying, kilobytes=50_000) as disk:
+        with pytest.raises(DataError, match=r"download it: .*No space left on device") as caught:
+            data.load("fashion-mnist", cache=disk)
+        assert "\n" not in str(caught.value)
+        assert not [path for path in disk.rglob("*") if path.is_file()]
+        make_read_only(disk)
+        with pytest.raises(DataError, match=r"cannot write to the cache .*: Read-only file system"):
+            data.load("fashion-mnist", cache=disk)
+    assert data.load("fashion-mnist", cache=copying).source == str(copying / "FashionMNIST" / "raw")
 
 
 def test_digits():

@@ -10,6 +10,7 @@ import sys
 import pytest
 
 from commands import ROOT, assert_refused, run
+from lessons import LESSONS, markdown
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
@@ -26,7 +27,10 @@ def docstrings() -> list[tuple[str, str]]:
     return found
 
 
-@pytest.mark.parametrize(("name", "text"), [*docstrings(), ("README.md", README)])
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [*docstrings(), ("README.md", README), *((path.name, markdown(path)) for path in LESSONS)],
+)
 def test_formulas_survive_markdown(name, text):
     """Dollars come in pairs; no line of a formula begins like a list, which would cut it in two."""
     without_code = re.sub(r"```.*?```|``.*?``|`[^`\n]*`", "", text, flags=re.DOTALL)

@@ -36,11 +36,6 @@ from npbn.layers import BatchNorm, ReLU
 from npbn.models import LeNet
 from npbn.training import Training, evaluate
 
-dataset = lesson.data()
-is_fashion = dataset.key == "fashion-mnist"  # some claims hold for its images alone
-WITH, WITHOUT = "with batch norm", "without"
-COLOURS = {WITH: BLUE, WITHOUT: ORANGE}
-
 # %% [markdown]
 # ## A hundred steps, with and without
 #
@@ -48,6 +43,11 @@ COLOURS = {WITH: BLUE, WITHOUT: ORANGE}
 # initial values, so both networks start from the same weights.
 
 # %%
+dataset = lesson.data()
+is_fashion = dataset.key == "fashion-mnist"  # some claims hold for its images alone
+WITH, WITHOUT = "with batch norm", "without"
+COLOURS = {WITH: BLUE, WITHOUT: ORANGE}
+
 steps = 40 if lesson.quick else 100
 SNAPSHOTS = (0, 10, steps)
 images, _ = next(dataset.test.batches(256, "float32"))

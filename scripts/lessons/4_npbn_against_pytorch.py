@@ -30,9 +30,6 @@ from npbn.checkpoint import export_torch
 from npbn.models import LeNet
 from npbn.optim import SGD
 
-torch.set_num_threads(1)  # two that wait for one another can be slower than one
-dataset = lesson.data()
-
 # %% [markdown]
 # ## A batch norm without a backward pass
 #
@@ -113,6 +110,10 @@ networks: dict[str, Callable[[LeNet], Any]] = {
 
 
 # %%
+torch.set_num_threads(1)  # two that wait for one another can be slower than one
+dataset = lesson.data()
+
+
 def batches(count: int, dtype: str) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Random batches of 256, of as many epochs as it takes."""
     generator, examples = np.random.default_rng(1), len(dataset.train)

@@ -50,7 +50,7 @@ class Lesson:
             print(f"picture: {name} (--pictures DIR saves it)")
         else:
             path = self.pictures / f"{Path(sys.argv[0]).stem}-{name}.png"
-            figure.savefig(path, dpi=150)
+            figure.savefig(path, dpi=120, bbox_inches="tight")
             print(f"picture: {path}")
         plt.close(figure)
 
@@ -90,18 +90,24 @@ def print_arrays(**arrays: Any) -> None:
     import numpy as np
 
     for name, array in arrays.items():
-        rounded = np.round(array, 4) + 0.0  # adding 0 makes -0 a 0
+        rounded = np.round(array, 4)
+        rounded = np.where(rounded == 0, 0, rounded)  # not -0.
         start = f"{name} = "
         print(start + np.array2string(rounded, prefix=start, floatmode="maxprec_equal"))
 
 
-def draw_matrix(axes: Axes, matrix: Any, title: str, *, numbers: bool = True) -> None:
-    """A matrix as an image, blue below 0, white at 0, brown above, with its numbers."""
+def draw_matrix(
+    axes: Axes, matrix: Any, title: str, *, numbers: bool = True, largest: float | None = None
+) -> None:
+    """A matrix as an image, green below 0, white at 0, brown above, with its numbers.
+
+    The colours reach up to ``largest``, or to the matrix's own largest number.
+    """
     import numpy as np
 
     matrix = np.asarray(matrix)
-    largest = np.max(np.abs(matrix))
-    axes.imshow(matrix, cmap="BrBG_r", vmin=-1.6 * largest, vmax=1.6 * largest)
+    limit = 1.6 * float(np.max(np.abs(matrix)) if largest is None else largest)
+    axes.imshow(matrix, cmap="BrBG_r", vmin=-limit, vmax=limit)  # not as dark as the numbers
     axes.set_title(title)
     axes.set_xticks(np.arange(matrix.shape[1] + 1) - 0.5, labels=[])
     axes.set_yticks(np.arange(matrix.shape[0] + 1) - 0.5, labels=[])

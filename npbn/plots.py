@@ -1,0 +1,281 @@
+"""Pictures of training runs and of what a network does: figures of matplotlib.
+
+matplotlib is imported only when something is drawn: npbn trains without it. The figures belong to
+the caller alone (no pyplot, no window), so they are drawn on machines without a screen, too.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from npbn.errors import NpbnError
+from npbn.inspection import HISTOGRAM_EDGES
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+Records = Sequence[Mapping[str, Any]]
+"""A run's metrics, an epoch each; see `npbn.runs`."""
+
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+"""Those of Okabe and Ito, which the colour-blind tell apart, too."""
+
+
+def check_matplotlib() -> None:
+    """To be called before a long computation whose result is to be drawn.
+
+    Raises:
+        NpbnError: matplotlib is not installed, or does not work.
+    """
+    try:
+        import matplotlib.figure  # noqa: F401
+    except ImportError as error:
+        if error.name == "matplotlib":
+            problem = "not installed: pip install 'matplotlib>=3.9'"
+        else:
+            problem = f"installed but cannot be loaded: {error}"
+        raise NpbnError(f"matplotlib is {problem}") from None
+
+
+def png(figure: Figure) -> bytes:
+    """The content of a PNG file."""
+    file = io.BytesIO()
+    figure.savefig(file, format="png", dpi=100)
+    return file.getvalue()
+
+
+def curves(runs: Mapping[str, Records]) -> Figure:
+    """Loss and accuracy by epoch, of one run or several.
+
+    Args:
+        runs: no more than there are `COLOURS`, by what the legend calls them.
+    """
+    title = "Loss and accuracy by epoch (train: mean over the epoch; test: after it)"
+    figure = _new_figure(10, 4.2 + 0.45 * len(runs), title)
+    panels = figure.subplots(1, 2)
+    for axes, quantity in zip(panels, ("loss", "accuracy"), strict=True):
+        for colour, (name, records) in zip(COLOURS, runs.items(), strict=False):
+            for split, style in (("train", "-"), ("test", "o--")):
+                found = [record for record in records if record[split] is not None]
+                axes.plot(
+                    [record["number"] for record in found],
+                    [record[split][quantity] for record in found],
+                    style,
+                    color=colour,
+                    label=f"{split}, {name}",
+                )
+        axes.grid(alpha=0.3)
+        _count_epochs(axes)
+    panels[0].set_ylabel("loss (mean cross-entropy, nats)")
+    panels[0].set_ylim(bottom=0)
+    panels[1].set_ylabel("accuracy (fraction right)")
+    _add_legend(figure, panels[0])
+    return figure
+
+
+def batch_norm_parameters(records: Records) -> Figure:
+    """How γ and β of every batch norm came to be what they are."""
+    layers = len(records[0]["batch_norm"])
+    title = "γ and β of each batch norm: a line for each feature, dotted where all began"
+    figure = _new_figure(3.2 * layers, 6, title)
+    grid = figure.subplots(2, layers, sharex=True, squeeze=False)
+    epochs = [record["number"] for record in records]
+    for k in range(layers):
+        for axes, name, symbol in zip(grid[:, k], ("gamma", "beta"), "γβ", strict=True):
+            values = np.array([record["batch_norm"][k][name] for record in records])
+            features = values.shape[1]
+            # From dark to bright by where they end.
+            for shade, i in zip(np.linspace(0, 0.9, features), np.argsort(values[-1]), strict=True):
+                axes.plot(epochs, values[:, i], color=_viridis(shade), linewidth=1)
+            axes.axhline(values[0, 0], color="black", linestyle=":")
+            axes.grid(alpha=0.3)
+            axes.set_ylabel(symbol)
+        grid[0, k].set_title(f"batch norm {k + 1}: {features} features")
+        _count_epochs(grid[1, k])
+    return figure
+
+
+def preactivation_histograms(runs: Mapping[str, Records]) -> Figure:
+    """What enters each activation layer, at four epochs of those that all runs have.
+
+    Args:
+        runs: with equally many activation layers, no more than there are `COLOURS`, by what the
+            legend calls them.
+    """
+    last = min(records[-1]["number"] for records in runs.values())
+    epochs = sorted({0, 1, (last + 1) // 2, last})
+    some = next(iter(runs.values()))
+    layers = len(some[0]["preactivations"])
+    title = (
+        "Distribution of each layer's pre-activations on a batch of training images "
+        f"(beyond ±{HISTOGRAM_EDGES[-1]:g}: in the outermost bins)"
+    )
+    figure = _new_figure(3 * layers, 1.7 * len(epochs) + 0.8 + 0.22 * len(runs), title)
+    grid = figure.subplots(len(epochs), layers, sharex=True, squeeze=False)
+    for row, epoch in zip(grid, epochs, strict=True):
+        for colour, (name, records) in zip(COLOURS, runs.items(), strict=False):
+            for axes, counts in zip(row, records[epoch]["preactivations"].values(), strict=True):
+                share = np.array(counts) / sum(counts)
+                axes.stairs(share, HISTOGRAM_EDGES, color=colour, label=name, linewidth=1.5)
+                axes.stairs(share, HISTOGRAM_EDGES, color=colour, fill=True, alpha=0.25)
+        for axes in row:
+            axes.set_yticks([])
+            axes.axvline(0, color="black", linewidth=0.5)
+        row[0].set_ylabel("before training" if epoch == 0 else f"after epoch {epoch}")
+    for k in range(layers):
+        grid[0, k].set_title(f"activation {k + 1}")
+        grid[-1, k].set_xlabel("pre-activation")
+    _add_legend(figure, grid[0, 0])
+    return figure
+
+
+def filters(weight: np.ndarray) -> Figure:
+    """The filters of a convolution, (F, C, K, K), a row for each input channel."""
+    count, channels, _, _ = weight.shape
+    figure = _new_figure(1.5 * count + 1, 1.6 * channels + 0.8, "Filters of the first convolution")
+    grid = figure.subplots(channels, count, squeeze=False)
+    limit = np.max(np.abs(weight))
+    for c in range(channels):
+        for f in range(count):
+            drawn = grid[c, f].imshow(weight[f, c], cmap="RdBu_r", vmin=-limit, vmax=limit)
+            _hide_ticks(grid[c, f])
+            grid[0, f].set_title(f"filter {f + 1}")
+    figure.colorbar(drawn, ax=grid, label="weight")
+    return figure
+
+
+def feature_maps(
+    outputs: Mapping[str, np.ndarray], true_class: str, classes: Sequence[str]
+) -> Figure:
+    """What layer after layer makes of one image.
+
+    Args:
+        outputs: maps, (C, H, W), or vectors, (C,), by what to call them: first the image, last the
+            logits.
+        true_class: of the image.
+        classes: (K,), their names, in the order of the logits.
+    """
+    strips = {name: _side_by_side(output) for name, output in outputs.items()}
+    heights = [0.25 if s.shape[0] == 1 else 9 * s.shape[0] / s.shape[1] for s in strips.values()]
+    heights[0] = 1.5
+    title = (
+        f"Layer by layer, what becomes of an image ({true_class}): dark is a layer's smallest "
+        "value, bright its largest"
+    )
+    figure = _new_figure(12, sum(heights) + 0.12 * len(heights) + 0.8, title)
+    column = figure.subplots(len(strips), 1, height_ratios=heights)
+    for axes, (name, strip) in zip(column, strips.items(), strict=True):
+        axes.imshow(strip, cmap="viridis", aspect="auto" if strip.shape[0] == 1 else "equal")
+        axes.set_anchor("W")
+        axes.set_ylabel(name, rotation=0, ha="right", va="center")
+        _hide_ticks(axes)
+    column[-1].set_xticks(range(len(classes)), classes)
+    return figure
+
+
+def confusion_matrix(labels: np.ndarray, predictions: np.ndarray, classes: Sequence[str]) -> Figure:
+    """How many examples of each class were taken for which class."""
+    n = len(classes)
+    counts = np.zeros((n, n), dtype=np.int64)
+    np.add.at(counts, (labels, predictions), 1)
+    share = counts / np.maximum(np.sum(counts, axis=1, keepdims=True), 1)
+    accuracy = np.trace(counts) / np.sum(counts)
+    title = f"Confusion matrix: {np.sum(counts):,} test images, {accuracy:.1%} of them right"
+    figure = _new_figure(9, 8, title)
+    axes = figure.subplots()
+    drawn = axes.imshow(share, cmap="Blues", vmin=0, vmax=1)
+    for true in range(n):
+        for predicted in range(n):
+            colour = "white" if share[true, predicted] > 0.5 else "black"
+            axes.text(
+                predicted,
+                true,
+                f"{counts[true, predicted]}",
+                ha="center",
+                va="center",
+                color=colour,
+            )
+    axes.set_xticks(range(n), classes, rotation=45, ha="right", rotation_mode="anchor")
+    axes.set_yticks(range(n), classes)
+    axes.set_xlabel("predicted class")
+    axes.set_ylabel("true class")
+    figure.colorbar(drawn, label="fraction of the true class", shrink=0.8)
+    return figure
+
+
+def mistakes(
+    images: np.ndarray, labels: np.ndarray, probabilities: np.ndarray, classes: Sequence[str]
+) -> Figure:
+    """The wrong predictions that the network was surest of, at most 15.
+
+    Args:
+        images: (N, C, H, W), grey values or colours from 0 to 255.
+        labels: (N,).
+        probabilities: (N, K), of the classes.
+        classes: (K,), their names.
+    """
+    predictions = np.argmax(probabilities, axis=1)
+    certainty = np.max(probabilities, axis=1)
+    wrong = np.flatnonzero(predictions != labels)
+    wrong = wrong[np.argsort(-certainty[wrong], kind="stable")][:15]
+    title = f"The most confident of {np.sum(predictions != labels):,} mistakes on the test images"
+    figure = _new_figure(11, 7.5, title)
+    grid = figure.subplots(3, 5)
+    for axes in grid.flat:
+        axes.set_axis_off()
+    for axes, i in zip(grid.flat, wrong, strict=False):
+        axes.imshow(np.moveaxis(images[i], 0, -1), cmap="gray", vmin=0, vmax=255)
+        taken_for = f"{classes[predictions[i]]}, {certainty[i]:.1%}"
+        axes.set_title(f"image {i}: {classes[labels[i]]}\ntaken for {taken_for}", fontsize=9)
+    return figure
+
+
+def _new_figure(width: float, height: float, title: str) -> Figure:
+    """An empty figure; its size is in inches."""
+    check_matplotlib()
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    figure.suptitle(title, parse_math=False)
+    return figure
+
+
+def _side_by_side(output: np.ndarray) -> np.ndarray:
+    """Maps (C, H, W) as one image with gaps between them; a vector (C,) as a line."""
+    if output.ndim == 1:
+        return output[None, :]
+    _, height, width = output.shape
+    gap = max(1, width // 12)
+    padded = np.pad(output, ((0, 0), (0, 0), (0, gap)), constant_values=np.nan)
+    return np.concatenate(list(padded), axis=1)[:, :-gap]
+
+
+def _viridis(value: float) -> Any:
+    import matplotlib
+
+    return matplotlib.colormaps["viridis"](value)
+
+
+def _count_epochs(axes: Axes) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_xlabel("epoch")
+
+
+def _hide_ticks(axes: Axes) -> None:
+    axes.set_xticks([])
+    axes.set_yticks([])
+
+
+def _add_legend(figure: Figure, axes: Axes) -> None:
+    """What is in ``axes``, below the figure."""
+    handles, labels = axes.get_legend_handles_labels()
+    legend = figure.legend(handles, labels, loc="outside lower center", frameon=False)
+    for text in legend.get_texts():
+        text.set_parse_math(False)  # a dollar in a name is a dollar

@@ -1,0 +1,68 @@
+"""The pictures of runs that train.py and plot_run.py draw."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from _command_line import say
+from npbn import data, inspection, plots
+from npbn.checkpoint import write_file
+from npbn.errors import NpbnError
+from npbn.layers import Sequential
+from npbn.runs import Run
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+def draw_run(run: Run, model: Sequential, dataset: data.Dataset, directory: Path) -> None:
+    """All pictures of one run, and of its model at some epoch, on the CPU."""
+    draw_comparison([run], directory)
+    records, dtype = _records(run), run.config["dtype"]
+    if not run.config["no_batch_norm"]:
+        _save(plots.batch_norm_parameters(records), directory / "batch_norm.png")
+    _save(plots.filters(model.parameters()["0.weight"].data), directory / "filters.png")
+
+    x, labels = next(dataset.test.batches(1, dtype))
+    outputs = {"the image": x[0]}
+    for i, output in enumerate(inspection.activations(model, x)):
+        shape = " × ".join(str(size) for size in output.shape[1:])
+        outputs[f"{i} {type(model.layers[i]).__name__}\n{shape}"] = output[0]
+    classes = dataset.classes
+    _save(plots.feature_maps(outputs, classes[labels[0]], classes), directory / "feature_maps.png")
+
+    images, labels = dataset.test.images, dataset.test.labels
+    found = inspection.probabilities(model, dataset.test, dtype=dtype)
+    matrix = plots.confusion_matrix(labels, found.argmax(axis=1), classes)
+    _save(matrix, directory / "confusion_matrix.png")
+    _save(plots.mistakes(images, labels, found, classes), directory / "mistakes.png")
+
+
+def draw_comparison(runs: Sequence[Run], directory: Path) -> None:
+    """Those pictures that show several runs as well as one."""
+    records = {_label(run): _records(run) for run in runs}
+    _save(plots.curves(records), directory / "curves.png")
+    _save(plots.preactivation_histograms(records), directory / "preactivations.png")
+
+
+def _records(run: Run) -> list[dict[str, Any]]:
+    records = run.records()
+    if len(records) < 2:
+        raise NpbnError(f"{run.path} has finished no epoch yet: there is nothing to draw")
+    return records
+
+
+def _label(run: Run) -> str:
+    return f"{'without' if run.config.get('no_batch_norm') else 'with'} batch norm: {run.path}"
+
+
+def _save(figure: Figure, path: Path) -> None:
+    content = plots.png(figure)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_file(path, content)
+    except OSError as error:
+        raise NpbnError(f"{path} cannot be written: {error.strerror}") from None
+    say(str(path))
