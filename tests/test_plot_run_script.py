@@ -9,8 +9,9 @@ import pytest
 from PIL import Image
 
 from commands import assert_refused, run
-from npbn import plots
+from npbn import data, plots
 from npbn.checkpoint import load_checkpoint, save_checkpoint
+from npbn.models import LeNet
 
 BOTH = {"curves.png", "preactivations.png"}
 OF_A_MODEL = {"filters.png", "feature_maps.png", "confusion_matrix.png", "mistakes.png"}
@@ -43,6 +44,22 @@ def test_train_draws_what_plot_run_draws(runs, tmp_path):
     first, *paths = process.stdout.splitlines()
     assert first.startswith("model: as it was after epoch ")
     assert {Path(path).name for path in paths} == drawn.keys()
+
+
+def test_the_model_is_drawn_in_prediction_mode(runs):
+    model = LeNet()
+    arrays, _ = load_checkpoint(runs / "with" / "best.safetensors")
+    model.load_state_dict({n[6:]: array for n, array in arrays.items() if n[:6] == "model."})
+    model.eval()
+    test = data.load("digits").test
+    x, labels = next(test.batches(1, "float32"))
+    outputs = {"the image": x[0]}
+    for i, layer in enumerate(model.layers):
+        x = layer.forward(x)
+        shape = " × ".join(map(str, x.shape[1:]))
+        outputs[f"{i} {type(layer).__name__}\n{shape}"] = x[0]
+    figure = plots.feature_maps(outputs, str(labels[0]), "0123456789")
+    assert pictures(runs / "with" / "plots")["feature_maps.png"] == plots.png(figure)
 
 
 def test_without_batch_norm_there_is_no_picture_of_it(runs, tmp_path):
