@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -66,6 +68,15 @@ def test_without_batch_norm_there_is_no_picture_of_it(runs, tmp_path):
     process = run("plot_run.py", "without", "--output", str(tmp_path / "a" / "b"), cwd=runs)
     assert process.returncode == 0, process.stderr
     assert pictures(tmp_path / "a" / "b").keys() == BOTH | OF_A_MODEL
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere file names are always text")
+def test_a_folder_may_have_any_name(runs, copy):
+    name = os.fsdecode(b"$a_ \xff")
+    (copy / "one").rename(copy / name)
+    process = run("plot_run.py", name, str(runs / "without"), "--output", "here", cwd=copy)
+    assert process.returncode == 0, process.stderr
+    assert pictures(copy / "here").keys() == BOTH
 
 
 def test_several_runs_are_compared(runs, tmp_path):
