@@ -103,7 +103,8 @@ def keep_freed_memory() -> None:
 
 def limit_blas_threads(threads: int) -> None:
     """Let the CPU's matrix products compute with this many threads, in the whole process."""
-    threadpoolctl.threadpool_limits(threads, user_api="blas")
+    largest = 2**31 - 1  # that the libraries can be told; they have limits of their own below it
+    threadpoolctl.threadpool_limits(min(threads, largest), user_api="blas")
 
 
 def blas_threads() -> int | None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -33,22 +32,21 @@ Path_ = str | os.PathLike[str]
 def write_file(path: Path_, content: bytes) -> None:
     """Write a file whole or not at all, so that a crash leaves the old one or the new one.
 
+    (And, if the process is killed, a hidden file beside it, which nothing reads.)
+
     Raises:
         OSError: it cannot be written; an old file of that name is as it was.
     """
     path = Path(path)
-    descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
+    temporary = path.with_name(f".{path.name}-{os.getpid()}")
     try:
-        with os.fdopen(descriptor, "wb") as file:
+        with open(temporary, "wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())  # before the rename, or a power cut could leave it empty
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)  # mkstemp's own is for its owner alone
         os.replace(temporary, path)
     except BaseException:
-        os.unlink(temporary)
+        temporary.unlink(missing_ok=True)
         raise
 
 
@@ -58,7 +56,11 @@ def save_checkpoint(path: Path_, arrays: Mapping[str, np.ndarray], record: Recor
     Raises:
         CheckpointError: the file cannot be written; an old one of that name is as it was.
     """
-    arrays = {name: np.array(array, order="C") for name, array in arrays.items()}
+    # As the file has them, for the SHA-256 to be that of what will be read.
+    arrays = {
+        name: np.array(array, array.dtype.newbyteorder("<"), order="C")
+        for name, array in arrays.items()
+    }
     text = json.dumps({"format": FORMAT, **record})
     metadata = {"npbn": text, "sha256": _digest(text, arrays)}
     try:
@@ -183,7 +185,7 @@ def import_torch(model: Sequential, path: Path_) -> None:
         raise CheckpointError(f"{path} is of another model, which has {', '.join(sorted(left))}")
     try:
         model.load_state_dict(state)
-    except ValueError as error:
+    except (ValueError, TypeError) as error:
         raise CheckpointError(f"{path} is of another model: {error}") from None
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import gzip
 import hashlib
-import importlib.util
 import os
 import subprocess
 import sys
@@ -238,41 +237,60 @@ class _NoFilesError(DataError):
 
 
 def _read_fashion_mnist(directory: Path, notes: tuple[str, ...] = ()) -> Dataset:
-    """The four files of ``directory``, every one of them verified."""
-    files = {}
+    """The four files of ``directory``, every one of them verified.
+
+    Of a file that is there more than once, the first genuine one is taken.
+    """
+    files: dict[str, tuple[Path, bytes]] = {}
+    passed_over: list[str] = []
     try:
         if not directory.is_dir():
             raise _NoFilesError(
                 f"{directory} is not a directory; expected one with Fashion-MNIST's files"
             )
         places = [directory, directory / "FashionMNIST" / "raw"]
-        for name in _SHA256:
-            candidates = [place / (name + ending) for place in places for ending in ("", ".gz")]
-            found = next((path for path in candidates if path.is_file()), None)
-            if found is not None:
-                files[name] = found
+        paths = {
+            name: [
+                path
+                for place in places
+                for ending in ("", ".gz")
+                if (path := place / (name + ending)).is_file()
+            ]
+            for name in _SHA256
+        }
     except OSError as error:
         raise DataError(f"{directory} cannot be read: {error.strerror}") from None
-    if not files:
+    if not any(paths.values()):
         raise _NoFilesError(
             f"{directory} holds none of Fashion-MNIST's files; expected "
             f"{', '.join(_SHA256)} (.gz or not) there or in FashionMNIST/raw"
         )
-    missing = _SHA256.keys() - files.keys()
+    missing = [name for name, found in paths.items() if not found]
     if missing:
         raise DataError(f"{directory} lacks {', '.join(sorted(missing))} (.gz or not)")
-
-    content = {name: _read_verified(path, name) for name, path in files.items()}
+    for name, found in paths.items():
+        for path in found:
+            try:
+                files[name] = path, _read_verified(path, name)
+                break
+            except DataError as error:
+                if path == found[-1]:
+                    raise
+                passed_over.append(f"passed over {error}")
 
     def split(prefix: str) -> Split:
         # The hash has vouched for the IDX headers: 16 bytes for images, 8 for labels.
-        images = np.frombuffer(content[f"{prefix}-images-idx3-ubyte"], np.uint8, offset=16)
-        labels = np.frombuffer(content[f"{prefix}-labels-idx1-ubyte"], np.uint8, offset=8)
+        images = np.frombuffer(files[f"{prefix}-images-idx3-ubyte"][1], np.uint8, offset=16)
+        labels = np.frombuffer(files[f"{prefix}-labels-idx1-ubyte"][1], np.uint8, offset=8)
         return Split(images.reshape(-1, 1, 28, 28), labels.astype(np.int64))
 
-    where = files["train-images-idx3-ubyte"].parent
     return Dataset(
-        "Fashion-MNIST", str(where), _FASHION_CLASSES, split("train"), split("t10k"), notes
+        "Fashion-MNIST",
+        str(files["train-images-idx3-ubyte"][0].parent),
+        _FASHION_CLASSES,
+        split("train"),
+        split("t10k"),
+        (*notes, *passed_over),
     )
 
 
@@ -323,8 +341,6 @@ def _download_fashion_mnist(cache: Path, timeout: float) -> None:
 
     In a process of its own: it can be stopped when time is up, and its 300 MB go with it.
     """
-    if importlib.util.find_spec("torchvision") is None:
-        raise DataError("torchvision, which downloads it, is not installed")
     target = cache / "FashionMNIST" / "raw"
     try:
         target.mkdir(parents=True, exist_ok=True)
@@ -332,7 +348,6 @@ def _download_fashion_mnist(cache: Path, timeout: float) -> None:
         with tempfile.TemporaryDirectory(prefix="download-", dir=cache) as temporary:
             process = subprocess.run(
                 [sys.executable, "-c", _DOWNLOAD, temporary],
-                stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.PIPE,
                 text=True,

@@ -19,5 +19,9 @@ class CheckpointError(NpbnError):
     """A checkpoint or a run cannot be read or written, or is not what it should be."""
 
 
+class SubmissionError(NpbnError):
+    """Somebody's code cannot be examined, by no fault of its author: a name is wrong, say."""
+
+
 class NonFiniteError(NpbnError):
     """Training came to NaN or infinite numbers."""

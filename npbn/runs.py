@@ -6,9 +6,10 @@
     last.safetensors   the state to go on from
     best.safetensors   the state with the best test accuracy
 
-The folder appears whole, under a temporary name first. From then on every file in it is replaced in
-one step but metrics.jsonl, which grows: lines beyond the last checkpoint's epoch, whole or not, are
-of an epoch that was cut short, and go when the run goes on.
+The folder appears whole: it is made under a hidden name beside its own (where it stays if the
+process is killed before, and nothing reads it). From then on every file in it is replaced in one
+step but metrics.jsonl, which grows: lines beyond the last checkpoint's epoch, whole or not, are of
+an epoch that was cut short, and go when the run goes on.
 """
 
 from __future__ import annotations
@@ -88,11 +89,11 @@ class Run:
         Raises:
             CheckpointError: there is something already that may not be overwritten.
         """
-        path = Path(path)
-        if path.exists() or path.is_symlink():
+        if os.path.lexists(path):
             if not overwrite:
                 raise CheckpointError(f"{path} exists; choose another name, or --overwrite it")
-            if not (path / "config.json").is_file():
+            names = ("config.json", "metrics.jsonl")
+            if not all(os.path.isfile(os.path.join(path, name)) for name in names):
                 raise CheckpointError(f"{path} is not a run, and will not be overwritten")
 
     @classmethod
@@ -103,7 +104,7 @@ class Run:
             CheckpointError: it is no run, or its configuration is damaged.
         """
         path = Path(path)
-        if not path.is_dir():
+        if not os.path.isdir(path):  # where Path.is_dir raises errors of its own
             raise CheckpointError(f"{path} is not a directory; expected the folder of a run")
         config = _read_json(path / "config.json")
         return cls(path, config)
@@ -123,8 +124,6 @@ class Run:
             CheckpointError: it is not there, damaged, or of another run.
         """
         path = self.path / f"{which}.safetensors"
-        if not path.exists():
-            raise CheckpointError(f"{path} is missing")
         arrays, record = load_checkpoint(path)
         if record.get("config") != self.config:
             raise CheckpointError(f"{path} is of another run than {self.path / 'config.json'}")
@@ -190,8 +189,6 @@ class Run:
         path = self.path / "metrics.jsonl"
         try:
             return path.read_bytes()
-        except FileNotFoundError:
-            return b""
         except OSError as error:
             raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
 

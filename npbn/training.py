@@ -15,7 +15,7 @@ from npbn import inspection
 from npbn.backend import Backend, to_numpy
 from npbn.data import Split
 from npbn.errors import NonFiniteError
-from npbn.functional._arrays import Array
+from npbn.functional._arrays import Array, common_library
 from npbn.layers import Layer, Sequential, modes_kept
 from npbn.optim import SGD
 
@@ -69,7 +69,7 @@ def left_out(examples: int, batch_size: int) -> int:
 
 def steps_per_epoch(examples: int, batch_size: int) -> int:
     """How many batches an epoch has, what it skips left aside."""
-    return math.ceil((examples - left_out(examples, batch_size)) / batch_size)
+    return -(-(examples - left_out(examples, batch_size)) // batch_size)  # rounded up
 
 
 class _Totals:
@@ -146,7 +146,8 @@ class Training:
             of the training split (`npbn.inspection.precise_statistics`).
 
     Raises:
-        ValueError: no batch size, or nothing to train on.
+        ValueError: no batch size, or nothing to train on or to test on.
+        TypeError: data that is not on ``backend``.
 
     Attributes:
         epoch: how many are done.
@@ -171,6 +172,9 @@ class Training:
             raise ValueError(f"expected batch_size >= 1, got {batch_size}")
         if len(train) == left_out(len(train), batch_size):
             raise ValueError(f"expected at least 2 training examples, got {len(train)}")
+        if len(test) == 0:
+            raise ValueError("expected at least 1 test example, got 0")
+        common_library(train=train.images, test=test.images, backend=backend.xp.asarray(0))
         self.model = model
         self.optimizer = optimizer
         self.train = train
@@ -243,15 +247,25 @@ class Training:
         return loss, logits
 
     def state(self) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-        """Everything that is needed to go on: arrays by name, and what JSON can hold."""
+        """Everything that is needed to go on: arrays by name, and what JSON can hold.
+
+        Raises:
+            NonFiniteError: something in it is NaN or infinite: there is nothing to go on from.
+        """
         arrays = {f"model.{name}": value for name, value in self.model.state_dict().items()}
         arrays |= {f"velocity.{n}": to_numpy(v) for n, v in self.optimizer.velocity.items()}
+        totals = None if self._totals is None else self._totals.read()
+        loss = 0.0 if totals is None else totals["loss"]
+        if not all(np.all(np.isfinite(value)) for value in (loss, *arrays.values())):
+            raise NonFiniteError(
+                f"after step {self.optimizer.steps}, the loss or the state is NaN or infinite"
+            )
         record = {
             "epoch": self.epoch,
             "batch": self.batch,
             "step": self.optimizer.steps,
             "best": self.best,
-            "totals": None if self._totals is None else self._totals.read(),
+            "totals": totals,
             "generator": self._generator_state,
         }
         return arrays, record

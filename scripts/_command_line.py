@@ -1,7 +1,7 @@
 """What the command lines share: one clear line for bad input, and exit codes.
 
-0 all went well, 1 nobody reads the output any more, 2 bad input or something missing on this
-machine, 130 interrupted (Ctrl-C).
+0 all went well, 1 nobody reads the output any more, 2 bad input, something missing on this machine
+or an output that cannot be written, 130 interrupted (Ctrl-C).
 """
 
 from __future__ import annotations
@@ -47,11 +47,17 @@ def _fail(message: str) -> int:
     return 2
 
 
+def one_line(message: str) -> str:
+    r"""With what is in a name and would break the line written as Python does: \n."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in message)
+
+
 class ArgumentParser(argparse.ArgumentParser):
     """argparse's, with errors of one line, without the usage before it."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {message} (--help lists the options)\n")
+        message = one_line(f"{self.prog}: error: {message} (--help lists the options)")
+        self.exit(2, f"{message}\n")
 
 
 def integer(minimum: int) -> Callable[[str], int]:
@@ -124,7 +130,7 @@ def run(program: str, main: Callable[[], None]) -> NoReturn:
             if sys.stdout is not None:
                 sys.stdout.flush()
     except NpbnError as error:
-        sys.exit(_fail(f"{program}: error: {error}"))
+        sys.exit(_fail(one_line(f"{program}: error: {error}")))
     except KeyboardInterrupt:
         _fail(f"\n{program}: interrupted")
         sys.exit(130)

@@ -1,4 +1,4 @@
-"""Check gradients: all of npbn's, or those of a file of yours."""
+"""Check gradients: all of npbn's, or those of files of yours."""
 
 from __future__ import annotations
 
@@ -7,25 +7,31 @@ from _command_line import ArgumentParser, check_installation, number, run, say
 check_installation()
 
 import argparse
+import csv
+import io
+import os
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from npbn import backend, layers, models, verify
 from npbn import functional as F
+from npbn.checkpoint import write_file
+from npbn.errors import NpbnError, SubmissionError
 from npbn.verify import examination, signatures
 
-SIGNATURES_HELP = (signatures.__doc__ or "").split("\n\n", 2)[2].strip()
+SIGNATURES_HELP = (signatures.__doc__ or "").split("\n\n", 1)[1].strip()
 
 EPILOG = f"""\
 examples:
   python scripts/check_gradients.py
   python scripts/check_gradients.py homework.py:batch_norm_forward,batch_norm_backward \\
       --op batch_norm
+  python scripts/check_gradients.py submissions/*.py --op softmax_cross_entropy \\
+      --functions softmax_loss,softmax_loss --timeout 10 --csv marks.csv
 
 operations: {", ".join(examination.OPERATIONS)}
 
@@ -33,8 +39,12 @@ signatures that functions of yours may have, in plain NumPy:
 
 {SIGNATURES_HELP}
 
-exit codes: 0 right, 1 wrong, 2 bad input, 3 can't tell, 130 interrupted
+exit codes: 0 right, 1 wrong or cannot be run, 2 bad input, 3 can't tell, 130 interrupted; of
+several files, the worst: 2 before 1 before 3
 """
+
+CODES = {"right": 0, "undecided": 3, "wrong": 1, "could not be run": 1, "bad input": 2}
+COLUMNS = ("file", "verdict", "right outputs", "wrong outputs", "first mistake", "report")
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -45,10 +55,16 @@ def parse_arguments() -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "functions",
-        nargs="?",
+        "submissions",
+        nargs="*",
         metavar="FILE:FORWARD,BACKWARD",
-        help="a Python file and two functions in it; npbn itself unless given",
+        help="a Python file and two functions in it; of several, a line each; npbn itself unless "
+        "given",
+    )
+    parser.add_argument(
+        "--functions",
+        metavar="FORWARD,BACKWARD",
+        help="the two functions, for files given by their names alone",
     )
     parser.add_argument(
         "--op",
@@ -73,38 +89,80 @@ def parse_arguments() -> argparse.Namespace:
         type=number("a number > 0", lambda value: value > 0),
         default=60.0,
         metavar="SECONDS",
-        help="for running them (default: 60)",
+        help="for running those of one file (default: 60)",
+    )
+    parser.add_argument(
+        "--csv",
+        metavar="FILE",
+        help="write file, verdict, right outputs, wrong outputs, first mistake and report there",
     )
     arguments = parser.parse_args()
-    if (arguments.functions is None) != (arguments.op is None):
+    needed = arguments.submissions, arguments.op
+    if any((*needed, arguments.functions, arguments.csv)) and not all(needed):
         parser.error("FILE:FORWARD,BACKWARD and --op belong together")
-    if arguments.functions is not None:
-        arguments.file, _, names = arguments.functions.rpartition(":")
-        arguments.names = names.split(",")
-        if not arguments.file or len(arguments.names) != 2 or not all(arguments.names):
-            parser.error(f"expected FILE:FORWARD,BACKWARD, got {arguments.functions!r}")
-        if not Path(arguments.file).is_file():
-            parser.error(f"{arguments.file} is not a file")
+    arguments.submissions = [split(parser, s, arguments.functions) for s in arguments.submissions]
     return arguments
+
+
+def split(parser: ArgumentParser, submission: str, functions: str | None) -> tuple[str, str, str]:
+    """File, forward and backward."""
+    if functions and os.path.isfile(submission):
+        file, names = submission, functions
+    else:
+        file, _, names = submission.rpartition(":")
+    forward, _, backward = names.partition(",")
+    if not file or not forward or not backward or "," in backward:
+        parser.error(f"expected FILE:FORWARD,BACKWARD, got {submission!r}")
+    if not os.path.isfile(file):  # where Path.is_file raises errors of its own
+        parser.error(f"{file} is not a file")
+    return file, forward, backward
 
 
 def main() -> int:
     arguments = parse_arguments()
-    return check_npbn() if arguments.functions is None else check_submission(arguments)
+    return check_submissions(arguments) if arguments.submissions else check_npbn()
 
 
-def check_submission(arguments: argparse.Namespace) -> int:
-    examined = verify.examine_file(
-        arguments.file,
-        arguments.names[0],
-        arguments.names[1],
-        arguments.op,
-        signature=arguments.signature,
-        adapter=arguments.adapter,
-        timeout=arguments.timeout,
-    )
-    say(str(examined))
-    return {"right": 0, "wrong": 1, "undecided": 3}[examined.verdict]
+def check_submissions(arguments: argparse.Namespace) -> int:
+    """The report on one file, or a line on each of several; the worst exit code."""
+    several = len(arguments.submissions) > 1
+    longest = max(len(file) for file, _, _ in arguments.submissions)
+    outputs = len("y moving_mean moving_var dx dgamma dbeta")
+    widths = (longest, len("could not be run"), outputs, outputs)
+    rows = [COLUMNS]
+
+    def line(row: tuple[str, ...]) -> str:
+        return "  ".join([*map(str.ljust, row, widths), row[4]]).rstrip()
+
+    if several:
+        say(line(COLUMNS))
+    for file, forward, backward in arguments.submissions:
+        try:
+            examined = verify.examine_file(
+                file,
+                forward,
+                backward,
+                arguments.op,
+                signature=arguments.signature,
+                adapter=arguments.adapter,
+                timeout=arguments.timeout,
+            )
+        except SubmissionError as error:
+            if not several:
+                raise
+            rows.append((file, "bad input", "", "", str(error), str(error)))
+        else:
+            right, wrong = " ".join(examined.right), " ".join(examined.wrong)
+            rows.append((file, examined.verdict, right, wrong, examined.first, str(examined)))
+        say(line(rows[-1]) if several else rows[-1][-1])
+    if arguments.csv is not None:
+        text = io.StringIO()
+        csv.writer(text).writerows(rows)
+        try:
+            write_file(arguments.csv, text.getvalue().encode(errors="backslashreplace"))
+        except OSError as error:
+            raise NpbnError(f"{arguments.csv} cannot be written: {error.strerror}") from None
+    return max((CODES[verdict] for _, verdict, *_ in rows[1:]), key=(0, 3, 1, 2).index)
 
 
 def check_npbn() -> int:

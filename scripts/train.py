@@ -42,7 +42,7 @@ examples:
   python scripts/train.py --resume runs/first            after Ctrl-C, or a power cut
 
 exit codes: 0 trained, 1 nobody reads the output any more, 2 bad input, something missing on this
-machine, or a loss that became NaN, 130 interrupted
+machine, an output that cannot be written, or a loss that became NaN, 130 interrupted
 """
 
 # On what a run that goes on may differ from the one that was interrupted.
@@ -133,8 +133,9 @@ def parse_arguments() -> argparse.Namespace:
     how.add_argument(
         "--lr-epochs", type=integer(1), metavar="N", help="with --schedule step (default: 3)"
     )
+    share = number("a number in (0, 1]", lambda value: 0 < value <= 1)
     how.add_argument(
-        "--lr-factor", type=positive, metavar="X", help="with --schedule step (default: 0.1)"
+        "--lr-factor", type=share, metavar="X", help="with --schedule step (default: 0.1)"
     )
     how.add_argument(
         "--momentum", type=fraction, default=0.0, metavar="X", help="of SGD (default: 0)"
@@ -151,7 +152,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     how.add_argument(
         "--target-accuracy",
-        type=number("a number in (0, 1]", lambda value: 0 < value <= 1),
+        type=share,
         metavar="X",
         help="stop when the test accuracy is at least X",
     )
@@ -212,8 +213,10 @@ def parse_arguments() -> argparse.Namespace:
     if arguments.overwrite and arguments.run is None:
         parser.error("argument --overwrite: not allowed without --run, which names what to replace")
     if arguments.resume is not None:
-        for option, value in vars(arguments).items():
-            if option not in FREE_WITH_RESUME and value != parser.get_default(option):
+        # Once more, without the defaults, to see what was given.
+        nothing = argparse.Namespace(**dict.fromkeys(vars(arguments)))
+        for option, value in vars(parser.parse_args(namespace=nothing)).items():
+            if option not in FREE_WITH_RESUME and value is not None:
                 name = option.replace("_", "-")
                 parser.error(f"argument --{name}: not allowed with --resume: the run has its own")
     return arguments
@@ -282,8 +285,11 @@ class Session:
         found["preactivations"] = inspection.histograms(model, x)
         return found
 
-    def save(self, best: bool = False) -> None:
-        arrays, record = self.state.state()
+    def save(self, epoch: training.Epoch | None = None, *, best: bool = False) -> None:
+        """After an epoch, or in the middle of one."""
+        arrays, record = self.state.state()  # first, for it refuses a state that is not finite
+        if epoch is not None:
+            self.run.append(self.record(epoch))
         self.run.save(arrays, record, best=best)
 
 
@@ -293,7 +299,8 @@ def start(arguments: argparse.Namespace) -> Session:
         name: value for name, value in vars(arguments).items() if name not in NOT_CONFIGURATION
     }
     now = datetime.datetime.now()
-    path = Path(arguments.run or now.strftime("runs/%Y-%m-%d-%H.%M.%S"))
+    default = now.strftime("runs/%Y-%m-%d-%H.%M.%S")
+    path = Path(default if arguments.run is None else arguments.run)
     Run.check_name(path, overwrite=arguments.overwrite)  # before anything that takes long
     device = open_device(arguments.backend, arguments.threads)
     dataset = load_data(config, on_download=say)
@@ -332,19 +339,24 @@ def start(arguments: argparse.Namespace) -> Session:
 def resume(arguments: argparse.Namespace) -> Session:
     """A run that goes on."""
     run = Run.open(arguments.resume)
-    config = run.config
+    config, there = run.config, run.environment()
+    run.load()  # which vouches for the configuration, too, before anything is done with it
+    if arguments.data is not None and config["dataset"] == "digits":
+        raise NpbnError("--data: not allowed with this run of the digits, which need no files")
     try:
         name = config["backend"] if arguments.backend == "auto" else arguments.backend
         device = open_device(name, arguments.threads or config["threads"])
-        dataset = load_data(config | ({"data": arguments.data} if arguments.data else {}))
+        options = {"data": arguments.data} if arguments.data else {}
+        dataset = load_data(config | options, on_download=say)
         state, record = load_training(run, dataset, device)
     except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{run.path / 'config.json'} is damaged: {error}") from None
+        raise CheckpointError(
+            f"{run.path / 'config.json'} is of another version of npbn: {error}"
+        ) from None
     session = Session(run, state, dataset, device)
     session.describe()
     run.rewind(record)
-    here, there = describe_environment(device), run.environment()
-    for name, value in here.items():
+    for name, value in describe_environment(device).items():
         if there.get(name) != value:
             say(
                 f"note: {name} was {there.get(name)} when this run began and is {value} now: "
@@ -391,7 +403,7 @@ def commit() -> str | None:
 
 
 class StoppedError(Exception):
-    """Ctrl-C, between two batches."""
+    """Ctrl-C, between two batches; what there is has been saved."""
 
 
 def train(session: Session) -> None:
@@ -414,6 +426,7 @@ def train(session: Session) -> None:
     def on_batch(examples: int) -> None:
         bar.update(examples)
         if ctrl_c.pressed:
+            session.save()
             raise StoppedError
 
     def on_epoch(epoch: training.Epoch) -> None:
@@ -427,8 +440,7 @@ def train(session: Session) -> None:
         )
         if epoch.skipped and epoch.number == 1:
             say("       (one example an epoch is left out: as a batch it has no variance)")
-        run.append(session.record(epoch))
-        session.save(best=state.best > best)
+        session.save(epoch, best=state.best > best)
         best = state.best
         if epoch.number < config["epochs"]:
             bar.reset()
@@ -449,7 +461,6 @@ def train(session: Session) -> None:
             )
     except StoppedError:
         bar.close()
-        session.save()
         say(f"stopped after step {state.optimizer.steps}; to go on: --resume {run.path}")
         raise KeyboardInterrupt from None
     except NonFiniteError as error:
@@ -477,7 +488,7 @@ def conclude(session: Session, epochs: list[training.Epoch]) -> None:
     state = session.state
     say("")
     if not epochs:
-        say(f"this run was finished already, after {state.epoch} epochs")
+        say(f"this run was finished already, after epoch {state.epoch}")
     else:
         seconds = sum(epoch.train.seconds for epoch in epochs)
         examples = sum(epoch.train.examples for epoch in epochs)

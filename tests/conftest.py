@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import array_api_strict
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, settings
 
-from commands import run
+from commands import Trainer, run
 from npbn import backend, data
 from npbn.errors import BackendError
 
@@ -73,6 +74,14 @@ def fashion_mnist() -> data.Dataset:
 @pytest.fixture
 def rng() -> np.random.Generator:
     return np.random.default_rng(20150211)  # the day the batch norm paper came out
+
+
+@pytest.fixture(scope="session")
+def trainer(tmp_path_factory) -> Iterator[Trainer]:
+    """scripts/train.py, many times over."""
+    trainer = Trainer(tmp_path_factory.mktemp("trainer"))
+    yield trainer
+    trainer.close()
 
 
 @pytest.fixture(scope="session")

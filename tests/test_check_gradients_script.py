@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import re
 
 import pytest
@@ -29,6 +30,7 @@ def test_homework(tmp_path):
     right = run("check_gradients.py", f"right.py:{names}", "--op", "batch_norm", cwd=tmp_path)
     assert right.returncode == 0
     assert re.match(r"batch_norm is right, to 1\d digits", right.stdout)
+    assert "Right where examined: y, moving_mean, moving_var, dx, dgamma, dbeta." in right.stdout
     ascii_only = {"PYTHONIOENCODING": "ascii"}  # a terminal that cannot show the dots
     wrong = run(
         "check_gradients.py",
@@ -42,11 +44,78 @@ def test_homework(tmp_path):
     assert "dx lacks the term through the variance, -x_hat\\xb7mean(gamma" in wrong.stdout
 
 
+def test_a_class(tmp_path):
+    """A line each, a table, the worst exit code; one file's trouble is not another's."""
+    source = operation_source("batch_norm")
+    files = {
+        "1 right.py": (source, "right", 0),
+        "2 float32.py": (source.replace("x_hat = (x", "x_hat = np.float32(x"), "undecided", 3),
+        "3 wrong.py": (BATCH_NORM[1].source, "wrong", 1),
+        "4 broken.py": ("def broken(:", "could not be run", 1),
+        "5 helpers.py": ("", "bad input", 2),
+    }
+    for name, (text, _, _) in files.items():
+        (tmp_path / name).write_text(text)
+    (tmp_path / "6 names.py").write_text(source.replace("def batch_norm", "def bn"))
+    options = "--op", "batch_norm", "--functions", "batch_norm,batch_norm_backward"
+    for count, (_, _, code) in enumerate(files.values(), 1):
+        process = run(
+            "check_gradients.py",
+            "6 names.py:bn,bn_backward",
+            *list(files)[:count],
+            *options,
+            "--csv",
+            "marks.csv",
+            cwd=tmp_path,
+        )
+        assert process.returncode == code, process.stderr
+    with open(tmp_path / "marks.csv", newline="", encoding="utf-8") as file:
+        first, *rows = csv.DictReader(file)
+    assert first["file"] == "6 names.py" and first["verdict"] == "right"
+    assert [(row["file"], row["verdict"]) for row in rows] == [
+        (name, verdict) for name, (_, verdict, _) in files.items()
+    ]
+    assert rows[2]["right outputs"] == "y moving_mean moving_var dgamma dbeta"
+    assert rows[2]["wrong outputs"] == "dx"
+    assert rows[2]["first mistake"] == "without the variance path"
+    assert "every x moves the batch variance" in rows[2]["report"]
+    assert rows[4]["first mistake"] == "5 helpers.py has no function batch_norm"
+    lines = process.stdout.splitlines()
+    assert len(lines) == 7 and lines[0].startswith("file          verdict ")
+    for line, row in zip(lines[2:], rows, strict=True):
+        assert re.split("  +", line) == [v for v in list(row.values())[:5] if v]
+    assert not list(tmp_path.glob(".marks*"))
+
+
+def test_trouble_that_is_not_the_author_s(tmp_path):
+    (tmp_path / "right.py").write_text(operation_source("relu"))
+    refused = run("check_gradients.py", "right.py:relu,relu_backwrd", "--op", "relu", cwd=tmp_path)
+    assert_refused(refused, "check_gradients.py: error: right.py has no function relu_backwrd")
+    arguments = ("right.py:relu,relu_backward", "--op", "relu")
+    refused = run("check_gradients.py", *arguments, "--adapter", "no.py:f", cwd=tmp_path)
+    assert_refused(refused, "expected FILE:FUNCTION for the adapter, got 'no.py:f'")
+    process = run("check_gradients.py", *arguments, "--csv", "no/marks.csv", cwd=tmp_path)
+    assert process.returncode == 2 and "relu is right" in process.stdout
+    assert process.stderr.strip() == (
+        "check_gradients.py: error: no/marks.csv cannot be written: No such file or directory"
+    )
+
+
+def test_the_help_says_what_an_adapter_is_and_how_a_loss_is_given(tmp_path):
+    text = run("check_gradients.py", "--help", cwd=tmp_path).stdout
+    assert "softmax_loss,softmax_loss" in text and "UnsupportedError" in text
+    assert "An adapter turns somebody's (forward, backward)" in text
+    assert "gamma is (1, D)" in text
+
+
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
         (("a.py:f,g",), "FILE:FORWARD,BACKWARD and --op belong together"),
         (("--op", "relu"), "FILE:FORWARD,BACKWARD and --op belong together"),
+        (("--csv", "a.csv"), "FILE:FORWARD,BACKWARD and --op belong together"),
+        (("a.py:f,g", "--csv", "a.csv"), "FILE:FORWARD,BACKWARD and --op belong together"),
+        (("*.py", "--op", "relu", "--functions", "f,g"), "expected FILE:FORWARD,BACKWARD"),
         (("f,g", "--op", "relu"), "expected FILE:FORWARD,BACKWARD, got 'f,g'"),
         (("a.py:f", "--op", "relu"), "expected FILE:FORWARD,BACKWARD"),
         (("no.py:f,g", "--op", "relu"), "no.py is not a file"),

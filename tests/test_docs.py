@@ -9,7 +9,8 @@ import sys
 
 import pytest
 
-from commands import ROOT
+from commands import ROOT, assert_refused, run
+from lessons import LESSONS, markdown
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
@@ -26,7 +27,10 @@ def docstrings() -> list[tuple[str, str]]:
     return found
 
 
-@pytest.mark.parametrize(("name", "text"), [*docstrings(), ("README.md", README)])
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [*docstrings(), ("README.md", README), *((path.name, markdown(path)) for path in LESSONS)],
+)
 def test_formulas_survive_markdown(name, text):
     """Dollars come in pairs; no line of a formula begins like a list, which would cut it in two."""
     without_code = re.sub(r"```.*?```|``.*?``|`[^`\n]*`", "", text, flags=re.DOTALL)
@@ -49,7 +53,7 @@ def test_every_operation_has_formula_derivation_and_source(path):
     text = ast.get_docstring(ast.parse((ROOT / "npbn" / "functional" / path).read_text("utf-8")))
     for part in ("$$", "**Source.**"):
         assert part in text
-    assert "**Backward.**" in text or "**What flows back.**" in text or "so\n\n$$dx" in text
+    assert "**Backward.**" in text or "**What flows back.**" in text
 
 
 def test_the_example_in_the_readme_runs_and_learns(tmp_path):
@@ -83,3 +87,18 @@ def test_the_backward_pass_in_the_readme_is_the_one_that_runs():
 def test_links_in_the_readme_lead_somewhere():
     for target in re.findall(r"\]\(([^)#]+)\)", README):
         assert target.startswith("http") or (ROOT / target).exists(), target
+
+
+def test_the_site_has_a_page_for_every_module(tmp_path):
+    process = run("build_docs.py", "out", cwd=tmp_path)
+    assert process.returncode == 0, process.stderr
+    for path in (ROOT / "npbn").rglob("[a-z]*.py"):
+        name = path.relative_to(ROOT).with_suffix(".html")
+        assert (tmp_path / "out" / name).is_file(), name
+    page = (tmp_path / "out" / "npbn" / "functional" / "batch_norm.html").read_text("utf-8")
+    assert r"\frac{\gamma}{s}" in page and "MathJax" in page
+
+
+def test_bad_places_for_the_site_are_refused_in_one_line(tmp_path):
+    (tmp_path / "file").write_text("")
+    assert_refused(run("build_docs.py", "file", cwd=tmp_path), "build_docs.py: error:", "file")

@@ -51,7 +51,15 @@ def test_one_epoch_of_fashion_mnist(fashion_mnist, tmp_path):
     for name in ("gamma", "beta"):
         (values,) = re.findall(rf"^{name} of the first batch norm: (.*)$", output, re.MULTILINE)
         assert len(values.split()) == 6
-    assert list(tmp_path.iterdir()) == []
+    (folder,) = (tmp_path / "runs").iterdir()  # named by date and time, and said
+    assert re.search(rf"^run: runs/{re.escape(folder.name)}$", output, re.MULTILINE)
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "best.safetensors",
+        "config.json",
+        "environment.json",
+        "last.safetensors",
+        "metrics.jsonl",
+    ]
 
 
 def test_two_runs_of_a_seed_are_alike_and_another_seed_is_not(tmp_path):
@@ -111,16 +119,16 @@ def test_the_options_reach_the_training(options, rate, tmp_path):
         model.parameters(), lambda step: 0.3 * rate(step), momentum=0.7, weight_decay=0.02
     )
     with threadpoolctl.threadpool_limits(1):
-        history = training.fit(
+        history: list = []
+        training.Training(
             model,
             optimizer,
             digits.train,
             digits.test,
-            epochs=4,
             batch_size=256,
             generator=generator,
             backend=backend.get_backend("numpy"),
-        )
+        ).run(4, on_epoch=history.append)
     assert metrics(process.stdout) == [
         (
             str(epoch.number),

@@ -67,7 +67,7 @@ def a_training(
         model,
         SGD(model.parameters(), lr, momentum=momentum),
         split.to(device),
-        (test or split).to(device),
+        (split if test is None else test).to(device),
         batch_size=batch_size,
         generator=generator or np.random.default_rng(seed),
         backend=device,
@@ -203,6 +203,7 @@ def test_a_last_batch_of_one_is_left_out(examples, batch_size, trained):
     )
     assert epoch.train.examples == trained == sum(batches)
     assert training.steps_per_epoch(examples, batch_size) == len(batches)
+    assert training.steps_per_epoch(examples, 10**400) == 1
     assert epoch.skipped == examples - trained
     assert epoch.test.examples == examples
 
@@ -256,6 +257,8 @@ def test_errors():
         train(a_model(), a_split(4), batch_size=0)
     with pytest.raises(ValueError, match="expected at least 2 training examples, got 1"):
         train(a_model(), a_split(1))
+    with pytest.raises(ValueError, match="expected at least 1 test example, got 0"):
+        a_training(a_split(4), test=a_split(0))
     with pytest.raises(TypeError, match="expected images of dtype uint8, got float32"):
         Split(np.zeros((3, 1, 4, 4), np.float32), np.zeros(3, int))
     with pytest.raises(TypeError, match="expected labels of an integer dtype, got float64"):
@@ -268,6 +271,35 @@ def test_errors():
         Split(np.zeros((3, 4, 4)), np.zeros(3))
     with pytest.raises(ValueError, match=r"labels of shape \(N,\)"):
         Split(np.zeros((3, 1, 4, 4)), np.zeros(4))
+
+
+def test_data_that_is_not_where_it_should_be_is_named():
+    """The arrays of the model are named by its first layer; see the tests of the operations."""
+    import array_api_strict
+
+    strict = backend.Backend("array-api-strict", array_api_strict, "")
+    split = a_split(16)
+    for places in ((strict, NUMPY, NUMPY), (NUMPY, strict, NUMPY), (NUMPY, NUMPY, strict)):
+        train, test, device = (
+            f"{name}: {'numpy' if place is NUMPY else 'array_api_strict'}"
+            for name, place in zip(("train", "test", "backend"), places, strict=True)
+        )
+        with pytest.raises(TypeError, match=f"one library, got {train}.*, {test}.*, {device}"):
+            training.Training(
+                a_model(),
+                SGD({}, 0.1),
+                split.to(places[0]),
+                split.to(places[1]),
+                batch_size=8,
+                generator=np.random.default_rng(0),
+                backend=places[2],
+            )
+    model = a_model()
+    model.to(strict)
+    with pytest.raises(TypeError, match="one library, got x: numpy, weight: array_api_strict"):
+        training.evaluate(model, split, backend=NUMPY)
+    with pytest.raises(TypeError, match="one precision, got x: float64, weight: float32"):
+        training.evaluate(a_model(), split, backend=NUMPY, dtype="float64")
 
 
 class StopError(Exception):
@@ -375,7 +407,7 @@ def test_what_ends_a_run():
 @pytest.mark.parametrize(
     ("lr", "message"),
     [
-        (1e30, r"step 2: the output of layer 2 \(Linear\) is infinite \(losses before: 0\.\d+\)"),
+        (1e30, r"step 2: the output of layer 2 \(Linear\) is infinite \(losses before: [\d.]+\)"),
         (1e39, r"step 2: 1\.weight is infinite"),
     ],
 )
@@ -397,6 +429,23 @@ def test_a_label_out_of_range_is_located():
         run.run(1)
     run.load_state(*start)
     assert re.match(r"step \d: the loss is NaN: a label is out of range", run.locate_non_finite())
+
+
+def test_a_state_that_is_not_finite_is_not_given_out():
+    """Of weights, statistics, velocity, or the loss so far: there is nothing to go on from."""
+    for spoil in (
+        lambda run: run.model.layers[1].weight.data.fill(np.nan),
+        lambda run: run.model.layers[2].moving_var.fill(np.inf),
+        lambda run: run.optimizer.velocity["1.weight"].fill(-np.inf),
+        lambda run: setattr(run._totals, "loss", np.float64(np.nan)),
+    ):
+        run = a_training(a_split(20), momentum=0.5)
+        with pytest.raises(StopError):
+            run.run(1, on_batch=stop_after(1))
+        run.state()
+        spoil(run)
+        with pytest.raises(NonFiniteError, match="after step 1, the loss or the state is NaN or"):
+            run.state()
 
 
 def test_a_healthy_epoch_has_no_such_place():

@@ -116,12 +116,12 @@ def windows_of(
     )
 
 
-def pad(x: Array, windows: Windows, xp: Any, fill: float = 0.0) -> Array:
-    """x of (N, C, H, W) → a padded copy of shape (C, H + 2pH, W + 2pW, N)."""
+def pad(x: Array, windows: Windows, xp: Any) -> Array:
+    """x of (N, C, H, W) → a copy padded by zeros, of shape (C, H + 2pH, W + 2pW, N)."""
     n, c, h, w = x.shape
     ph, pw = windows.padding
     shape = (c, *windows.padded_size, n)
-    padded = xp.full(shape, fill, dtype=x.dtype, device=array_api_compat.device(x))
+    padded = xp.zeros(shape, dtype=x.dtype, device=array_api_compat.device(x))
     padded[:, ph : ph + h, pw : pw + w, :] = xp.permute_dims(x, (1, 2, 3, 0))
     return padded
 

@@ -14,24 +14,24 @@ they *are* those moving averages: constants, the same for every example.
 **What flows back.** $L$ is the loss and $dz$ is short for $\partial L / \partial z$, so that
 $dy_i$ is given. $\gamma$ and $\beta$ meet every $y_i$, so their gradients are sums over the batch:
 
-$$d\beta = \sum_i dy_i \qquad d\gamma = \sum_i dy_i  \hat{x}_i \qquad d\hat{x}_i = \gamma  dy_i$$
+$$d\beta = \sum_i dy_i \qquad d\gamma = \sum_i dy_i \hat{x}_i \qquad d\hat{x}_i = \gamma dy_i$$
 
-**Prediction.** $\mu$ and $s$ do not depend on $x$, so $dx_i = d\hat{x}_i / s = \gamma  dy_i / s$.
+**Prediction.** $\mu$ and $s$ do not depend on $x$, so $dx_i = d\hat{x}_i / s = \gamma dy_i / s$.
 
 **Training.** $x_i$ reaches the loss by three ways: through $\hat{x}_i$ directly, through $v$ (and
 so through *every* $\hat{x}_k$), and through $\mu$ (likewise). To follow them one node at a time,
 call the centred value $\bar{x}_i = x_i - \mu$, so that $\hat{x}_i = \bar{x}_i / s$. Every
 $\hat{x}_i$ is divided by $s$, and $s$ is the root of $v + \epsilon$:
 
-$$ds = -\frac{1}{s^2} \sum_i d\hat{x}_i  \bar{x}_i = -\frac{1}{s} \sum_i d\hat{x}_i  \hat{x}_i
+$$ds = -\frac{1}{s^2} \sum_i d\hat{x}_i \bar{x}_i = -\frac{1}{s} \sum_i d\hat{x}_i \hat{x}_i
   \qquad
-  dv = \frac{ds}{2 s} = -\frac{1}{2 s^2} \sum_i d\hat{x}_i  \hat{x}_i$$
+  dv = \frac{ds}{2 s} = -\frac{1}{2 s^2} \sum_i d\hat{x}_i \hat{x}_i$$
 
 $\bar{x}_i$ feeds $\hat{x}_i$ (by $1/s$) and $v$ (by $\partial v / \partial \bar{x}_i =
 2 \bar{x}_i / m$):
 
-$$d\bar{x}_i = \frac{d\hat{x}_i}{s} + \frac{2 \bar{x}_i}{m}  dv
-  = \frac{1}{s} \Big( d\hat{x}_i - \hat{x}_i \cdot \frac{1}{m} \sum_k d\hat{x}_k  \hat{x}_k \Big)$$
+$$d\bar{x}_i = \frac{d\hat{x}_i}{s} + \frac{2 \bar{x}_i}{m} dv
+  = \frac{1}{s} \Big( d\hat{x}_i - \hat{x}_i \cdot \frac{1}{m} \sum_k d\hat{x}_k \hat{x}_k \Big)$$
 
 $\mu$ is subtracted from every $x_i$, so $d\mu = -\sum_i d\bar{x}_i$. The second term of
 $d\bar{x}_i$ adds nothing to that sum, because $\sum_i \hat{x}_i = 0$:
@@ -41,14 +41,14 @@ $$d\mu = -\frac{1}{s} \sum_i d\hat{x}_i$$
 $x_i$ feeds $\bar{x}_i$ (by 1) and $\mu$ (by $1/m$): $dx_i = d\bar{x}_i + d\mu / m$, that is
 
 $$dx_i = \frac{1}{s} \Big( d\hat{x}_i - \frac{1}{m} \sum_k d\hat{x}_k -
-  \hat{x}_i \cdot \frac{1}{m} \sum_k d\hat{x}_k  \hat{x}_k \Big)$$
+  \hat{x}_i \cdot \frac{1}{m} \sum_k d\hat{x}_k \hat{x}_k \Big)$$
 
-Finally put in $d\hat{x}_i = \gamma  dy_i$. The sums become
-$\sum_k d\hat{x}_k = \gamma  d\beta$ and $\sum_k d\hat{x}_k  \hat{x}_k = \gamma  d\gamma$, and
+Finally put in $d\hat{x}_i = \gamma dy_i$. The sums become
+$\sum_k d\hat{x}_k = \gamma d\beta$ and $\sum_k d\hat{x}_k \hat{x}_k = \gamma d\gamma$, and
 $\gamma$ comes out of the bracket:
 
-$$\boxed{  dx_i = \frac{\gamma}{s} \Big( dy_i - \frac{d\beta}{m} -
-  \hat{x}_i  \frac{d\gamma}{m} \Big)  }$$
+$$\boxed{ dx_i = \frac{\gamma}{s} \Big( dy_i - \frac{d\beta}{m} -
+  \hat{x}_i \frac{d\gamma}{m} \Big) }$$
 
 Read it so: take the gradient that came, remove its mean (shifting all $x_i$ together changes
 nothing), remove its part along $\hat{x}$ (stretching all $x_i$ together changes nothing but for
@@ -97,7 +97,7 @@ def batch_norm(
 ) -> tuple[Array, BatchNormCache, tuple[Array, Array]]:
     r"""Normalize each feature over the batch, then scale by γ and shift by β.
 
-    $$y = \gamma  \frac{x - \mu}{\sqrt{v + \epsilon}} + \beta$$
+    $$y = \gamma \frac{x - \mu}{\sqrt{v + \epsilon}} + \beta$$
 
     Args:
         x: (N, D), statistics over axis 0; or (N, C, H, W), statistics over axes 0, 2 and 3.
@@ -158,9 +158,9 @@ def batch_norm(
 def batch_norm_backward(dy: Array, cache: BatchNormCache) -> tuple[Array, Array, Array]:
     r"""The closed form, with x̂ = x̄ / s:
 
-    $$dx = \frac{\gamma}{s} \Big( dy - \frac{d\beta}{m} - \hat{x}  \frac{d\gamma}{m} \Big)$$
+    $$dx = \frac{\gamma}{s} \Big( dy - \frac{d\beta}{m} - \hat{x} \frac{d\gamma}{m} \Big)$$
 
-    in training, and $dx = \gamma  dy / s$ in prediction.
+    in training, and $dx = \gamma dy / s$ in prediction.
 
     Args:
         dy: gradient of the loss by y, of the shape of y.

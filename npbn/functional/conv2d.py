@@ -5,7 +5,7 @@ There are $N$ images of $C$ channels and $O$ kernels of $k_H \times k_W$ pixels,
 $s_W$ pixels at a time. With $x$ padded by zeros, output channel $o$ at position $(p, q)$ of example
 $n$, in an output of $H' \times W'$ pixels, is
 
-$$y_{n o p q} = b_o + \sum_{c, i, j} w_{o c i j}  x_{n, c,  p s_H + i,  q s_W + j}$$
+$$y_{n o p q} = b_o + \sum_{c, i, j} w_{o c i j} x_{n, c, p s_H + i, q s_W + j}$$
 
 **As matrix products.** Take one row $p$ of the output. For each $(q, n)$ in it, write the window's
 values under one another, over $i$, $c$ and $j$, as a column. Side by side, these columns are a
@@ -17,7 +17,7 @@ $$Y_p = W X_p + b \mathbf{1}^\top$$
 The part of $X_p$ that belongs to $i$ needs nothing but row $h = p s_H + i$ of the padded image, the
 *strip*
 
-$$S_{h c j q n} = x_{n, c, h,  q s_W + j}$$
+$$S_{h c j q n} = x_{n, c, h, q s_W + j}$$
 
 which `unfold` builds for all $h$ at once. So $X_p$ is $k_H$ strips under one another, a contiguous
 block of $S$, and nothing is copied to get from one output row to the next. (Writing all $X_p$ out,
@@ -29,18 +29,18 @@ $\rho = (q, n)$. From $Y_{p, o \rho} = b_o + \sum_\kappa W_{o \kappa} X_{p, \kap
 rule gives a sum over all ways on which an entry reaches the loss. $W$ and $b$ meet every column of
 every row; an entry of $X_p$ meets every output channel:
 
-$$dW_{o \kappa} = \sum_p \sum_\rho dY_{p, o \rho}  X_{p, \kappa \rho} \qquad
-  dX_{p, \kappa \rho} = \sum_o W_{o \kappa}  dY_{p, o \rho} \qquad
+$$dW_{o \kappa} = \sum_p \sum_\rho dY_{p, o \rho} X_{p, \kappa \rho} \qquad
+  dX_{p, \kappa \rho} = \sum_o W_{o \kappa} dY_{p, o \rho} \qquad
   db_o = \sum_p \sum_\rho dY_{p, o \rho}$$
 
-$$dW = \sum_p dY_p  X_p^\top \qquad dX_p = W^\top dY_p \qquad db = \sum_p dY_p  \mathbf{1}$$
+$$dW = \sum_p dY_p X_p^\top \qquad dX_p = W^\top dY_p \qquad db = \sum_p dY_p \mathbf{1}$$
 
 Two steps of pure copying are left, and the gradient of what was copied is the sum over the copies.
 Strip $h$ is the part $i$ of every $X_p$ with $p s_H + i = h$, and column $w$ of the padded image is
 in its strip at every $(j, q)$ with $q s_W + j = w$:
 
-$$dS_{h c j q n} = \sum_{p, i  :  p s_H + i = h} dX_{p, (i c j)(q n)} \qquad
-  dx_{n c h w} = \sum_{j, q  :  q s_W + j = w} dS_{h c j q n}$$
+$$dS_{h c j q n} = \sum_{p, i : p s_H + i = h} dX_{p, (i c j)(q n)} \qquad
+  dx_{n c h w} = \sum_{j, q : q s_W + j = w} dS_{h c j q n}$$
 
 The second sum is `fold`, the transpose of `unfold`. Padding is cut off, and what no window reaches
 gets nothing.

@@ -2,17 +2,17 @@ r"""The affine map of a fully connected layer, and its gradient.
 
 **Formula.** For example $n$ and output $o$,
 
-$$y_{n o} = \sum_d x_{n d}  w_{o d} + b_o \qquad\text{that is}\qquad
+$$y_{n o} = \sum_d x_{n d} w_{o d} + b_o \qquad\text{that is}\qquad
   Y = X W^\top + \mathbf{1} b^\top$$
 
 **Backward.** The chain rule sums over every $y$ that an entry reaches. $x_{n d}$ reaches
 $y_{n o}$ for all $o$, by $w_{o d}$; $w_{o d}$ reaches $y_{n o}$ for all $n$, by $x_{n d}$; $b_o$
 reaches $y_{n o}$ for all $n$, by 1:
 
-$$dx_{n d} = \sum_o dy_{n o}  w_{o d} \qquad dw_{o d} = \sum_n dy_{n o}  x_{n d} \qquad
+$$dx_{n d} = \sum_o dy_{n o} w_{o d} \qquad dw_{o d} = \sum_n dy_{n o} x_{n d} \qquad
   db_o = \sum_n dy_{n o}$$
 
-$$dX = dY  W \qquad dW = dY^\top X \qquad db = dY^\top \mathbf{1}$$
+$$dX = dY W \qquad dW = dY^\top X \qquad db = dY^\top \mathbf{1}$$
 
 **Source.** I. Goodfellow, Y. Bengio and A. Courville, "Deep Learning", MIT Press 2016, section
 6.5.4.

@@ -1,19 +1,20 @@
 r"""Average and max pooling over sliding windows, and their gradients.
 
-**Average.** With windows of $k_H \times k_W$ values, padding zeros counted among them,
+**Formula.** The average of a window of $k_H \times k_W$ values, padding zeros counted among them,
+and its maximum, padding counted as $-\infty$, are
 
-$$y_{n c p q} = \frac{1}{k_H k_W} \sum_{i, j} x_{n, c,  p s_H + i,  q s_W + j}$$
+$$y_{n c p q} = \frac{1}{k_H k_W} \sum_{i, j} x_{n, c, p s_H + i, q s_W + j} \qquad
+  y_{n c p q} = \max_{i, j} x_{n, c, p s_H + i, q s_W + j}$$
 
-Each element of $x$ reaches the loss through every window that sees it, each time with the factor
-$1 / (k_H k_W)$, so
+**Backward.** Each element of $x$ reaches the loss through every window that sees it. Moving it
+moves an average by $1 / (k_H k_W)$ as much:
 
-$$dx_{n c h w} = \frac{1}{k_H k_W} \sum_{(p, q)  :  (h, w) \in \text{window}(p, q)} dy_{n c p q}$$
+$$dx_{n c h w} = \frac{1}{k_H k_W} \sum_{(p, q) : (h, w) \in \text{window}(p, q)} dy_{n c p q}$$
 
-**Maximum.** $y_{n c p q} = \max_{i, j} x_{n, c,  p s_H + i,  q s_W + j}$, padding counted as
-$-\infty$. Where the maximum is unique, moving it moves $y$ by as much, and moving any other
-element moves nothing:
+Where the maximum is unique, moving it moves $y$ by as much, and moving any other element moves
+nothing:
 
-$$dx_{n c h w} = \sum_{(p, q)  :  (h, w) = \arg\max \text{window}(p, q)} dy_{n c p q}$$
+$$dx_{n c h w} = \sum_{(p, q) : (h, w) = \arg\max \text{window}(p, q)} dy_{n c p q}$$
 
 *Ties.* There the derivative does not exist; one element is chosen to receive the whole gradient:
 the first of the window in reading order (row by row), on every library, as PyTorch chooses. A NaN
@@ -26,7 +27,6 @@ Visin, arXiv:1603.07285, section 3 (sizes).
 
 from __future__ import annotations
 
-import math
 from typing import Any, NamedTuple
 
 import array_api_compat
@@ -79,7 +79,7 @@ def avg_pool2d(
     xp = common_namespace(x=x)
     windows = _pooling_windows(x, kernel_size, stride, padding)
     padded = pad(x, windows, xp)
-    total = _full(padded, windows.output_size, 0.0, xp)
+    total = _zeros(padded, windows.output_size, xp)
     for _, _, place in windows.places():
         total += padded[place]
     kh, kw = windows.kernel_size
@@ -99,7 +99,7 @@ def avg_pool2d_backward(dy: Array, cache: AvgPool2dCache) -> Array:
     check_shape("dy", dy, y_shape)
     kh, kw = windows.kernel_size
     share = xp.permute_dims(dy / (kh * kw), (1, 2, 3, 0))
-    dpadded = _full(share, windows.padded_size, 0.0, xp)
+    dpadded = _zeros(share, windows.padded_size, xp)
     for _, _, place in windows.places():
         dpadded[place] += share
     return unpad(dpadded, windows, xp)
@@ -119,10 +119,10 @@ def max_pool2d(
     """
     xp = common_namespace(x=x)
     windows = _pooling_windows(x, kernel_size, stride, padding)
-    padded = pad(x, windows, xp, fill=-math.inf)
-    maximum = _full(padded, windows.output_size, -math.inf, xp)
+    padded = pad(x, windows, xp)
+    maximum = _zeros(padded, windows.output_size, xp)
     chosen = xp.full_like(maximum, -1, dtype=xp.int32)
-    # Even where all is -inf, the choice must not fall on the padding.
+    # The first place inside the image is better than none, even if it is -inf; padding never is.
     inside = pad(xp.ones_like(real_part(x[:1, :1, ...], xp)), windows, xp) > 0
     _, kw = windows.kernel_size
     for i, j, place in windows.places():
@@ -147,7 +147,7 @@ def max_pool2d_backward(dy: Array, cache: MaxPool2dCache) -> Array:
     check_shape("dy", dy, tuple(chosen.shape))
     dy = xp.permute_dims(dy, (1, 2, 3, 0))
     chosen = xp.permute_dims(chosen, (1, 2, 3, 0))
-    dpadded = _full(dy, windows.padded_size, 0.0, xp)
+    dpadded = _zeros(dy, windows.padded_size, xp)
     nothing = xp.zeros_like(dy)
     _, kw = windows.kernel_size
     for i, j, place in windows.places():
@@ -155,10 +155,10 @@ def max_pool2d_backward(dy: Array, cache: MaxPool2dCache) -> Array:
     return unpad(dpadded, windows, xp)
 
 
-def _full(like: Array, size: tuple[int, int], value: float, xp: Any) -> Array:
-    """An array filled with ``value``, batch last as ``like`` is, for images of another size."""
+def _zeros(like: Array, size: tuple[int, int], xp: Any) -> Array:
+    """Zeros, batch last as ``like`` is, for images of another size."""
     shape = (like.shape[0], *size, like.shape[3])
-    return xp.full(shape, value, dtype=like.dtype, device=array_api_compat.device(like))
+    return xp.zeros(shape, dtype=like.dtype, device=array_api_compat.device(like))
 
 
 def _pooling_windows(

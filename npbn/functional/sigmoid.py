@@ -12,10 +12,10 @@ $x \ge -708.4$ in float64. To the left of that, $y$ is $t$ where it should be sm
 **Backward.** With $u = 1 + e^{-x}$, so that $y = 1/u$,
 
 $$\sigma'(x) = -\frac{1}{u^2} \cdot (-e^{-x}) = \frac{1}{u} \cdot \frac{e^{-x}}{u}
-  = y  (1 - y)$$
+  = y (1 - y)$$
 
 because $e^{-x} / u = (u - 1) / u = 1 - y$. With $dx$ and $dy$ short for the loss's gradients by $x$
-and $y$, the chain rule gives $dx = dy \cdot y  (1 - y)$. The output is all that the backward
+and $y$, the chain rule gives $dx = dy \cdot y (1 - y)$. The output is all that the backward
 pass needs.
 
 **Source.** D. Rumelhart, G. Hinton and R. Williams, "Learning representations by back-propagating
@@ -59,7 +59,7 @@ def sigmoid(x: Array) -> tuple[Array, SigmoidCache]:
 
 
 def sigmoid_backward(dy: Array, cache: SigmoidCache) -> Array:
-    r"""$dx = dy \cdot y  (1 - y)$.
+    r"""$dx = dy \cdot y (1 - y)$.
 
     Args:
         dy: gradient of the loss by y, of the shape of y.

@@ -2,7 +2,7 @@ r"""Is this backward pass the gradient of that forward pass?
 
 For an output $y$ and an upstream gradient $dy$, the element $i$ of the gradient is
 
-$$dx_i = \sum_j dy_j  \frac{\partial y_j}{\partial x_i}$$
+$$dx_i = \sum_j dy_j \frac{\partial y_j}{\partial x_i}$$
 
 whose right side is evaluated numerically (`npbn.verify.numeric`), with a random $dy$. (Never with
 ones: $\sum_j y_j$ of a normalized $y$ does not depend on $x$, so that many wrong gradients would
@@ -11,12 +11,12 @@ pass.)
 **The error** is measured against the size of what the sum is made of,
 
 $$\frac{\max_i |\text{analytic}_i - \text{numeric}_i|}
-  {\max(\max_i |\text{numeric}_i|,  \max_i \sum_j |dy_j  \partial y_j / \partial x_i|)}$$
+  {\max(\max_i |\text{numeric}_i|, \max_i \sum_j |dy_j \partial y_j / \partial x_i|)}$$
 
 because the terms may cancel: the bias of a layer that feeds batch norm has the gradient 0, and what
 is computed for it is the rounding of its terms.
 
-**The bound** comes from the arithmetic. A sum of $n$ rounded terms is off by about $\sqrt{n}  u$
+**The bound** comes from the arithmetic. A sum of $n$ rounded terms is off by about $\sqrt{n} u$
 of their size, with $u$ the unit of rounding. Inputs that are rounded, by $u$ relatively, move the
 gradient by as much as the operation is badly conditioned: that is measured, by doing so. Central
 differences are off by $u^{2/3}$ besides. The bound is 64 times the sum.

@@ -153,6 +153,40 @@ BATCH_NORM = (
     ),
     mutant(
         "batch_norm",
+        "dvar lacks the factor -1/2",
+        "the gradient for the variance lacks the factor -1/2 of the derivative of (v + eps)^(-1/2)",
+        ("variance_term = x_hat", "variance_term = -2 * x_hat"),
+    ),
+    mutant(
+        "batch_norm",
+        "exponent -3/2 without parentheses",
+        "the gradient for the variance has (v + eps)^(-3) / 2: Python raises to a power before it "
+        "divides, so that ** -3/2 must be ** (-3/2)",
+        ("variance_term = x_hat", "variance_term = 0.5 / s**3 * x_hat"),
+    ),
+    mutant(
+        "batch_norm",
+        "moving mean in the backward pass",
+        "the backward pass centres x with the moving mean; the forward pass has used the batch's",
+        ("return y, (x_hat, s,", "return y, ((x - moving_mean) / s, s,"),
+        ("variance_term = x_hat", "variance_term = (x_hat - x_hat.mean(axes, keepdims=True))"),
+    ),
+    mutant(
+        "batch_norm",
+        "all elements counted in dx",
+        "the means in dx are divided by the number of all elements; it must be N, or N·H·W with "
+        "feature maps",
+        ("training, axes, m), (", "training, axes, x.size), ("),
+    ),
+    mutant(
+        "batch_norm",
+        "features counted in dx",
+        "the means in dx are divided by the number of features, shape[1]; they run over the batch, "
+        "shape[0]",
+        ("training, axes, m), (", "training, axes, x.shape[1]), ("),
+    ),
+    mutant(
+        "batch_norm",
         "mean path divided by the batch size only",
         "the term of dx through the mean is divided by N; with feature maps it must be N·H·W",
         (
@@ -238,6 +272,13 @@ BATCH_NORM = (
     ),
     mutant(
         "batch_norm",
+        "moving averages not kept",
+        "the moving averages stay as they are: the new ones are not computed, or not put back",
+        ("momentum * moving_mean + (1 - momentum) * mean", "moving_mean"),
+        ("momentum * moving_var + (1 - momentum) * var", "moving_var"),
+    ),
+    mutant(
+        "batch_norm",
         "batch statistics in prediction",
         "prediction normalizes with the batch's own statistics and moves the averages; it must use "
         "the moving averages",
@@ -316,15 +357,46 @@ BATCH_NORM = (
         "dgamma is the sum of dy; it must be the sum of dy·x_hat",
         ("dgamma = (dy * x_hat).sum", "dgamma = dy.sum"),
     ),
+    mutant(
+        "batch_norm",
+        "dgamma with the factor gamma",
+        "dgamma sums gamma·dy·x_hat; gamma belongs to dx alone",
+        ("dgamma = (dy * x_hat).sum", "dgamma = (dy * gamma * x_hat).sum"),
+    ),
+    mutant(
+        "batch_norm",
+        "dgamma and dbeta swapped",
+        "dgamma and dbeta are right, but returned in the wrong order",
+        ("return dx, dgamma, dbeta", "return dx, dbeta, dgamma"),
+    ),
 )
 
 _WINDOW = "np.tensordot(window, weight, axes=((1, 2, 3), (1, 2, 3)))"
 _DX = "dpadded[:, :, rows, columns] += np.tensordot(dy[:, :, p, q], weight, axes=(1, 0))"
 _DWEIGHT = "dweight += np.tensordot(dy[:, :, p, q], padded[:, :, rows, columns], axes=(0, 0))"
 _ROWS = "rows, columns = slice(p * sh, p * sh + kh), slice(q * sw, q * sw + kw)"
+_OUTPUT = "y = np.empty((n, out, (h - kh) // sh + 1, (w - kw) // sw + 1))"
 _CROP = "dx = dpadded[:, :, ph : h - ph, pw : w - pw]"
 
 CONV2D = (
+    mutant(
+        "conv2d",
+        "output one too small",
+        "the size of the output lacks the + 1: a kernel as large as the image fits once, not never",
+        (_OUTPUT, _OUTPUT.replace(" + 1", "")),
+    ),
+    mutant(
+        "conv2d",
+        "padding on one side only in the size of the output",
+        "the size of the output counts the padding once; it is on both sides",
+        (_OUTPUT, _OUTPUT.replace("h - kh", "h - ph - kh").replace("w - kw", "w - pw - kw")),
+    ),
+    mutant(
+        "conv2d",
+        "width of the output from the height",
+        "the output is made as wide as it is high; its width follows from the image's width",
+        (_OUTPUT, _OUTPUT.replace("(w - kw) // sw", "(h - kh) // sh")),
+    ),
     mutant(
         "conv2d",
         "kernel flipped",
@@ -355,6 +427,12 @@ CONV2D = (
         "padding not cut off dx",
         "dx still has the padding around it",
         (_CROP, "dx = dpadded"),
+    ),
+    mutant(
+        "conv2d",
+        "padding cut off from the end",
+        "dx is cut with [pad:-pad], which is nothing where pad is 0",
+        (_CROP, "dx = dpadded[:, :, ph:-ph, pw:-pw]"),
     ),
     mutant(
         "conv2d",
@@ -397,6 +475,30 @@ CONV2D = (
     ),
     mutant(
         "conv2d",
+        "dx overwritten in the loops",
+        "dx is assigned in the loops over filters and windows, so that the last ones are left; all "
+        "of them must be added",
+        (_DX, "dpadded[:, :, rows, columns] = np.multiply.outer(dy[:, -1, p, q], weight[-1])"),
+    ),
+    mutant(
+        "conv2d",
+        "dweight overwritten",
+        "dweight is assigned in the loop over the windows, so that the last one is left; all of "
+        "them must be added",
+        (_DWEIGHT, _DWEIGHT.replace("+=", "=")),
+    ),
+    mutant(
+        "conv2d",
+        "dweight overwritten in the loops",
+        "dweight is assigned in the loops over examples and windows, so that the last ones are "
+        "left; all of them must be added",
+        (
+            _DWEIGHT,
+            "dweight = np.multiply.outer(dy[-1, :, p, q], padded[-1, :, rows, columns])",
+        ),
+    ),
+    mutant(
+        "conv2d",
         "dbias over the batch only",
         "dbias takes one position of every map; it must sum over batch, height and width",
         ("dbias = dy.sum(axis=(0, 2, 3))", "dbias = dy[:, :, 0, 0].sum(axis=0)"),
@@ -406,6 +508,12 @@ CONV2D = (
         "dbias a mean",
         "dbias is a mean; it must be a sum over batch, height and width",
         ("dbias = dy.sum(axis=(0, 2, 3))", "dbias = dy.mean(axis=(0, 2, 3))"),
+    ),
+    mutant(
+        "conv2d",
+        "dbias divided by the batch size",
+        "dbias is divided by the batch size; it must be a sum, the loss has its 1/N already",
+        ("dbias = dy.sum(axis=(0, 2, 3))", "dbias = dy.sum(axis=(0, 2, 3)) / n"),
     ),
     mutant(
         "conv2d",
@@ -478,6 +586,13 @@ POOLING = (
     ),
     mutant(
         "max_pool2d",
+        "ties shared out",
+        "dy is shared out among all elements that equal the maximum; one of them must get it",
+        ("chosen = np.arange(kh * kw) == first", "chosen = window == window.max(2)[:, :, None]"),
+        ("share = chosen * dy", "share = chosen / chosen.sum(2)[:, :, None] * dy"),
+    ),
+    mutant(
+        "max_pool2d",
         "gradient shared out",
         "dy is shared out over the window, as for an average; the maximum alone must get it",
         ("share = chosen * dy", "share = (chosen * 0 + 1 / (kh * kw)) * dy"),
@@ -487,6 +602,17 @@ POOLING = (
         "overlaps overwritten",
         "where windows overlap, the last one overwrites dx; all of them must be added",
         ("dpadded[:, :, rows, columns] += share", "dpadded[:, :, rows, columns] = share"),
+    ),
+    mutant(
+        "max_pool2d",
+        "maxima overwritten",
+        "where windows overlap and have the same maximum, the last one overwrites dx; all of them "
+        "must be added",
+        (
+            "dpadded[:, :, rows, columns] += share.reshape(n, c, kh, kw)",
+            "np.copyto(dpadded[:, :, rows, columns], share.reshape(n, c, kh, kw),"
+            " where=chosen.reshape(n, c, kh, kw))",
+        ),
     ),
     mutant(
         "max_pool2d",
@@ -562,6 +688,13 @@ OTHERS = (
         "label not subtracted",
         "dlogits is softmax / N; at the label, 1 must be subtracted first",
         ("dlogits[np.arange(n), labels] -= 1", "dlogits[np.arange(n), labels] -= 0"),
+    ),
+    mutant(
+        "softmax_cross_entropy",
+        "labels of the whole batch subtracted",
+        "dlogits[:, labels] -= 1 subtracts from every row at every label; it must be "
+        "dlogits[np.arange(N), labels]",
+        ("dlogits[np.arange(n), labels] -= 1", "dlogits[:, labels] -= 1"),
     ),
     mutant(
         "softmax_cross_entropy",

@@ -2,8 +2,8 @@ r"""Derivatives by evaluating a function, to hold derivatives that somebody deri
 
 **Complex step.** For a function that is analytic near $x$, with a direction $v$ and a tiny $h$,
 
-$$f(x + i h v) = f(x) + i h  f'(x) v - \tfrac{1}{2} h^2 f''(x) v^2 + \dots \qquad\Rightarrow\qquad
-  f'(x) v = \frac{\mathrm{Im}  f(x + i h v)}{h} + O(h^2)$$
+$$f(x + i h v) = f(x) + i h f'(x) v - \tfrac{1}{2} h^2 f''(x) v^2 + \dots \qquad\Rightarrow\qquad
+  f'(x) v = \frac{\mathrm{Im} f(x + i h v)}{h} + O(h^2)$$
 
 Nothing is subtracted, so nothing cancels and $h = 10^{-30}$ can be used: the result is as accurate
 as $f$ itself. It needs code that computes in complex numbers what it computes in real ones: no

@@ -8,15 +8,41 @@ arguments by name, parameters shaped (1, D) or (1, C, 1, 1), and (y, cache, ...)
   (moving_mean, moving_var)``; ``conv2d(x, weight, bias, stride, padding) -> y, cache``;
   ``avg_pool2d(x, kernel_size, stride, padding)``; ``linear(x, weight, bias)``; ``sigmoid(x)``;
   ``softmax_cross_entropy(logits, labels)``. Arguments that it does not have are left out, so
-  ``batch_norm(x, gamma, beta, eps) -> y, cache`` is examined in training mode alone.
-- *course*: course homework. ``batchnorm_forward(x, gamma, beta, bn_param) -> out, cache`` with
-  gamma of shape (D,) and bn_param a dict of "mode" ("train" or "test"), "eps", "momentum" (the
-  fraction kept), "running_mean" and "running_var", which it updates; ``conv_forward(x, w, b,
-  conv_param)`` with "stride" and "pad"; ``max_pool_forward(x, pool_param)`` with "pool_height",
-  "pool_width" and "stride"; ``affine_forward(x, w, b)`` with w of shape (D, out);
-  ``relu_forward(x)``; ``softmax_loss(x, y) -> loss, dx``.
+  ``batch_norm(x, gamma, beta, eps) -> y, cache`` is examined in training mode alone. For x of shape
+  (N, D), gamma is (1, D), and for (N, C, H, W) it is (1, C, 1, 1); who returns dgamma as (D,), and
+  does not look at x.ndim, is examined on (N, D) alone. kernel_size, stride and padding are pairs,
+  which may differ by axis; who takes numbers is examined with those.
+- *course*: course homework. ``batchnorm_forward(x, gamma, beta, bn_param) -> out, cache`` for x of
+  shape (N, D), with gamma of shape (D,) and bn_param a dict of "mode" ("train" or "test"), "eps",
+  "momentum" (the fraction kept), "running_mean" and "running_var", which it updates; backward is
+  examined in training alone. ``conv_forward(x, w, b, conv_param)`` with "stride" and "pad";
+  ``max_pool_forward(x, pool_param)`` with "pool_height", "pool_width" and "stride";
+  ``affine_forward(x, w, b)`` with w of shape (D, out); ``relu_forward(x)``.
 
-In both, ``backward(dy, cache)`` returns the gradients in the order of the arguments.
+In both, ``backward(dy, cache)`` returns the gradients in the order of the arguments. A loss may
+have ``backward(cache)``, or return its gradient at once, as ``softmax_loss(x, y) -> loss, dx``:
+it is forward and backward then, ``softmax_loss,softmax_loss``.
+
+- *any other*, by an adapter of yours: ``adapt(forward, backward)`` gets the two functions, or
+  classes, and returns two in npbn's signature, with the arguments it can use. Where it raises
+  `npbn.verify.UnsupportedError`, nothing is examined. For a class BatchNorm1D(features, eps) with
+  forward(x) and backward(dy), which is to be handed over as ``BatchNorm1D,BatchNorm1D``::
+
+      from npbn.verify import UnsupportedError
+
+      def adapt(forward, backward):
+          def batch_norm(x, gamma, beta, training, eps):
+              if not training:
+                  raise UnsupportedError("prediction is another exercise")
+              layer = forward(gamma.size, eps)
+              layer.gamma, layer.beta = gamma.ravel(), beta.ravel()
+              return layer.forward(x), layer
+
+          def batch_norm_backward(dy, layer):
+              dx = layer.backward(dy)
+              return dx, layer.dgamma, layer.dbeta
+
+          return batch_norm, batch_norm_backward
 """
 
 from __future__ import annotations
@@ -33,46 +59,124 @@ Pair = tuple[Callable[..., Any], Callable[..., Any]]
 
 
 class UnsupportedError(Exception):
-    """The code cannot be run on this probe: its signature has no place for an argument."""
+    """The code is not meant for this probe, as the message says: it is not examined there."""
+
+
+class FindingError(Exception):
+    """What is wrong with what the code returned, in words that follow "it"."""
+
+
+COURSE_ARGUMENTS = {
+    "batch_norm": 4,
+    "conv2d": 4,
+    "avg_pool2d": 2,
+    "max_pool2d": 2,
+    "linear": 3,
+    "sigmoid": 1,
+    "relu": 1,
+    "softmax_cross_entropy": 2,
+}
 
 
 def guess(operation: str, forward: Callable[..., Any]) -> str:
-    """Which signature a forward pass has, by the names of its arguments."""
-    names = list(inspect.signature(forward).parameters)
-    homework = any(name.endswith("_param") for name in names) or names[1:3] == ["w", "b"]
-    softmax = operation == "softmax_cross_entropy" and names[:2] == ["x", "y"]
-    return "course" if homework or softmax else "npbn"
+    """Which signature a forward pass has, by the arguments that it needs."""
+    parameters = inspect.signature(forward).parameters.values()
+    names = [p.name.lower() for p in parameters if p.default is p.empty]
+    if len(names) != COURSE_ARGUMENTS[operation]:
+        return "npbn"
+    homework = names[:3] == ["x", "w", "b"] or names[-1].endswith(("_param", "_params"))
+    softmax = operation == "softmax_cross_entropy" and names[-1] == "y"
+    alone = len(names) == 1  # sigmoid and relu, whatever they call it
+    return "course" if homework or softmax or alone else "npbn"
 
 
 def adapt(
     operation: str, forward: Callable[..., Any], backward: Callable[..., Any], signature: str
 ) -> Pair:
     """The pair in the signature of `npbn.verify.plain`."""
+    if operation == "softmax_cross_entropy":
+        backward = _of_a_loss(forward, backward)
     if signature == "course":
         return _course(operation, forward, backward)
-    return _by_name(operation, forward), backward
+    call = _by_name(forward)
+    if operation == "batch_norm" and "ndim" not in _names(forward):
+        return _vectors_if_flat(call, backward)
+    return call, backward
 
 
-def _by_name(operation: str, forward: Callable[..., Any]) -> Callable[..., Any]:
-    parameters = inspect.signature(forward).parameters
-    anything = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+def _names(function: Callable[..., Any]) -> tuple[str, ...]:
+    """What its code mentions, attributes included."""
+    return getattr(getattr(function, "__code__", None), "co_names", ())
+
+
+def _of_a_loss(forward: Callable[..., Any], backward: Callable[..., Any]) -> Callable[..., Any]:
+    """The backward pass that gets the cache alone."""
+    if backward is forward:
+        return lambda dx: dx  # in place of a cache, softmax_loss has returned the gradient
+    if len(inspect.signature(backward).parameters) == 2:
+        return lambda cache: backward(1.0, cache)
+    return backward
+
+
+def _by_name(forward: Callable[..., Any]) -> Callable[..., Any]:
+    signature = inspect.signature(forward)
+    names = signature.parameters
+    anything = any(p.kind is p.VAR_KEYWORD for p in names.values())
 
     def call(**arguments: Any) -> Any:
-        if not anything:
-            dropped = arguments.keys() - parameters.keys()
-            if "training" in dropped and not arguments["training"]:
-                raise UnsupportedError("it has no prediction mode")
-            if dropped & {"stride", "padding"} and (
-                arguments.get("stride", (1, 1)) != (1, 1) and operation == "conv2d"
-            ):
-                raise UnsupportedError("it has no stride")
-            if "padding" in dropped and arguments["padding"] != (0, 0):
-                raise UnsupportedError("it has no padding")
-            arguments = {k: v for k, v in arguments.items() if k in parameters}
-        result = forward(**arguments)
-        return result if isinstance(result, tuple) else (result, None)
+        taken = {k: v for k, v in arguments.items() if anything or k in names}
+        dropped = arguments.keys() - taken.keys()
+        try:
+            signature.bind(**taken)
+        except TypeError:
+            raise UnsupportedError(
+                f"its arguments ({', '.join(names)}) are not npbn's: try --signature course, or "
+                "--adapter"
+            ) from None
+        if "training" in dropped and not arguments["training"]:
+            raise UnsupportedError("it has no prediction mode")
+        if "stride" in dropped and arguments["stride"] != arguments.get("kernel_size", (1, 1)):
+            raise UnsupportedError("it has no stride")
+        if "padding" in dropped and arguments["padding"] != (0, 0):
+            raise UnsupportedError("it has no padding")
+        try:
+            result = forward(**taken)
+        except TypeError as error:  # for strides, it may want numbers
+            numbers = _numbers(taken)
+            try:
+                result = forward(**numbers)
+            except TypeError:
+                raise error from None
+        return _with_cache(result)
 
     return call
+
+
+def _numbers(arguments: dict[str, Any]) -> dict[str, Any]:
+    """With a number for every pair."""
+    pairs = {name: value for name, value in arguments.items() if isinstance(value, tuple)}
+    if any(height != width for height, width in pairs.values()):
+        raise UnsupportedError("it takes no pairs of unequal numbers")
+    return arguments | {name: height for name, (height, _) in pairs.items()}
+
+
+def _vectors_if_flat(forward: Callable[..., Any], backward: Callable[..., Any]) -> Pair:
+    """Who returns dgamma as (D,), and has not asked for x.ndim, has not meant (N, C, H, W)."""
+    flat = False
+
+    def batch_norm(**arguments: Any) -> Any:
+        if flat and arguments["x"].ndim == 4:
+            raise UnsupportedError("its dgamma is flat, for (N, D)")
+        return forward(**arguments)
+
+    def batch_norm_backward(dy: Any, cache: Any) -> Any:
+        nonlocal flat
+        gradients = backward(dy, cache)
+        if isinstance(gradients, (tuple, list)) and len(gradients) == 3:
+            flat = dy.ndim == 2 and np.ndim(gradients[1]) == 1
+        return gradients
+
+    return batch_norm, batch_norm_backward
 
 
 def _course(operation: str, forward: Callable[..., Any], backward: Callable[..., Any]) -> Pair:
@@ -88,7 +192,8 @@ def _course(operation: str, forward: Callable[..., Any], backward: Callable[...,
             eps: float,
             momentum: float,
         ) -> Any:
-            form = gamma.shape
+            if x.ndim == 4:
+                raise UnsupportedError("homework is for (N, D)")
             parameter = {
                 "mode": "train" if training else "test",
                 "eps": eps,
@@ -96,16 +201,15 @@ def _course(operation: str, forward: Callable[..., Any], backward: Callable[...,
                 "running_mean": moving_mean.ravel().copy(),
                 "running_var": moving_var.ravel().copy(),
             }
-            out, cache = forward(x, gamma.ravel(), beta.ravel(), parameter)
+            out, cache = _with_cache(forward(x, gamma.ravel(), beta.ravel(), parameter))
             moving = (parameter["running_mean"], parameter["running_var"])
-            return out, (cache, form), tuple(np.reshape(m, form) for m in moving)
+            return out, (cache, training), moving
 
         def batch_norm_backward(dy: Any, cache: Any) -> Any:
-            cache, form = cache
-            dx, dgamma, dbeta = backward(dy, cache)
-            if np.size(dgamma) != np.prod(form) or np.size(dbeta) != np.prod(form):
-                return dx, dgamma, dbeta
-            return dx, np.reshape(dgamma, form), np.reshape(dbeta, form)
+            cache, training = cache
+            if not training:
+                raise UnsupportedError("homework has no backward pass in prediction")
+            return backward(dy, cache)
 
         return batch_norm, batch_norm_backward
     if operation == "conv2d":
@@ -113,7 +217,7 @@ def _course(operation: str, forward: Callable[..., Any], backward: Callable[...,
         def conv2d(x: Any, weight: Any, bias: Any, stride: Any, padding: Any) -> Any:
             if stride[0] != stride[1] or padding[0] != padding[1]:
                 raise UnsupportedError("it has one stride and one padding")
-            return forward(x, weight, bias, {"stride": stride[0], "pad": padding[0]})
+            return _with_cache(forward(x, weight, bias, {"stride": stride[0], "pad": padding[0]}))
 
         return conv2d, backward
     if operation in ("avg_pool2d", "max_pool2d"):
@@ -122,19 +226,26 @@ def _course(operation: str, forward: Callable[..., Any], backward: Callable[...,
             if stride[0] != stride[1] or padding != (0, 0):
                 raise UnsupportedError("it has one stride and no padding")
             height, width = kernel_size
-            return forward(x, {"pool_height": height, "pool_width": width, "stride": stride[0]})
+            options = {"pool_height": height, "pool_width": width, "stride": stride[0]}
+            return _with_cache(forward(x, options))
 
         return pool, backward
     if operation == "linear":
 
         def linear(x: Any, weight: Any, bias: Any) -> Any:
-            return forward(x, weight.T.copy(), bias)
+            return _with_cache(forward(x, weight.T.copy(), bias))
 
         def linear_backward(dy: Any, cache: Any) -> Any:
-            dx, dw, db = backward(dy, cache)
-            return dx, np.transpose(dw), db
+            gradients = backward(dy, cache)
+            if isinstance(gradients, (tuple, list)) and len(gradients) == 3:
+                dx, dw, db = gradients
+                return dx, np.transpose(dw), db
+            return gradients
 
         return linear, linear_backward
-    if operation == "softmax_cross_entropy":
-        return lambda logits, labels: forward(logits, labels), lambda cache: cache
-    return forward, backward
+    # The others have one argument, or the logits and the labels, in this order.
+    return lambda **arguments: _with_cache(forward(*arguments.values())), backward
+
+
+def _with_cache(result: Any) -> Any:
+    return result if isinstance(result, (tuple, list)) else (result, None)

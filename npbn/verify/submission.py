@@ -6,12 +6,14 @@ computes comes back as a NumPy archive, which holds arrays and nothing that coul
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import json
 import os
 import subprocess
 import sys
 import tempfile
+import traceback
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -19,8 +21,9 @@ from typing import Any
 
 import numpy as np
 
-from npbn.verify.examination import GRADIENTS, Examination, Outputs, examine, outputs, probes
-from npbn.verify.signatures import Pair, UnsupportedError, adapt, guess
+from npbn.errors import SubmissionError
+from npbn.verify.examination import Examination, Outputs, examine, outputs, probes
+from npbn.verify.signatures import FindingError, UnsupportedError, adapt, guess
 
 
 def examine_file(
@@ -38,20 +41,27 @@ def examine_file(
     Args:
         path: the file.
         forward, backward: names of the functions; the same name twice where the forward pass
-            returns the gradient as well (softmax_loss).
+            returns the gradient as well (softmax_loss), or for a class (with an adapter).
         operation: what they are to be, one of `npbn.verify.examination.OPERATIONS`.
         signature: of `npbn.verify.signatures`, or "auto" to go by the names of the arguments.
-        adapter: "FILE:NAME" of a function (forward, backward) → the pair in npbn's signature, for
-            signatures of your own.
+        adapter: "FILE:FUNCTION" of a function (forward, backward) → the pair in npbn's signature,
+            for signatures of your own; see `npbn.verify.signatures`.
         timeout: seconds for all probes together.
 
     Raises:
-        ValueError: the file does not exist, or the operation is unknown.
+        SubmissionError: it cannot be examined, by no fault of its author: there is no such file,
+            or function, or the adapter does not work.
+        ValueError: the operation is unknown.
     """
     path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"{path} is not a file")
-    names = [probe.name for probe in probes(operation)]
+    if not os.path.isfile(path):
+        raise SubmissionError(f"{path} is not a file")
+    if path.suffix != ".py":
+        raise SubmissionError(f"{path} is no Python file: its name does not end in .py")
+    adapter_file, _, adapter_name = (adapter or "").rpartition(":")
+    if adapter and not os.path.isfile(adapter_file):
+        raise SubmissionError(f"expected FILE:FUNCTION for the adapter, got {adapter!r}")
+    results: dict[str, Outputs | str | UnsupportedError] = {}
     with tempfile.TemporaryDirectory(prefix="npbn-") as directory:
         task = {
             "path": str(path.resolve()),
@@ -59,7 +69,8 @@ def examine_file(
             "backward": backward,
             "operation": operation,
             "signature": signature,
-            "adapter": adapter,
+            "adapter_file": str(Path(adapter_file).resolve()) if adapter else "",
+            "adapter_name": adapter_name,
             "directory": directory,
         }
         command = [sys.executable, "-m", "npbn.verify.submission", json.dumps(task)]
@@ -76,81 +87,123 @@ def examine_file(
             if process.returncode != 0:
                 failure = f"ended its process with exit code {process.returncode}"
         except subprocess.TimeoutExpired:
-            failure = f"was not done after {timeout:.0f} seconds"
-        results: dict[str, Outputs | str | None] = {}
-        for k, name in enumerate(names):
+            failure = f"was not done after {timeout:g} seconds"
+        refused = _told(directory, "refused")
+        if refused:
+            raise SubmissionError(refused)
+        failure = _told(directory, "failed") or failure
+        changed = _told(directory, "changed")
+        for k, probe in enumerate(probes(operation)):
             answer = Path(directory) / f"{k}.npz"
-            message = Path(directory) / f"{k}.txt"
+            unsupported = _told(directory, f"{k}.unsupported")
             if answer.is_file():
                 with np.load(answer, allow_pickle=False) as archive:
-                    results[name] = {key: archive[key] for key in archive.files}
-            elif message.is_file():
-                text = message.read_text(encoding="utf-8")
-                results[name] = None if text == "unsupported" else text
+                    results[probe.name] = dict(archive)
+            elif unsupported:
+                results[probe.name] = UnsupportedError(unsupported)
             else:
-                results[name] = failure
-    return examine(operation, results)
+                results[probe.name] = _told(directory, f"{k}.failed") or failure
+    return examine(operation, results, changed.split())
 
 
-def load(path: str, name: str) -> Callable[..., Any]:
-    """A function of a Python file."""
+def _tell(directory: str, name: str, text: str) -> None:
+    (Path(directory) / f"{name}.txt").write_text(text, "utf-8", "backslashreplace")
+
+
+def _told(directory: str, name: str) -> str:
+    file = Path(directory) / f"{name}.txt"
+    return file.read_text(encoding="utf-8") if file.is_file() else ""
+
+
+def load(path: str) -> Any:
+    """A Python file as a module."""
     spec = importlib.util.spec_from_file_location(Path(path).stem, path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
-    function: Callable[..., Any] = getattr(module, name)
-    return function
+    return module
 
 
 def _main(task: dict[str, Any]) -> None:
     """In the process of its own: run every probe, write what comes out or how it failed."""
     warnings.simplefilter("ignore")
-    directory, operation = Path(task["directory"]), task["operation"]
-    sys.path.insert(0, str(Path(task["path"]).parent))
-    pair: Pair | None = None
-    failure = ""
+    path, operation, directory = task["path"], task["operation"], task["directory"]
+    os.chdir(Path(path).parent)  # where it looks for its files,
+    sys.path.insert(0, str(Path(path).parent))  # and for its modules
+    signature, adapter = task["signature"], task["adapter_file"]
     try:
-        forward, backward = (load(task["path"], task[name]) for name in ("forward", "backward"))
-        if task["adapter"]:
-            file, _, name = task["adapter"].rpartition(":")
-            pair = load(file, name)(forward, backward)
-        else:
-            signature = task["signature"]
-            if signature == "auto":
-                signature = guess(operation, forward)
-            pair = adapt(operation, forward, backward, signature)
+        module = load(path)
     except (Exception, SystemExit) as error:
-        failure = f"cannot be loaded: {_describe(error)}"
+        _tell(directory, "failed", f"cannot be loaded: {_describe(error, path)}")
+        return
+    for function in (task["forward"], task["backward"]):
+        if not callable(getattr(module, function, None)):
+            _tell(directory, "refused", f"{Path(path).name} has no function {function}")
+            return
+    forward, backward = getattr(module, task["forward"]), getattr(module, task["backward"])
+    if adapter:
+        try:
+            forward, backward = getattr(load(adapter), task["adapter_name"])(forward, backward)
+        except (Exception, SystemExit) as error:
+            _tell(directory, "refused", f"the adapter raised {_describe(error, adapter)}")
+            return
+        signature = "npbn"
+    elif signature == "auto":
+        signature = guess(operation, forward)
+    forward, backward = adapt(operation, forward, backward, signature)
+    changed: dict[str, None] = {}
+    forward = _watched(forward, (), changed)
+    backward = _watched(backward, () if operation == "softmax_cross_entropy" else ("dy",), changed)
     for k, probe in enumerate(probes(operation)):
         try:
-            if pair is None:
-                raise _FailureError(failure)
-            found = outputs(operation, pair, probe)
-            arrays: dict[str, Any] = {n: a for n, a in found.items() if a.dtype.kind in "fiub"}
-            missing = set(GRADIENTS[operation]) - arrays.keys()
-            if missing:
-                raise _FailureError(f"returned no numbers for {', '.join(sorted(missing))}")
-            part = directory / f"{k}.part"
+            arrays: dict[str, Any] = outputs(operation, (forward, backward), probe)
+            strange = [name for name, array in arrays.items() if array.dtype.kind not in "fiub"]
+            if strange:
+                raise FindingError(f"returned no numbers for {', '.join(strange)}")
+            part = Path(directory) / f"{k}.part"
             with open(part, "wb") as file:
                 np.savez(file, **arrays)
-            part.replace(directory / f"{k}.npz")
-        except UnsupportedError:
-            (directory / f"{k}.txt").write_text("unsupported", encoding="utf-8")
-        except _FailureError as error:
-            (directory / f"{k}.txt").write_text(str(error), encoding="utf-8")
+            part.replace(Path(directory) / f"{k}.npz")
+            _tell(directory, "changed", " ".join(changed))
+        except UnsupportedError as error:
+            _tell(directory, f"{k}.unsupported", str(error) or "it is not meant for this")
+        except FindingError as error:
+            _tell(directory, f"{k}.failed", str(error))
         except (Exception, SystemExit) as error:
-            text = f"raised {_describe(error)}"
-            (directory / f"{k}.txt").write_text(text, encoding="utf-8")
+            if adapter and _line(error, adapter) and not _line(error, path):
+                _tell(directory, "refused", f"the adapter raised {_describe(error, adapter)}")
+                return
+            _tell(directory, f"{k}.failed", f"raised {_describe(error, path)}")
 
 
-class _FailureError(Exception):
-    """A finding, in words."""
+def _watched(
+    function: Callable[..., Any], names: tuple[str, ...], changed: dict[str, None]
+) -> Callable[..., Any]:
+    """The function, noting which of its arguments it writes into; ``names`` of positional ones."""
+
+    def call(*values: Any, **arguments: Any) -> Any:
+        given = dict(zip(names, values, strict=False)) | arguments
+        before = copy.deepcopy(given)
+        result = function(*values, **arguments)
+        changed.update(
+            (name, None) for name in given if not np.array_equal(given[name], before[name])
+        )
+        return result
+
+    return call
 
 
-def _describe(error: BaseException) -> str:
+def _describe(error: BaseException, path: str) -> str:
     text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+    line = _line(error, path)
+    return type(error).__name__ + f": {text}" * bool(text) + f", line {line}" * (line is not None)
+
+
+def _line(error: BaseException, path: str) -> int | None:
+    """The last line of the file that led to it."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return next((frame.lineno for frame in reversed(frames) if frame.filename == path), None)
 
 
 if __name__ == "__main__":

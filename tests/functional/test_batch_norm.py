@@ -88,6 +88,14 @@ def test_moving_statistics_follow_their_closed_recurrence(momentum, batches):
         np.testing.assert_allclose(found, expected, atol=1e-12)
 
 
+@pytest.mark.parametrize(("momentum", "kept"), [(0, False), (1, True)])
+def test_momentum_can_be_zero_or_one(momentum, kept, rng):
+    x = rng.normal(1, 3, (6, 2))
+    *_, moving = F.batch_norm(x, *parameters(x.shape), training=True, momentum=momentum)
+    batch = x.mean(axis=0, keepdims=True), x.var(axis=0, keepdims=True)
+    np.testing.assert_allclose(moving, parameters(x.shape)[2:] if kept else batch)
+
+
 def test_prediction_uses_the_moving_statistics_and_leaves_them(rng):
     x = rng.normal(size=(3, 2))
     gamma, beta, mean, var = parameters(x.shape, gamma=2, beta=1, mean=0.5, var=4)

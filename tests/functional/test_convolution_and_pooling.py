@@ -86,6 +86,24 @@ def test_results_are_batch_last_in_memory(rng):
         assert array.transpose(1, 2, 3, 0).flags.c_contiguous
 
 
+def test_default_options(rng):
+    x, weight = rng.normal(size=(1, 2, 5, 7)), rng.normal(size=(3, 2, 2, 3))
+    explicit, _ = F.conv2d(x, weight, None, stride=1, padding=0)
+    np.testing.assert_array_equal(F.conv2d(x, weight)[0], explicit)
+    for pool in (F.avg_pool2d, F.max_pool2d):
+        explicit, _ = pool(x, (2, 3), stride=(2, 3), padding=0)
+        np.testing.assert_array_equal(pool(x, (2, 3))[0], explicit)
+
+
+def test_sizes_can_be_numpy_integers(rng):
+    """Of a dtype too narrow for the size of the images, too."""
+    x = rng.normal(size=(1, 1, 300, 300))
+    for pool in (F.avg_pool2d, F.max_pool2d):
+        narrow, _ = pool(x, np.uint8(3), stride=(np.int8(2), np.int8(3)), padding=np.int8(1))
+        y, _ = pool(x, 3, stride=(2, 3), padding=1)
+        np.testing.assert_array_equal(narrow, y)
+
+
 def test_average_counts_padding_and_divides_by_the_whole_window():
     y, _ = F.avg_pool2d(np.ones((1, 1, 2, 2)), 2, padding=1)
     np.testing.assert_array_equal(y, np.full((1, 1, 2, 2), 0.25))
@@ -120,11 +138,20 @@ def test_maximum_of_the_most_negative_numbers():
     assert y[0, 0, 0, 0] == lowest
 
 
+def test_maximum_at_the_last_of_many_places():
+    x = np.zeros((1, 1, 20, 20))
+    x[..., -1, -1] = 1
+    _, cache = F.max_pool2d(x, 20)
+    np.testing.assert_array_equal(F.max_pool2d_backward(np.ones((1, 1, 1, 1)), cache), x)
+
+
 def test_maximum_passes_nan_on():
-    x = np.zeros((1, 1, 2, 4))
-    x[0, 0, 0, 1] = math.nan
+    """From whichever place of the window."""
+    x = np.zeros((1, 1, 2, 10))
+    for window, (i, j) in enumerate(np.ndindex(2, 2)):
+        x[0, 0, i, 2 * window + j] = math.nan
     y, _ = F.max_pool2d(x, 2)
-    np.testing.assert_array_equal(y, [[[[math.nan, 0]]]])
+    np.testing.assert_array_equal(y, [[[[math.nan] * 4 + [0]]]])
 
 
 X = np.zeros((2, 3, 5, 5))
@@ -135,20 +162,28 @@ W = np.zeros((4, 3, 3, 3))
     ("call", "message"),
     [
         (lambda: F.conv2d(X, W[:, :2]), r"expected x of shape \(N, 2, H, W\), got \(2, 3, 5, 5\)"),
+        (lambda: F.conv2d(X[:, :2], W), r"expected x of shape \(N, 3, H, W\), got \(2, 2, 5, 5\)"),
         (lambda: F.conv2d(X[0], W), r"expected x of shape \(N, C, H, W\), .* got \(3, 5, 5\)"),
+        (lambda: F.conv2d(X[None], W), r"expected x of shape \(N, C, H, W\)"),
         (lambda: F.conv2d(X[:0], W), r"not empty, got \(0, 3, 5, 5\)"),
         (lambda: F.conv2d(X, W[0]), r"expected weight of shape \(out, in, kH, kW\)"),
+        (lambda: F.conv2d(X, W[None]), r"expected weight of shape \(out, in, kH, kW\)"),
         (lambda: F.conv2d(X, W, np.zeros(3)), r"expected bias of shape \(4,\), got \(3,\)"),
         (lambda: F.conv2d(X[:, :, :2], W), r"expected images of at least \(3, 3\)"),
         (lambda: F.conv2d(X, W, stride=0), "expected stride as an int >= 1 or a pair.*got 0"),
         (lambda: F.conv2d(X, W, padding=(1, -1)), r"expected padding as an int >= 0.*\(1, -1\)"),
         (lambda: F.conv2d(X, W, stride=(1, 1, 1)), "expected stride"),
+        (lambda: F.conv2d(X, W, stride=(1,)), "expected stride"),
         (lambda: F.conv2d(X, W, stride=1.5), "expected stride"),
         (lambda: F.avg_pool2d(X, 0), "expected kernel_size"),
         (lambda: F.avg_pool2d(X, 2, padding=2), r"at most half the kernel \(2, 2\), got \(2, 2\)"),
+        (lambda: F.max_pool2d(X, 2, padding=(1, 2)), r"at most half the kernel .* got \(1, 2\)"),
         (lambda: F.max_pool2d(X, 6), r"expected images of at least \(6, 6\)"),
         (lambda: F.linear(X, W), r"expected weight of shape \(out, in\)"),
+        (lambda: F.linear(np.ones((2, 5)), np.ones(5)), r"expected weight of shape \(out, in\)"),
+        (lambda: F.linear(np.ones(5), np.ones((4, 5))), r"expected x of shape \(N, 5\)"),
         (lambda: F.linear(np.ones((2, 5, 1)), np.ones((4, 5))), r"expected x of shape \(N, 5\)"),
+        (lambda: F.linear(np.ones((2, 6)), np.ones((4, 5))), r"expected x of shape \(N, 5\)"),
         (lambda: F.linear(np.ones((2, 3)), np.ones((4, 5))), r"expected x of shape \(N, 5\)"),
         (lambda: F.linear(np.ones((2, 5)), np.ones((4, 5)), np.ones(5)), "expected bias"),
     ],

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import textwrap
+
 import pytest
 
-from npbn.verify import examine_file
+from npbn.errors import SubmissionError
+from npbn.verify import examine_file, signatures
 from npbn.verify.mutants import BATCH_NORM, CONV2D, operation_source, source_of
 
 COURSE = """
@@ -38,6 +41,112 @@ def batchnorm_backward(dout, cache):
         return dout * scale, dgamma, dbeta
     m = len(dout)
     return scale * (dout - dbeta / m - x_hat * dgamma / m), dgamma, dbeta
+"""
+
+HOMEWORK = """
+import numpy as np
+
+def batchnorm_forward(x, gamma, beta, bn_param):
+    eps, momentum = bn_param["eps"], bn_param["momentum"]
+    N, D = x.shape
+    running_mean = bn_param.get("running_mean", np.zeros(D))
+    running_var = bn_param.get("running_var", np.zeros(D))
+    out, cache = None, None
+    if bn_param["mode"] == "train":
+        mu, var = x.mean(axis=0), x.var(axis=0)
+        std = np.sqrt(var + eps)
+        xhat = (x - mu) / std
+        out = gamma * xhat + beta
+        running_mean = momentum * running_mean + (1 - momentum) * mu
+        running_var = momentum * running_var + (1 - momentum) * var
+        cache = (x, xhat, gamma, mu, var, std, eps, running_mean)
+    elif bn_param["mode"] == "test":
+        out = gamma * (x - running_mean) / np.sqrt(running_var + eps) + beta
+    bn_param["running_mean"], bn_param["running_var"] = running_mean, running_var
+    return out, cache
+
+def batchnorm_backward(dout, cache):
+    x, xhat, gamma, mu, var, std, eps, running_mean = cache
+    N = dout.shape[0]
+    dbeta = dout.sum(axis=0)
+    dgamma = (dout * xhat).sum(axis=0)
+    dx = gamma / (N * std) * (N * dout - dbeta - xhat * dgamma)
+    return dx, dgamma, dbeta
+"""
+HOMEWORK_NAMES = ("batchnorm_forward", "batchnorm_backward")
+DX = "dx = gamma / (N * std) * (N * dout - dbeta - xhat * dgamma)"
+STAGED = """
+    dxhat = dout * gamma
+    dvar = np.sum(dxhat * (x - mu) * -0.5 * (var + eps) ** -1.5, axis=0)
+    dmu = np.sum(-dxhat / std, axis=0) + dvar * np.mean(-2 * (x - mu), axis=0)
+    dx = dxhat / std + dvar * 2 * (x - mu) / N + dmu / N
+"""
+
+CONV = """
+import numpy as np
+
+def conv_forward(x, w, b, conv_param):
+    stride, pad = conv_param["stride"], conv_param["pad"]
+    N, C, H, W = x.shape
+    F, _, HH, WW = w.shape
+    H_out = 1 + (H + 2 * pad - HH) // stride
+    W_out = 1 + (W + 2 * pad - WW) // stride
+    xp = np.pad(x, ((0, 0), (0, 0), (pad, pad), (pad, pad)))
+    out = np.zeros((N, F, H_out, W_out))
+    for n, f, i, j in np.ndindex(out.shape):
+        window = xp[n, :, i * stride:i * stride + HH, j * stride:j * stride + WW]
+        out[n, f, i, j] = np.sum(window * w[f]) + b[f]
+    return out, (x, w, b, conv_param)
+
+def conv_backward(dout, cache):
+    x, w, b, conv_param = cache
+    stride, pad = conv_param["stride"], conv_param["pad"]
+    N, C, H, W = x.shape
+    F, _, HH, WW = w.shape
+    xp = np.pad(x, ((0, 0), (0, 0), (pad, pad), (pad, pad)))
+    dxp, dw = np.zeros_like(xp), np.zeros_like(w)
+    db = np.sum(dout, axis=(0, 2, 3))
+    for n, f, i, j in np.ndindex(dout.shape):
+        rows = slice(i * stride, i * stride + HH)
+        columns = slice(j * stride, j * stride + WW)
+        dw[f] += dout[n, f, i, j] * xp[n, :, rows, columns]
+        dxp[n, :, rows, columns] += dout[n, f, i, j] * w[f]
+    dx = dxp[:, :, pad:pad + H, pad:pad + W]
+    return dx, dw, db
+"""
+CONV_NAMES = ("conv_forward", "conv_backward")
+
+SOFTMAX = """
+import numpy as np
+
+def softmax_loss(x, y):
+    shifted = x - np.max(x, axis=1, keepdims=True)
+    log_p = shifted - np.log(np.sum(np.exp(shifted), axis=1, keepdims=True))
+    N = len(y)
+    dx = np.exp(log_p)
+    dx[np.arange(N), y] -= 1
+    return -np.sum(log_p[np.arange(N), y]) / N, dx / N
+"""
+
+POOL = """
+import numpy as np
+
+def max_pool_forward(x, pool_param):
+    ph, pw, s = pool_param["pool_height"], pool_param["pool_width"], pool_param["stride"]
+    N, C, H, W = x.shape
+    out = np.zeros((N, C, (H - ph) // s + 1, (W - pw) // s + 1))
+    for n, c, i, j in np.ndindex(out.shape):
+        out[n, c, i, j] = x[n, c, i * s:i * s + ph, j * s:j * s + pw].max()
+    return out, (x, ph, pw, s)
+
+def max_pool_backward(dout, cache):
+    x, ph, pw, s = cache
+    dx = np.zeros_like(x)
+    for n, c, i, j in np.ndindex(dout.shape):
+        window = x[n, c, i * s:i * s + ph, j * s:j * s + pw]
+        a, b = np.unravel_index(window.argmax(), window.shape)
+        dx[n, c, i * s + a, j * s + b] += dout[n, c, i, j]
+    return dx
 """
 
 LOOPS = '''
@@ -89,6 +198,17 @@ def examined(tmp_path, source, names, operation="batch_norm", **options):
     return examine_file(path, *names, operation, **options)
 
 
+def changed(source, *changes):
+    for old, new in changes:
+        assert source.count(old) == 1, old
+        source = source.replace(old, new)
+    return source
+
+
+def names_of(result) -> set[str]:
+    return {entry.name for combination in result.mistakes for entry in combination}
+
+
 def test_right_in_three_styles(tmp_path):
     """Closed form as course homework, node by node, and loops over the Jacobian."""
     names = ("batchnorm_forward", "batchnorm_backward")
@@ -106,8 +226,8 @@ def test_what_it_cannot_do_is_said(tmp_path):
         "    gammas, betas =", "    if x.ndim == 4: raise SystemExit\n    gammas, betas ="
     )
     result = examined(tmp_path, vectors_only, ("forward", "backward"))
-    assert "it raised SystemExit (training, (N, C, H, W))" in str(result)
-    assert len(result.complaints) == 1
+    assert result.complaints == ("it raised SystemExit, line 9 (training, (N, C, H, W))",)
+    assert result.wrong == () and "none of the mistakes" not in str(result)
 
 
 @pytest.mark.parametrize("entry", BATCH_NORM + CONV2D, ids=lambda entry: entry.name)
@@ -141,8 +261,7 @@ def test_of_two_mistakes_in_a_file_at_least_one_is_named(catalogue, one, other, 
     names = (operation, f"{operation}_backward")
     result = examined(tmp_path, source_of(pair), names, operation)
     assert result.verdict == "wrong"
-    named = {entry.name for combination in result.mistakes for entry in combination}
-    assert named & {one, other}, str(result)
+    assert names_of(result) & {one, other}, str(result)
 
 
 def test_two_mistakes_that_no_pair_of_the_catalogue_equals(tmp_path):
@@ -152,8 +271,7 @@ def test_two_mistakes_that_no_pair_of_the_catalogue_equals(tmp_path):
         "return scale * (dout - x_hat * dgamma / m), dgamma, dbeta / m",
     )
     result = examined(tmp_path, source, ("batchnorm_forward", "batchnorm_backward"))
-    named = {entry.name for combination in result.mistakes for entry in combination}
-    assert named == {"without the mean path", "dbeta a mean"}
+    assert names_of(result) == {"without the mean path", "dbeta a mean"}
 
 
 @pytest.mark.parametrize(
@@ -163,26 +281,238 @@ def test_two_mistakes_that_no_pair_of_the_catalogue_equals(tmp_path):
         ("import os; os.abort()", "ended its process with exit code"),
         ("return dy.no_such_thing", "raised AttributeError"),
         ("raise SystemExit(0)", "raised SystemExit"),
-        ("return dy, dy", "expected 3 gradients (dx, dgamma, dbeta)"),
-        ("return dy.T, dy, dy", "dx has the shape"),
-        ("return dy * float('nan'), dy, dy", "is nan, expected"),
-        ("return 'a', 'b', 'c'", "returned no numbers for"),
-        ("print('noise'); return None", "expected 3 gradients"),
+        ("return dy, dy", "returned 2 from backward, expected 3 gradients (dx, dgamma, dbeta)"),
+        ("return 'a', 'b', 'c'", "returned no numbers for dx, dgamma, dbeta"),
+        ("print('noise'); return None", "returned None from backward"),
     ],
 )
-def test_what_goes_wrong_is_a_finding(body, finding, tmp_path):
+def test_what_cannot_be_run_is_a_finding(body, finding, tmp_path):
     plain = operation_source("batch_norm").split("def batch_norm_backward", 1)[0]
     source = f"{plain}def batch_norm_backward(dy, cache):\n    {body}\n"
     result = examined(tmp_path, source, ("batch_norm", "batch_norm_backward"), timeout=3)
+    assert result.verdict == "could not be run"
+    assert str(result).startswith(f"batch_norm could not be run.\n  it {finding}")
+    assert "training" not in str(result) and "none of the mistakes" not in str(result)
+
+
+@pytest.mark.parametrize(
+    ("body", "finding"),
+    [
+        ("return dy.T, dy, dy", "dx has the shape"),
+        ("return dy * float('nan'), dy, dy", "is nan, expected"),
+    ],
+)
+def test_strange_numbers_are_a_finding(body, finding, tmp_path):
+    plain = operation_source("batch_norm").split("def batch_norm_backward", 1)[0]
+    source = f"{plain}def batch_norm_backward(dy, cache):\n    {body}\n"
+    result = examined(tmp_path, source, ("batch_norm", "batch_norm_backward"))
     assert result.verdict == "wrong"
     assert finding in str(result)
 
 
 def test_what_cannot_be_loaded_is_a_finding(tmp_path):
     result = examined(tmp_path, "def broken(:", ("a", "b"))
-    assert result.verdict == "wrong" and "cannot be loaded: SyntaxError" in str(result)
-    result = examined(tmp_path, "x = 1", ("a", "b"))
-    assert "cannot be loaded: AttributeError" in str(result)
+    assert result.verdict == "could not be run"
+    assert "it cannot be loaded: SyntaxError: invalid syntax (homework.py, line 1)" in str(result)
+    result = examined(tmp_path, "import numpy\nnumpy.load('no.npy')", ("a", "b"))
+    assert result.complaints[0].endswith(", line 2")
+    assert "training" not in str(result) and "none of the mistakes" not in str(result)
+
+
+def test_where_it_failed_is_said(tmp_path):
+    source = changed(HOMEWORK, ("    N = dout.shape[0]", "    N = dout.shape[2]"))
+    result = examined(tmp_path, source, HOMEWORK_NAMES)
+    assert "IndexError: tuple index out of range, line 25 (training, (N, D))" in str(result)
+
+
+@pytest.mark.parametrize("dx", [DX, STAGED], ids=["closed form", "staged"])
+def test_homework_for_vectors_is_right(dx, tmp_path):
+    """For (N, D), with a backward pass for training alone; what is not examined is said."""
+    result = examined(tmp_path, changed(HOMEWORK, (DX, dx)), HOMEWORK_NAMES)
+    assert result.verdict == "right", str(result)
+    assert "as homework is for (N, D): training, (N, C, H, W); prediction" in str(result)
+    assert "dx, dgamma, dbeta not examined: prediction, (N, D)" in str(result)
+
+
+def test_prediction_is_examined_in_homework(tmp_path):
+    todo = changed(HOMEWORK, ("out = gamma * (x - running_mean)", "pass  # gamma * (x)"))
+    result = examined(tmp_path, todo, HOMEWORK_NAMES)
+    assert "it returned None from forward (prediction, (N, D))" in str(result)
+    beta = changed(HOMEWORK, ("np.sqrt(running_var + eps) + beta", "np.sqrt(running_var + eps)"))
+    result = examined(tmp_path, beta, HOMEWORK_NAMES)
+    assert result.verdict == "wrong" and result.wrong == ("y",)
+    assert result.right == ("moving_mean", "moving_var", "dx", "dgamma", "dbeta")
+
+
+BN, C2 = ("batch_norm", HOMEWORK, HOMEWORK_NAMES), ("conv2d", CONV, CONV_NAMES)
+MP = ("max_pool2d", POOL, ("max_pool_forward", "max_pool_backward"))
+SM = ("softmax_cross_entropy", SOFTMAX, ("softmax_loss", "softmax_loss"))
+
+
+@pytest.mark.parametrize(("operation", "source", "names"), [BN, C2, MP, SM])
+def test_homework_is_right(operation, source, names, tmp_path):
+    result = examined(tmp_path, source, names, operation)
+    assert result.verdict == "right", str(result)
+
+
+MOVED = STAGED.replace("mu)", "running_mean)")
+MOVED += "    dgamma = np.sum(dout * (x - running_mean) / std, axis=0)"
+
+
+@pytest.mark.parametrize(
+    ("homework", "old", "new", "mistakes"),
+    [
+        (BN, DX, STAGED.replace("* -0.5 ", ""), ["dvar lacks the factor -1/2"]),
+        (BN, DX, STAGED.replace("-1.5", "-3/2"), ["exponent -3/2 without parentheses"]),
+        (BN, DX, MOVED, ["moving mean in the backward pass"]),
+        (BN, "N = dout.shape[0]", "N = dout.size", ["all elements counted in dx"]),
+        (BN, "N = dout.shape[0]", "N = dout.shape[1]", ["features counted in dx"]),
+        (BN, "return dx, dgamma", "return dx, gamma * dgamma", ["dgamma with the factor gamma"]),
+        (BN, "return dx, dgamma, dbeta", "return dx, dbeta, dgamma", ["dgamma and dbeta swapped"]),
+        (BN, "] = running_mean, running_var", "]", ["moving averages not kept"]),
+        (
+            BN,
+            "gamma / (N * std)",
+            "1 / (N * np.sqrt(var))",
+            ["eps left out of the backward pass", "gamma forgotten in dx"],
+        ),
+        (C2, "1 + (", "(", ["output one too small"]),
+        (C2, "2 * pad", "pad", ["padding on one side only in the size of the output"]),
+        (C2, "W + 2 * pad - WW", "H + 2 * pad - HH", ["width of the output from the height"]),
+        (C2, "pad:pad + H, pad:pad + W", "pad:-pad, pad:-pad", ["padding cut off from the end"]),
+        (C2, "axis=(0, 2, 3))", "axis=(0, 2, 3)) / N", ["dbias divided by the batch size"]),
+        (C2, "dw[f] +=", "dw[f] =", ["dweight overwritten in the loops"]),
+        (C2, "columns] += dout", "columns] = dout", ["dx overwritten in the loops"]),
+        (C2, "in np.ndindex(out.shape)", "in np.ndindex(N, N, *out.shape[2:])", []),
+        (C2, "1 + (H + 2 * pad - HH) // stride", "1 - (HH - H - 2 * pad) // stride", []),
+        (MP, "] += dout", "] = dout", ["maxima overwritten"]),
+        (SM, "dx[np.arange(N), y] -= 1", "dx[:, y] -= 1", ["labels of the whole batch subtracted"]),
+    ],
+)
+def test_mistakes_in_homework_are_named(homework, old, new, mistakes, tmp_path):
+    """Those of one class, as they were made; without a name where the catalogue has none."""
+    operation, source, names = homework
+    assert old in source
+    result = examined(tmp_path, source.replace(old, new), names, operation)
+    assert result.verdict == "wrong", str(result)
+    assert set(mistakes) == names_of(result), str(result)
+
+
+def test_a_probe_that_fails_does_not_hide_the_mistakes(tmp_path):
+    """Two of them in the same output, and feature maps that it cannot take."""
+    entries = [e for e in BATCH_NORM if e.name in ("mean path as a sum", "gamma forgotten in dx")]
+    source = source_of(entries).replace("    axes =", "    n, d = x.shape\n    axes =")
+    result = examined(tmp_path, source, ("batch_norm", "batch_norm_backward"))
+    assert "it raised ValueError: too many values to unpack" in str(result)
+    assert tuple(entries) in result.mistakes or tuple(entries[::-1]) in result.mistakes
+
+
+def test_three_mistakes_are_explained_output_by_output(tmp_path):
+    entries = [
+        e
+        for e in BATCH_NORM
+        if e.name in ("mean path as a sum", "gamma forgotten in dx", "dgamma a mean")
+    ]
+    result = examined(tmp_path, source_of(entries), ("batch_norm", "batch_norm_backward"))
+    assert names_of(result) == {entry.name for entry in entries}
+
+
+FLAT = """
+import numpy as np
+
+def batchnorm_forward(x, gamma, beta, eps=1e-5):
+    mu, var = np.mean(x, axis=0), np.var(x, axis=0)
+    xhat = (x - mu) / np.sqrt(var + eps)
+    return gamma * xhat + beta, (xhat, gamma, var, eps)
+
+def batchnorm_backward(dout, cache):
+    xhat, gamma, var, eps = cache
+    N = dout.shape[0]
+    dgamma, dbeta = np.sum(dout * xhat, axis=0), np.sum(dout, axis=0)
+    return gamma / np.sqrt(var + eps) / N * (N * dout - dbeta - xhat * dgamma), dgamma, dbeta
+"""
+PAIR = """
+def forward(logits, labels): return softmax_loss(logits, labels)
+
+def backward(dy, cache): return cache
+"""
+NUMBERS = """
+def conv2d(x, weight, bias, stride, padding):
+    return conv_forward(x, weight, bias, {"stride": stride, "pad": 1 * padding + 0})
+"""
+
+
+@pytest.mark.parametrize(
+    ("homework", "old", "new", "verdict"),
+    [
+        ((BN[0], FLAT, HOMEWORK_NAMES), "", "", "right"),
+        (BN, "bn_param", "bn_params", "right"),
+        (C2, "conv_forward(x, w, b, conv_param):", "conv_forward(X, W, b, Conv_Params):\n"
+         "    x, w, conv_param = X, W, Conv_Params", "right"),
+        (C2, "conv_forward(x, w, b, conv_param):", "conv_forward(x, w, b, stride=1, pad=0):\n"
+         "    conv_param = {'stride': stride, 'pad': pad}", "undecided"),
+        (C2, "forward(x, w, b, conv_param):", "forward(A, W, b, hparams):\n    0 / 0", "undecided"),
+        (BN, "forward(x, gamma, beta, bn_param)", "forward(input, weight, bias, training=True)",
+         "undecided"),
+        (SM, "(x, y):\n", "(scores, y):\n    x = scores\n", "right"),
+        ((SM[0], SOFTMAX + PAIR, ("forward", "backward")), "", "", "right"),
+        ((C2[0], CONV + NUMBERS, ("conv2d", "conv_backward")), "", "", "right"),
+    ],
+)  # fmt: skip
+def test_signatures_that_people_use(homework, old, new, verdict, tmp_path):
+    operation, source, names = homework
+    result = examined(tmp_path, source.replace(old, new) if old else source, names, operation)
+    assert result.verdict == verdict, str(result)
+    if verdict == "undecided":
+        assert "not npbn's: try --signature course, or --adapter" in str(result)
+
+
+def test_who_asks_for_ndim_is_examined_on_feature_maps(tmp_path):
+    source = changed(FLAT, ("    mu, var =", "    x.ndim\n    mu, var ="))
+    result = examined(tmp_path, source, HOMEWORK_NAMES)
+    assert result.verdict == "wrong" and "(training, (N, C, H, W))" in str(result)
+    result = examined(tmp_path, FLAT, HOMEWORK_NAMES)
+    assert "not examined, as its dgamma is flat, for (N, D): training, (N, C, H" in str(result)
+
+
+def test_a_file_is_run_once_in_its_own_folder(tmp_path):
+    """So that its globals are one, and its data and its modules are found."""
+    (tmp_path / "params.txt").write_text("1")
+    (tmp_path / "helpers.py").write_text("def both(x): return x.mean(0), x.var(0)")
+    source = changed(
+        HOMEWORK,
+        ("import numpy as np", "import numpy as np\nfrom helpers import both\nsaved = {}\n"
+         "open('params.txt').read()\nopen('loads.log', 'a').write('once')"),
+        ("x.mean(axis=0), x.var(axis=0)", "both(x)"),
+        ("return out, cache", "saved['cache'] = cache\n    return out, None"),
+        ("gamma, mu, var, std, eps, running_mean = cache",
+         "gamma, mu, var, std, eps, running_mean = saved['cache']"),
+    )  # fmt: skip
+    result = examined(tmp_path, source, HOMEWORK_NAMES)
+    assert result.verdict == "right", str(result)
+    assert (tmp_path / "loads.log").read_text() == "once"
+
+
+def test_arguments_that_are_written_into_are_noted(tmp_path):
+    result = examined(tmp_path, HOMEWORK, HOMEWORK_NAMES)
+    assert "changes" not in str(result)
+    source = changed(
+        HOMEWORK,
+        ("        xhat = (x - mu) / std", "        x -= mu\n        xhat = x / std"),
+        ("    return dx,", "    dout *= 0\n    return dx,"),
+    )
+    result = examined(tmp_path, source, HOMEWORK_NAMES)
+    assert result.verdict == "right"
+    assert result.notes[:2] == ("it changes its argument x", "it changes its argument dy")
+
+
+def test_beside_a_mistake_float32_is_no_news(tmp_path):
+    source = changed(
+        HOMEWORK, ("    N, D =", "    x = x.astype(np.float32)\n    N, D ="), (DX, MOVED)
+    )
+    result = examined(tmp_path, source, HOMEWORK_NAMES)
+    assert names_of(result) == {"moving mean in the backward pass"}, str(result)
+    assert result.wrong == ("dx", "dgamma") and len(result.complaints) == 2
 
 
 def test_float32_is_undecided(tmp_path):
@@ -209,9 +539,62 @@ def test_an_adapter_for_a_signature_of_your_own(tmp_path):
     assert result.verdict == "right", str(result)
 
 
-def test_errors(tmp_path):
-    with pytest.raises(ValueError, match="is not a file"):
+CLASS = """
+class BatchNorm1D:
+    def __init__(self, features, eps):
+        self.eps = eps
+
+    def forward(self, x):
+        y, self.cache = batchnorm_forward(x, self.gamma, self.beta, self.eps)
+        return y
+
+    def backward(self, dy):
+        dx, self.dgamma, self.dbeta = batchnorm_backward(dy, self.cache)
+        return dx
+"""
+
+
+def test_the_adapter_of_the_help_is_for_a_class(tmp_path):
+    example = (signatures.__doc__ or "").split("::\n\n")[-1]
+    (tmp_path / "adapter.py").write_text(textwrap.dedent(example))
+    adapter, names = f"{tmp_path / 'adapter.py'}:adapt", ("BatchNorm1D", "BatchNorm1D")
+    result = examined(tmp_path, FLAT + CLASS, names, adapter=adapter)
+    assert result.verdict == "right", str(result)
+    assert "not examined, as prediction is another exercise: prediction, (N, D)" in str(result)
+
+
+@pytest.mark.parametrize(
+    ("adapter", "finding"),
+    [
+        ("no.py:adapt", "expected FILE:FUNCTION for the adapter, got 'no.py:adapt'"),
+        ("adapter.py", "expected FILE:FUNCTION for the adapter, got 'adapter.py'"),
+        ("adapter.py:wrong", "the adapter raised AttributeError: .* no attribute 'wrong'"),
+        ("adapter.py:broken", "the adapter raised ZeroDivisionError: division by zero, line 2"),
+        ("adapter.py:breaks", "the adapter raised ZeroDivisionError: division by zero, line 6"),
+    ],
+)
+def test_what_is_wrong_with_the_adapter_is_no_finding(adapter, finding, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "adapter.py").write_text(
+        "def broken(forward, backward):\n    1 / 0\n"
+        "def breaks(forward, backward):\n"
+        "    def mine(x, gamma, beta):\n"
+        "        y, cache = forward(x, gamma, beta)\n"
+        "        return 1 / 0\n"
+        "    return mine, backward\n"
+    )
+    with pytest.raises(SubmissionError, match=finding):
+        examined(tmp_path, FLAT, HOMEWORK_NAMES, adapter=adapter)
+
+
+def test_what_cannot_be_examined_by_no_fault_of_its_author(tmp_path):
+    with pytest.raises(SubmissionError, match="is not a file"):
         examine_file(tmp_path / "no.py", "a", "b", "relu")
+    (tmp_path / "homework.ipynb").write_text("{}")
+    with pytest.raises(SubmissionError, match=r"is no Python file: its name does not end in \.py"):
+        examine_file(tmp_path / "homework.ipynb", "a", "b", "relu")
+    with pytest.raises(SubmissionError, match=r"homework\.py has no function backwrd"):
+        examined(tmp_path, "def forward(x): pass", ("forward", "backwrd"))
 
 
 COURSE_OTHERS = """

@@ -1,0 +1,127 @@
+"""What the lessons share: their options, their pictures, and arrays in print.
+
+A lesson is a Python file in cells (``# %%``). It opens as a notebook in VS Code and, with jupytext,
+in Jupyter, where its pictures appear below their cells. It also runs as a script, which saves them:
+
+    python scripts/lessons/1_batch_norm_by_hand.py [--quick] [--pictures DIR]
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import signal
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# Okabe and Ito's, which the colour-blind can tell apart, too.
+BLUE, ORANGE, GREEN = "#0072B2", "#E69F00", "#009E73"
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """How the lesson was started.
+
+    Attributes:
+        quick: measure less; everything is still shown and checked.
+        pictures: the folder into which pictures are saved, if any.
+    """
+
+    quick: bool = False
+    pictures: Path | None = None
+
+    def show(self, figure: Figure, name: str) -> None:
+        """Show a finished picture in a notebook; as a script, save it where that is wanted."""
+        import matplotlib.pyplot as plt
+
+        if _in_notebook():
+            plt.show()
+        elif self.pictures is None:
+            print(f"picture: {name} (--pictures DIR saves it)")
+        else:
+            path = self.pictures / f"{Path(sys.argv[0]).stem}-{name}.png"
+            figure.savefig(path, dpi=120, bbox_inches="tight")
+            print(f"picture: {path}")
+        plt.close(figure)
+
+
+def start() -> Lesson:
+    """The lesson's options, as a script; ends with one clear line where something is missing."""
+    lesson = Lesson() if _in_notebook() else _from_command_line()
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # at first, it reports on its fonts
+    import matplotlib.pyplot as plt
+
+    if not _in_notebook():
+        plt.switch_backend("Agg")
+    plt.rcParams.update({"figure.constrained_layout.use": True, "axes.titlesize": "medium"})
+    return lesson
+
+
+def print_arrays(**arrays: Any) -> None:
+    """Each array after its name."""
+    import numpy as np
+
+    for name, array in arrays.items():
+        rounded = np.round(array, 4)
+        rounded = np.where(rounded == 0, 0, rounded)  # not -0.
+        start = f"{name} = "
+        print(start + np.array2string(rounded, prefix=start, floatmode="maxprec_equal"))
+
+
+def draw_matrix(
+    axes: Axes, matrix: Any, title: str, *, numbers: bool = True, largest: float | None = None
+) -> None:
+    """A matrix as an image, green below 0, white at 0, brown above, with its numbers.
+
+    The colours reach up to ``largest``, or to the matrix's own largest number.
+    """
+    import numpy as np
+
+    matrix = np.asarray(matrix)
+    limit = 1.6 * float(np.max(np.abs(matrix)) if largest is None else largest)
+    axes.imshow(matrix, cmap="BrBG_r", vmin=-limit, vmax=limit)  # not as dark as the numbers
+    axes.set_title(title)
+    axes.set_xticks(np.arange(matrix.shape[1] + 1) - 0.5, labels=[])
+    axes.set_yticks(np.arange(matrix.shape[0] + 1) - 0.5, labels=[])
+    axes.tick_params(length=0)
+    axes.grid(color="0.7", linewidth=0.5)
+    if numbers:
+        for (row, column), value in np.ndenumerate(np.round(matrix, 2) + 0.0):
+            axes.text(column, row, f"{value:g}", ha="center", va="center")
+
+
+def _in_notebook() -> bool:
+    return "ipykernel" in sys.modules
+
+
+def _from_command_line() -> Lesson:
+    sys.path.insert(0, str(Path(__file__).parent.parent))
+    from _command_line import ArgumentParser, check_installation
+
+    check_installation()
+    if hasattr(signal, "SIGPIPE"):  # end in silence when nobody reads any more, as in `| head`
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    parser = ArgumentParser(
+        description="A lesson, run as a script: prints its numbers and fails if a claim is wrong."
+    )
+    parser.add_argument("--quick", action="store_true", help="measure less: done in seconds")
+    parser.add_argument(
+        "--pictures", type=Path, metavar="DIR", help="save the pictures in DIR, as PNG"
+    )
+    options = parser.parse_args()
+    if importlib.util.find_spec("matplotlib") is None:
+        parser.exit(
+            2, "not installed: matplotlib; in npbn's directory: pip install -e '.[plots]'\n"
+        )
+    if options.pictures is not None:
+        try:
+            options.pictures.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            parser.error(f"cannot save pictures in {options.pictures}: {error.strerror}")
+    return Lesson(options.quick, options.pictures)

@@ -1,0 +1,285 @@
+"""The folder of a run: whole or not there, and what happens if a part of it is not what it was."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from commands import assert_refused
+from disks import contents, unchanged
+from npbn.errors import CheckpointError
+from npbn.runs import Run
+
+CONFIG = {"epochs": 3, "lr": 0.1, "data": None, "name": "é"}
+ENVIRONMENT = {"npbn": "0.1.0"}
+ARRAYS = {"model.w": np.arange(6.0)}
+
+
+def create(path: Path, config=CONFIG, **options) -> Run:
+    start = ({"number": 0}, ARRAYS, {"epoch": 0})
+    return Run.create(path, config, ENVIRONMENT, start, **options)
+
+
+def go_on(run: Run, epoch: int) -> None:
+    run.append({"number": epoch})
+    run.save({"model.w": np.arange(6.0) + epoch}, {"epoch": epoch}, best=epoch == 1)
+
+
+@pytest.fixture
+def run(tmp_path) -> Run:
+    """Of two epochs, the first of them the better one."""
+    run = create(tmp_path / "run")
+    go_on(run, 1)
+    go_on(run, 2)
+    return run
+
+
+def test_what_was_written_is_read(run, tmp_path):
+    found = Run.open(tmp_path / "run")
+    assert (found.path, found.config, found.environment()) == (run.path, CONFIG, ENVIRONMENT)
+    assert [line["number"] for line in found.records()] == [0, 1, 2]
+    for which, epoch in (("last", 2), ("best", 1)):
+        arrays, record = found.load(which)
+        np.testing.assert_array_equal(arrays["model.w"], np.arange(6.0) + epoch)
+        assert record["epoch"] == epoch
+    assert list(tmp_path.iterdir()) == [run.path]
+
+
+def test_a_new_run_has_a_checkpoint_at_once_and_folders_above_are_made(tmp_path):
+    run = create(tmp_path / "a" / "b" / "run")
+    assert run.load()[1]["epoch"] == 0
+    assert set(contents(tmp_path / "a" / "b")) == {"run"} | {
+        f"run/{name}"
+        for name in ("config.json", "environment.json", "metrics.jsonl", "last.safetensors")
+    }
+
+
+def test_a_run_is_overwritten_only_if_asked_for(run, tmp_path):
+    other = CONFIG | {"epochs": 9}
+    with unchanged(tmp_path), pytest.raises(CheckpointError, match="run exists; choose another"):
+        create(run.path, other)
+    assert create(run.path, other, overwrite=True).config == other
+    assert Run.open(run.path).config == other
+    assert not (run.path / "best.safetensors").exists()  # which was the other run's
+    assert list(tmp_path.iterdir()) == [run.path]
+    assert create(tmp_path / "new", overwrite=True).load()
+
+
+@pytest.mark.parametrize("what", ["file", "empty folder", "project", "link to nowhere"])
+def test_what_is_no_run_is_never_overwritten(what, tmp_path):
+    path = tmp_path / "run"
+    if what == "file":
+        path.write_text("precious")
+    elif what == "link to nowhere":
+        path.symlink_to("nowhere")
+    else:
+        path.mkdir()
+        if what == "project":  # many have a file of that name
+            (path / "config.json").write_text("{}")
+            (path / "precious").write_text("precious")
+    with unchanged(tmp_path):
+        with pytest.raises(CheckpointError, match="run exists; choose another name"):
+            create(path)
+        with pytest.raises(CheckpointError, match="run is not a run, and will not be overwritten"):
+            create(path, overwrite=True)
+    assert os.path.lexists(path)
+
+
+@pytest.mark.parametrize("name", ["file/run", "a" * 300])
+def test_a_folder_that_cannot_be_made(name, tmp_path):
+    (tmp_path / "file").write_text("")
+    with unchanged(tmp_path), pytest.raises(CheckpointError, match="cannot be written: "):
+        create(tmp_path / name)
+
+
+@pytest.mark.parametrize("step", ["mkdir", "fsync", "replace", "rename"])
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
+def test_what_fails_in_the_middle_leaves_nothing(step, error, tmp_path, monkeypatch):
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr(os, step, fail)
+    with unchanged(tmp_path), pytest.raises((CheckpointError, KeyboardInterrupt)) as caught:
+        create(tmp_path / "run")
+    if isinstance(error, OSError):
+        assert str(caught.value).endswith("cannot be written: No space left on device")
+
+
+def test_what_json_cannot_hold_leaves_nothing(tmp_path):
+    with unchanged(tmp_path), pytest.raises(TypeError, match="not JSON serializable"):
+        create(tmp_path / "run", {"x": object()})
+
+
+def test_what_killed_processes_left_does_not_disturb(run):
+    for name in (".run-abcdef", ".run-1"):
+        shutil.copytree(run.path, run.path.parent / name / "new")
+    for path in (*run.path.iterdir(),):
+        (run.path / f".{path.name}-{os.getpid()}").write_bytes(b"half")
+        (run.path / f".{path.name}-1").write_bytes(b"half")
+    found = Run.open(run.path)
+    assert found.load()[1]["epoch"] == 2
+    go_on(found, 3)
+    found.rewind(found.load()[1])
+    assert [line["number"] for line in found.records()] == [0, 1, 2, 3]
+    create(run.path, overwrite=True)
+
+
+# metrics.jsonl
+
+
+@pytest.mark.parametrize("more", [b"", b'{"number": 3}\n', b'{"number": 3}\n{"num', b'{"n', b"\n"])
+def test_lines_beyond_the_checkpoint_go(more, run):
+    path = run.path / "metrics.jsonl"
+    whole = path.read_bytes()
+    path.write_bytes(whole + more)
+    run.rewind(run.load()[1])
+    assert path.read_bytes() == whole
+    go_on(run, 3)
+    run.rewind(run.load()[1])
+    assert [line["number"] for line in run.records()] == [0, 1, 2, 3]
+
+
+def test_a_line_that_is_not_finished_is_not_read(run):
+    with open(run.path / "metrics.jsonl", "ab") as file:
+        file.write(b'{"number": 3')
+    assert [line["number"] for line in run.records()] == [0, 1, 2]
+
+
+def test_a_checkpoint_in_the_middle_of_an_epoch_keeps_the_lines_before(run):
+    run.save(ARRAYS, {"epoch": 2, "batch": 5})
+    run.append({"number": 3})
+    run.rewind(run.load()[1])
+    assert [line["number"] for line in run.records()] == [0, 1, 2]
+
+
+@pytest.mark.parametrize("change", [lambda c: c[1:], lambda c: c[:-2], lambda c: c.upper()])
+def test_lines_that_are_not_those_of_the_checkpoint(change, run):
+    path = run.path / "metrics.jsonl"
+    path.write_bytes(change(path.read_bytes()))
+    with unchanged(run.path), pytest.raises(CheckpointError, match=r"metrics\.jsonl is damaged"):
+        run.rewind(run.load()[1])
+    path.write_text("not JSON\n")
+    with pytest.raises(CheckpointError, match=r"metrics\.jsonl is damaged"):
+        run.records()
+
+
+# Damage, piece by piece
+
+
+def flipped(content: bytes) -> bytes:
+    """One bit: of a name in the environment, elsewhere in the middle."""
+    place = content.find(b'"npbn": ') + 1 or len(content) // 2
+    return content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :]
+
+
+DAMAGE = {
+    "missing": lambda path, content: None,
+    "empty": lambda path, content: path.write_bytes(b""),
+    "cut": lambda path, content: path.write_bytes(content[: len(content) // 2]),
+    "flipped": lambda path, content: path.write_bytes(flipped(content)),
+    "not UTF-8": lambda path, content: path.write_bytes(b"\xff\xfe" * 10),
+    "an array": lambda path, content: path.write_bytes(b"[1]\n"),
+    "directory": lambda path, content: path.mkdir(),
+}
+READ_BY = {
+    "config.json": lambda path: Run.open(path).load(),
+    "environment.json": lambda path: Run.open(path).environment(),
+    "metrics.jsonl": lambda path: Run.open(path).rewind(Run.open(path).load()[1]),
+    "last.safetensors": lambda path: Run.open(path).load(),
+    "best.safetensors": lambda path: Run.open(path).load("best"),
+}
+
+
+@pytest.fixture(scope="module")
+def trained(trainer, tmp_path_factory) -> Path:
+    """A run that was interrupted; to be copied, not changed."""
+    folder = tmp_path_factory.mktemp("trained")
+    options = ("--dataset", "digits", "--limit-train", "32", "--backend", "numpy", "--epochs", "2")
+    stop = """
+import os, signal
+from npbn.training import Training
+def evaluate(self, original=Training._evaluate):
+    os.kill(os.getpid(), signal.SIGINT)
+    return original(self)
+Training._evaluate = evaluate
+"""
+    process = trainer(*options, "--run", "run", cwd=folder, prelude=stop)
+    assert process.returncode == 130, process.stderr
+    return folder / "run"
+
+
+@pytest.mark.parametrize("piece", READ_BY)
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_piece_is_named(piece, damage, trained, trainer, tmp_path):
+    """By --resume too, in one line, before anything is changed."""
+    shutil.copytree(trained, tmp_path / "run")
+    path = tmp_path / "run" / piece
+    content = path.read_bytes()
+    path.unlink()
+    DAMAGE[damage](path, content)
+    with unchanged(tmp_path):
+        if (piece, damage) == ("environment.json", "flipped"):
+            assert READ_BY[piece](tmp_path / "run") != json.loads(content)
+        else:
+            with pytest.raises(CheckpointError) as caught:
+                READ_BY[piece](tmp_path / "run")
+            assert piece in str(caught.value) and "\n" not in str(caught.value)
+    if piece == "best.safetensors" or (piece, damage) == ("environment.json", "flipped"):
+        return  # which do not matter for going on
+    with unchanged(tmp_path):
+        assert_refused(trainer("--resume", "run", cwd=tmp_path), "train.py: error:", f"run/{piece}")
+
+
+@pytest.mark.parametrize("piece", ["config.json", "last.safetensors", "best.safetensors"])
+def test_a_piece_of_another_run_is_refused(piece, run, tmp_path):
+    other = create(tmp_path / "other", CONFIG | {"lr": 0.2})
+    go_on(other, 1)
+    shutil.copy(other.path / piece, run.path / piece)
+    which = "best" if piece == "best.safetensors" else "last"
+    with pytest.raises(CheckpointError, match=r"is of another run than .*config\.json"):
+        Run.open(run.path).load(which)
+
+
+def test_every_bit_of_the_configuration_matters(trained, tmp_path):
+    """Some flips are still JSON; a number of threads, a name, a value: none of it is used."""
+    shutil.copytree(trained, tmp_path / "run")
+    path = tmp_path / "run" / "config.json"
+    content = path.read_bytes()
+    for bit in range(8 * len(content)):
+        damaged = bytearray(content)
+        damaged[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(damaged)
+        try:
+            Run.open(tmp_path / "run").load()
+        except CheckpointError:
+            continue
+        assert json.loads(damaged) == json.loads(content)  # one kind of white space for another
+
+
+def test_nothing_is_done_with_a_configuration_that_no_checkpoint_vouches_for(
+    trained, trainer, tmp_path
+):
+    shutil.copytree(trained, tmp_path / "run")
+    path = tmp_path / "run" / "config.json"
+    config = json.loads(path.read_text()) | {"dataset": "fashion-mnist", "data": "no/such/place"}
+    path.write_text(json.dumps(config))
+    process = trainer("--resume", "run", cwd=tmp_path)
+    assert_refused(process, "last.safetensors is of another run than run/config.json")
+
+
+def test_resume_ends_in_one_line_where_the_run_is_of_another_version(trained, trainer, tmp_path):
+    """An option that is missing from a configuration that is otherwise whole."""
+    shutil.copytree(trained, tmp_path / "run")
+    run = Run.open(tmp_path / "run")
+    arrays, record = run.load()
+    del run.config["precise_bn"]
+    (run.path / "config.json").write_text(json.dumps(run.config))
+    run.save(arrays, record)
+    with unchanged(tmp_path):
+        process = trainer("--resume", "run", cwd=tmp_path)
+    assert_refused(process, "config.json is of another version of npbn: 'precise_bn'")
