@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -55,7 +56,8 @@ def _records(run: Run) -> list[dict[str, Any]]:
 
 
 def _label(run: Run) -> str:
-    return f"{'without' if run.config.get('no_batch_norm') else 'with'} batch norm: {run.path}"
+    path = os.fsencode(run.path).decode(errors="replace")  # a name that is no text cannot be drawn
+    return f"{'without' if run.config.get('no_batch_norm') else 'with'} batch norm: {path}"
 
 
 def _save(figure: Figure, path: Path) -> None:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
 from commands import assert_refused, run
-from npbn import plots
+from npbn import data, plots
 from npbn.checkpoint import load_checkpoint, save_checkpoint
+from npbn.models import LeNet
 
 BOTH = {"curves.png", "preactivations.png"}
 OF_A_MODEL = {"filters.png", "feature_maps.png", "confusion_matrix.png", "mistakes.png"}
@@ -45,10 +48,35 @@ def test_train_draws_what_plot_run_draws(runs, tmp_path):
     assert {Path(path).name for path in paths} == drawn.keys()
 
 
+def test_the_model_is_drawn_in_prediction_mode(runs):
+    model = LeNet()
+    arrays, _ = load_checkpoint(runs / "with" / "best.safetensors")
+    model.load_state_dict({n[6:]: array for n, array in arrays.items() if n[:6] == "model."})
+    model.eval()
+    test = data.load("digits").test
+    x, labels = next(test.batches(1, "float32"))
+    outputs = {"the image": x[0]}
+    for i, layer in enumerate(model.layers):
+        x = layer.forward(x)
+        shape = " × ".join(map(str, x.shape[1:]))
+        outputs[f"{i} {type(layer).__name__}\n{shape}"] = x[0]
+    figure = plots.feature_maps(outputs, str(labels[0]), "0123456789")
+    assert pictures(runs / "with" / "plots")["feature_maps.png"] == plots.png(figure)
+
+
 def test_without_batch_norm_there_is_no_picture_of_it(runs, tmp_path):
     process = run("plot_run.py", "without", "--output", str(tmp_path / "a" / "b"), cwd=runs)
     assert process.returncode == 0, process.stderr
     assert pictures(tmp_path / "a" / "b").keys() == BOTH | OF_A_MODEL
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere file names are always text")
+def test_a_folder_may_have_any_name(runs, copy):
+    name = os.fsdecode(b"$a_ \xff")
+    (copy / "one").rename(copy / name)
+    process = run("plot_run.py", name, str(runs / "without"), "--output", "here", cwd=copy)
+    assert process.returncode == 0, process.stderr
+    assert pictures(copy / "here").keys() == BOTH
 
 
 def test_several_runs_are_compared(runs, tmp_path):

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from commands import assert_refused, run
-from npbn import data
+from npbn import data, inspection
 from npbn.checkpoint import load_checkpoint, save_checkpoint
 from npbn.models import LeNet
 
@@ -58,6 +58,18 @@ def test_an_image_of_the_test_set(runs, expected):
     assert second == f"test image {INDEX}: {expected[0][1]} (truly {label})"
     process = run("predict.py", "with", "--index", str(INDEX), "--all", cwd=runs)
     assert answers(process.stdout) == expected
+
+
+def test_probabilities_are_those_of_prediction_mode_whatever_the_mode_is():
+    model, test = LeNet(), data.load("digits").test
+    model.eval()
+    expected = inspection.probabilities(model, test)
+    assert expected.shape == (360, 10)
+    np.testing.assert_allclose(np.sum(expected, axis=1), 1, rtol=1e-5)
+    model.train()
+    found = inspection.probabilities(model, test, batch_size=100)
+    np.testing.assert_allclose(found, expected, rtol=1e-4)
+    assert model.training
 
 
 def transparent(ink: int, digit: np.ndarray) -> Image.Image:
