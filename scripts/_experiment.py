@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -93,7 +94,7 @@ def load_model(run: Run, which: str | None) -> tuple[layers.Sequential, dict[str
         run: to load from.
         which: "last" or "best"; None is the best, or the last as long as nothing was evaluated.
     """
-    which = which or ("best" if (run.path / "best.safetensors").exists() else "last")
+    which = which or ("best" if os.path.exists(run.path / "best.safetensors") else "last")
     arrays, record = run.load(which)
     prefix = "model."
     state = {n.removeprefix(prefix): v for n, v in arrays.items() if n.startswith(prefix)}

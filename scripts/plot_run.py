@@ -25,7 +25,8 @@ examples:
 
 A run that is still under way, or was interrupted, is drawn as far as it has come.
 
-exit codes: 0 drawn, 2 bad input or something missing on this machine, 130 interrupted
+exit codes: 0 drawn, 1 nobody reads the output any more, 2 bad input or something missing on this
+machine, 130 interrupted
 """
 
 
@@ -36,12 +37,9 @@ def parse_arguments() -> argparse.Namespace:
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument(
-        "runs", type=Path, nargs="+", metavar="RUN", help="folder that train.py made"
-    )
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="folder that train.py made")
     parser.add_argument(
         "--output",
-        type=Path,
         metavar="DIR",
         help="folder for the pictures (default: RUN/plots; needed for several runs)",
     )
@@ -64,13 +62,13 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     arguments = parse_arguments()
     runs = [Run.open(path) for path in arguments.runs]
+    directory = runs[0].path / "plots" if arguments.output is None else Path(arguments.output)
     if len(runs) > 1:
-        draw_comparison(runs, arguments.output)
+        draw_comparison(runs, directory)
         return
     model, record = load_model(runs[0], arguments.checkpoint)
     say(f"model: as it was after epoch {record['epoch']}")
-    dataset = load_data(runs[0].config)
-    draw_run(runs[0], model, dataset, arguments.output or runs[0].path / "plots")
+    draw_run(runs[0], model, load_data(runs[0].config), directory)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ check_installation()
 
 import argparse
 import warnings
-from pathlib import Path
 
 import numpy as np
 
@@ -28,7 +27,8 @@ examples:
   python scripts/predict.py runs/first --invert photo.jpg      dark on a light ground
   python scripts/predict.py runs/first --index 0 17            of the test set
 
-exit codes: 0 classified, 2 bad input or something missing on this machine, 130 interrupted
+exit codes: 0 classified, 1 nobody reads the output any more, 2 bad input or something missing on
+this machine, 130 interrupted
 """
 
 UNKNOWN = -1  # the label of an image that is not of the test set
@@ -42,7 +42,7 @@ def parse_arguments() -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("run", metavar="RUN", help="folder that train.py made")
-    parser.add_argument("images", type=Path, nargs="*", metavar="IMAGE", help="image files")
+    parser.add_argument("images", nargs="*", metavar="IMAGE", help="image files")
     parser.add_argument(
         "--index",
         type=integer(0),
@@ -77,7 +77,7 @@ def main() -> None:
     config = source.config
     names, images, labels = [], [], []
     for path in arguments.images:
-        names.append(str(path))
+        names.append(path)
         images.append(read_image(path, config["side"], invert=arguments.invert))
         labels.append(UNKNOWN)
     if arguments.index:
@@ -99,7 +99,7 @@ def main() -> None:
             say(f"  {probabilities[k]:.4f}  {config['classes'][k]}")
 
 
-def read_image(path: Path, side: int, *, invert: bool) -> np.ndarray:
+def read_image(path: str, side: int, *, invert: bool) -> np.ndarray:
     """An image file as the network knows images: uint8, (1, side, side), on black."""
     try:
         from PIL import Image, ImageOps, UnidentifiedImageError

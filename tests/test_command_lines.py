@@ -20,7 +20,7 @@ MODULES = {}
 interrupt = signal.getsignal(signal.SIGINT)
 sys.path.insert(0, str(SCRIPTS))
 try:
-    for name in NAMES:
+    for name in (*NAMES, "plot_run", "predict"):
         MODULES[name] = importlib.import_module(name)
 finally:
     sys.path.remove(str(SCRIPTS))
@@ -92,7 +92,7 @@ VALUES = st.one_of(
 )
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", MODULES)
 @given(data=st.data())
 def test_no_arguments_at_all_give_a_traceback(name, data, monkeypatch):
     options = [action.option_strings[-1:] for action in actions(name, monkeypatch)]

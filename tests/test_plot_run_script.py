@@ -98,7 +98,8 @@ def test_a_run_that_was_cut_short_is_drawn_as_far_as_it_came(copy):
     assert process.returncode == 0, process.stderr
     assert "model: as it was after epoch 3\n" in process.stdout  # the last
     assert pictures(one / "plots").keys() == BOTH | OF_A_MODEL | {"batch_norm.png"}
-    assert_refused(run("plot_run.py", "one", "--checkpoint", "best", cwd=copy), "best", "missing")
+    process = run("plot_run.py", "one", "--checkpoint", "best", cwd=copy)
+    assert_refused(process, "one/best.safetensors cannot be read: No such file")
 
 
 @pytest.mark.parametrize(("options", "epoch"), [((), 1), (("--checkpoint", "last"), 3)])
@@ -141,9 +142,9 @@ def test_bad_arguments_are_refused_in_one_line(arguments, expected, runs):
 
 def test_a_folder_that_is_no_run(tmp_path):
     (tmp_path / "config.json").write_text("{}")
-    assert_refused(run("plot_run.py", ".", cwd=tmp_path), "last.safetensors is missing")
+    assert_refused(run("plot_run.py", ".", cwd=tmp_path), "last.safetensors cannot be read")
     process = run("plot_run.py", ".", str(tmp_path), "--output", "x", cwd=tmp_path)
-    assert_refused(process, "has finished no epoch yet")
+    assert_refused(process, "metrics.jsonl cannot be read")
 
 
 def test_damaged_metrics(copy):
