@@ -3,6 +3,12 @@
 from __future__ import annotations
 
 import os
+
+# Before NumPy comes, and for all programs that the tests start: threads that wait for one another
+# beside another busy process cost more than they gain.
+for library in ("OPENBLAS", "MKL", "OMP"):
+    os.environ.setdefault(f"{library}_NUM_THREADS", "1")
+
 from collections.abc import Iterator
 from pathlib import Path
 

@@ -10,7 +10,7 @@ from commands import assert_refused, run
 
 
 def test_quick_run_with_every_value_written(tmp_path):
-    process = run("benchmark.py", "--quick", "--json", "out.json", cwd=tmp_path)
+    process = run("benchmark.py", "--quick", "--threads", "1", "--json", "out.json", cwd=tmp_path)
     assert process.returncode == 0, process.stderr
     assert process.stderr == ""
     report = json.loads((tmp_path / "out.json").read_text())
@@ -26,7 +26,16 @@ def test_quick_run_with_every_value_written(tmp_path):
 
 def test_array_api_cost(tmp_path):
     """Both ways must give the same results, or it stops."""
-    process = run("benchmark.py", "--quick", "--array-api-cost", "--batch-size", "16", cwd=tmp_path)
+    process = run(
+        "benchmark.py",
+        "--quick",
+        "--threads",
+        "1",
+        "--array-api-cost",
+        "--batch-size",
+        "16",
+        cwd=tmp_path,
+    )
     assert process.returncode == 0, process.stderr
     assert "| convolution " in process.stdout
     assert "| batch norm, sigmoid, pooling " in process.stdout
