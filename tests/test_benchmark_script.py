@@ -8,9 +8,11 @@ import pytest
 
 from commands import assert_refused, run
 
+QUICK = ("--quick", "--threads", "1", "--batch-size", "16")
+
 
 def test_quick_run_with_every_value_written(tmp_path):
-    process = run("benchmark.py", "--quick", "--threads", "1", "--json", "out.json", cwd=tmp_path)
+    process = run("benchmark.py", *QUICK, "--json", "out.json", cwd=tmp_path)
     assert process.returncode == 0, process.stderr
     assert process.stderr == ""
     report = json.loads((tmp_path / "out.json").read_text())
