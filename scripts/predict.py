@@ -62,7 +62,7 @@ def parse_arguments() -> argparse.Namespace:
         choices=CHECKPOINTS,
         help="whose model to use (default: best, or last as long as nothing was evaluated)",
     )
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()  # options may stand between RUN and IMAGE
     if not arguments.images and not arguments.index:
         parser.error("expected an image file, or --index and a number")
     if arguments.invert and not arguments.images:

@@ -242,6 +242,7 @@ class Session:
     state: training.Training
     dataset: data.Dataset
     device: backend.Backend
+    resumed: bool
 
     def describe(self) -> None:
         """The lines above the table."""
@@ -317,7 +318,9 @@ def start(arguments: argparse.Namespace) -> Session:
         "channels": channels,
         "side": side,
     }
-    session = Session(Run(path, config), build_training(config, dataset, device), dataset, device)
+    session = Session(
+        Run(path, config), build_training(config, dataset, device), dataset, device, resumed=False
+    )
     session.describe()
     if arguments.check_gradients:
         check_gradients(session)
@@ -353,7 +356,7 @@ def resume(arguments: argparse.Namespace) -> Session:
         raise CheckpointError(
             f"{run.path / 'config.json'} is of another version of npbn: {error}"
         ) from None
-    session = Session(run, state, dataset, device)
+    session = Session(run, state, dataset, device, resumed=True)
     session.describe()
     run.rewind(record)
     for name, value in describe_environment(device).items():
@@ -492,9 +495,10 @@ def conclude(session: Session, epochs: list[training.Epoch]) -> None:
     else:
         seconds = sum(epoch.train.seconds for epoch in epochs)
         examples = sum(epoch.train.examples for epoch in epochs)
+        in_all = f", {time.perf_counter() - STARTED:.1f} s in all" if not session.resumed else ""
         say(
             f"{examples / seconds:,.0f} examples/s in training on {session.device.name}: "
-            f"{seconds:.1f} s of training, {time.perf_counter() - STARTED:.1f} s in all"
+            f"{seconds:.1f} s of training{in_all}"
         )
     say(f"best test accuracy {state.best:.4f}; checkpoints last and best in {session.run.path}")
     norms = inspection.batch_norms(state.model)

@@ -115,6 +115,14 @@ EXACT_INVERTED = {
 }
 
 
+def test_options_stand_anywhere(runs, digit, tmp_path):
+    EXACT_INVERTED["dark on light.png"](digit, tmp_path / "a.png")
+    words = ("with", str(tmp_path / "a.png"), "--invert")
+    orders = [words, (words[0], words[2], words[1]), (words[2], *words[:2])]
+    outputs = {run("predict.py", *order, cwd=runs).stdout for order in orders}
+    assert len(outputs) == 1 and f"{tmp_path / 'a.png'}: " in outputs.pop()
+
+
 @pytest.mark.parametrize(
     ("files", "options"), [(EXACT, ()), (EXACT_INVERTED, ("--invert",))], ids=["plain", "inverted"]
 )

@@ -94,6 +94,7 @@ def test_interrupted_twice_it_ends_as_if_it_had_not_been(options, trainer, tmp_p
     process = trainer("--resume", "run", cwd=tmp_path)
     assert_finished(process)
     assert "run: run, going on after epoch 1, batch 6" in process.stdout
+    assert "s in all" not in process.stdout  # of which a part was before
     assert "note" not in process.stdout
     assert state(tmp_path / "run") == state(tmp_path / "whole")
     assert load_checkpoint(tmp_path / "run" / "best.safetensors")[0].keys() > set()
