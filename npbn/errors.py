@@ -25,3 +25,7 @@ class SubmissionError(NpbnError):
 
 class NonFiniteError(NpbnError):
     """Training came to NaN or infinite numbers."""
+
+
+class UnsupportedError(NpbnError):
+    """The engine has no stage for a part of a model; layers run it."""

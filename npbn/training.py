@@ -8,12 +8,14 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import array_api_compat
 import numpy as np
 
 from npbn import functional as F
 from npbn import inspection
 from npbn.backend import Backend, to_numpy
 from npbn.data import Split
+from npbn.engine import Engine
 from npbn.errors import NonFiniteError
 from npbn.functional._arrays import Array, common_library
 from npbn.layers import Layer, Sequential, modes_kept
@@ -89,10 +91,11 @@ class _Totals:
         self.examples = examples
         self.started = time.perf_counter() - seconds
 
-    def add(self, loss: Array, logits: Array, labels: Array) -> None:
-        xp, n = self.backend.xp, logits.shape[0]
+    def add(self, n: int, loss: Any, hits: Any) -> None:
+        """A batch of n examples: its mean loss, and how many were right."""
+        xp = self.backend.xp
         self.loss = self.loss + n * xp.astype(xp.asarray(loss), xp.float64)
-        self.hits = self.hits + xp.count_nonzero(xp.argmax(logits, axis=1) == labels)
+        self.hits = self.hits + hits
         self.examples += n
 
     def read(self) -> dict[str, Any]:
@@ -126,8 +129,14 @@ def evaluate(
         for x, labels in split.batches(batch_size, dtype):
             logits = model.forward(x)
             loss, _ = F.softmax_cross_entropy(logits, labels)
-            totals.add(loss, logits, labels)
+            totals.add(labels.shape[0], loss, hits(logits, labels))
     return totals.metrics()
+
+
+def hits(logits: Array, labels: Array) -> Array:
+    """How many of the largest logits are at the labels; stays on the device."""
+    xp = array_api_compat.array_namespace(logits)
+    return xp.count_nonzero(xp.argmax(logits, axis=1) == labels)
 
 
 class Training:
@@ -142,6 +151,8 @@ class Training:
         generator: draws the order of each epoch, on the host, so that every backend sees the same
             batches. Nobody else may draw from it as long as training goes on.
         dtype: of the model's arrays.
+        engine: what trains and evaluates in place of the layers, planned for ``model`` and
+            ``optimizer``.
         precise_bn: before each evaluation, replace batch norm's moving averages by the statistics
             of the training split (`npbn.inspection.precise_statistics`).
 
@@ -166,6 +177,7 @@ class Training:
         generator: np.random.Generator,
         backend: Backend,
         dtype: Any = "float32",
+        engine: Engine | None = None,
         precise_bn: bool = False,
     ) -> None:
         if batch_size < 1:
@@ -183,6 +195,7 @@ class Training:
         self.generator = generator
         self.backend = backend
         self.dtype = dtype
+        self.engine = engine
         self.precise_bn = precise_bn
         self.epoch = 0
         self.batch = 0
@@ -218,9 +231,9 @@ class Training:
         while (
             self.epoch < epochs and self.optimizer.steps < max_steps and self.best < target_accuracy
         ):
-            for labels in self._steps(max_steps):
+            for examples in self._steps(max_steps):
                 if on_batch is not None:
-                    on_batch(int(labels.shape[0]))
+                    on_batch(examples)
             assert self._totals is not None
             train = self._totals.metrics()
             self.epoch, self.batch, self._totals = self.epoch + 1, 0, None
@@ -238,13 +251,16 @@ class Training:
             if on_epoch is not None:
                 on_epoch(Epoch(self.epoch, steps, lr, train, test, skipped))
 
-    def step(self, x: Array, labels: Array) -> tuple[Array, Array]:
-        """One step of the optimizer on one batch: its loss and logits."""
+    def step(self, indices: Array) -> tuple[Any, Any]:
+        """One step of the optimizer on these training examples: mean loss, and how many hits."""
+        if self.engine is not None:
+            return self.engine.step(self.train, indices)
+        x, labels = self._batch(indices)
         logits = self.model.forward(x)
         loss, cache = F.softmax_cross_entropy(logits, labels)
         self.model.backward(F.softmax_cross_entropy_backward(cache))
         self.optimizer.step()
-        return loss, logits
+        return loss, hits(logits, labels)
 
     def state(self) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         """Everything that is needed to go on: arrays by name, and what JSON can hold.
@@ -301,8 +317,8 @@ class Training:
             appear, the model is at the end of the epoch.
         """
         losses: list[float] = []
-        for x, labels in self._batches():
-            where, loss = inspection.first_non_finite(self.model, x, labels)
+        for indices in self._batches():
+            where, loss = inspection.first_non_finite(self.model, *self._batch(indices))
             if where:
                 before = ", ".join(f"{value:.3g}" for value in losses[-3:])
                 return f"step {self.optimizer.steps + 1}: {where}" + (
@@ -312,30 +328,38 @@ class Training:
             self.optimizer.step()
         return "no step of the epoch: the parameters after it, or batch norm's moving averages"
 
-    def _batches(self) -> Iterator[tuple[Array, Array]]:
-        """Those of the epoch under way that are not done yet."""
+    def _batches(self) -> Iterator[Array]:
+        """Which examples are in those batches of the epoch under way that are not done yet."""
         self.generator.bit_generator.state = self._generator_state
         order = self.generator.permutation(len(self.train))
         order = order[: len(order) - left_out(len(order), self.batch_size)]
-        left = self.backend.asarray(order[self.batch * self.batch_size :])
-        return self.train.batches(self.batch_size, self.dtype, order=left)
+        left = self.backend.asarray(order)
+        for start in range(self.batch * self.batch_size, len(order), self.batch_size):
+            yield left[start : min(start + self.batch_size, len(order))]
 
-    def _steps(self, max_steps: float) -> Iterator[Array]:
-        """Train to the end of the epoch; the labels of each batch."""
+    def _batch(self, indices: Array) -> tuple[Array, Array]:
+        return next(self.train.batches(indices.shape[0], self.dtype, order=indices))
+
+    def _steps(self, max_steps: float) -> Iterator[int]:
+        """Train to the end of the epoch; the number of examples of each batch."""
         self.model.train()
         if self._totals is None:
             self._totals = _Totals(self.backend)
-        for x, labels in self._batches():
+        for indices in self._batches():
             if self.optimizer.steps >= max_steps:
                 break
-            loss, logits = self.step(x, labels)
-            self._totals.add(loss, logits, labels)
+            n = int(indices.shape[0])
+            self._totals.add(n, *self.step(indices))
             self.batch += 1
-            yield labels
+            yield n
 
     def _evaluate(self) -> Metrics:
         if self.precise_bn:
             inspection.precise_statistics(
                 self.model, self.train, dtype=self.dtype, batch_size=self.batch_size
             )
-        return evaluate(self.model, self.test, backend=self.backend, dtype=self.dtype)
+        if self.engine is None:
+            return evaluate(self.model, self.test, backend=self.backend, dtype=self.dtype)
+        totals = _Totals(self.backend)
+        totals.add(len(self.test), *self.engine.evaluate(self.test))
+        return totals.metrics()

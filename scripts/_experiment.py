@@ -10,6 +10,7 @@ import numpy as np
 
 from npbn import data, layers, models, optim, training
 from npbn.backend import Backend, get_backend
+from npbn.engine import Engine
 from npbn.errors import CheckpointError, NpbnError
 from npbn.runs import Run
 
@@ -61,6 +62,12 @@ def build_training(
         momentum=config["momentum"],
         weight_decay=config["weight_decay"],
     )
+    shape = dataset.train.images.shape[1:]
+    engine = None
+    if config["engine"] == "compiled":
+        if device.name != "numpy":
+            raise NpbnError("--engine compiled: it computes on the CPU, with --backend numpy")
+        engine = Engine(model, optimizer, shape, workers=config["threads"])
     return training.Training(
         model,
         optimizer,
@@ -70,6 +77,7 @@ def build_training(
         generator=generator,
         backend=device,
         dtype=config["dtype"],
+        engine=engine,
         precise_bn=config["precise_bn"],
     )
 

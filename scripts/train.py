@@ -25,7 +25,13 @@ import numpy as np
 from tqdm import tqdm
 
 import npbn
-from _experiment import ACTIVATIONS, build_training, load_data, load_model, load_training
+from _experiment import (
+    ACTIVATIONS,
+    build_training,
+    load_data,
+    load_model,
+    load_training,
+)
 from _pictures import draw_run
 from npbn import backend, data, inspection, plots, training, verify
 from npbn.errors import CheckpointError, NonFiniteError, NpbnError
@@ -68,11 +74,18 @@ def parse_arguments() -> argparse.Namespace:
         "one (default: auto)",
     )
     where.add_argument(
+        "--engine",
+        choices=("layers", "compiled"),
+        default="layers",
+        help="layers, the textbook; or compiled, the same planned into fused stages, on the CPU "
+        "alone and still being worked on (default: layers)",
+    )
+    where.add_argument(
         "--threads",
         type=integer(1),
         metavar="N",
-        help="that the CPU's matrix products compute with; 1 is fastest beside other busy programs "
-        "(default: the BLAS library's own choice)",
+        help="that the CPU computes with; 1 is fastest beside other busy programs (default: the "
+        "BLAS library's own choice)",
     )
     where.add_argument(
         "--dtype", choices=("float32", "float64"), default="float32", help="(default: float32)"
@@ -255,6 +268,7 @@ class Session:
         say(
             f"model: {type(model).__name__} {'without' if config['no_batch_norm'] else 'with'} "
             f"batch norm, {count:,} parameters, {config['dtype']}"
+            f"{', by the engine' if config['engine'] == 'compiled' else ''}"
         )
         say(
             f"training: {config['epochs']} epoch{'s' * (config['epochs'] > 1)}, "
@@ -310,7 +324,7 @@ def start(arguments: argparse.Namespace) -> Session:
     _, channels, side, _ = dataset.train.images.shape
     config |= {
         "backend": device.name,
-        "threads": backend.blas_threads(),
+        "threads": arguments.threads or backend.blas_threads() or 1,
         "dataset": dataset.key,
         "data": None if arguments.data is None else str(Path(arguments.data).resolve()),
         # What a model needs to predict without the data set.
@@ -319,7 +333,11 @@ def start(arguments: argparse.Namespace) -> Session:
         "side": side,
     }
     session = Session(
-        Run(path, config), build_training(config, dataset, device), dataset, device, resumed=False
+        Run(path, config),
+        build_training(config, dataset, device),
+        dataset,
+        device,
+        resumed=False,
     )
     session.describe()
     if arguments.check_gradients:

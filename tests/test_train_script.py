@@ -17,6 +17,7 @@ import threadpoolctl
 
 from commands import NO_NETWORK, SCRIPTS, assert_refused, run
 from npbn import backend, data, training
+from npbn.checkpoint import load_checkpoint
 from npbn.models import LeNet
 from npbn.optim import SGD
 
@@ -396,3 +397,43 @@ def test_a_reader_that_goes_away_is_no_traceback(tmp_path):
     process.stdout = None  # for communicate, which would read it
     _, errors = process.communicate(timeout=60)
     assert "Traceback" not in errors and "Exception ignored" not in errors
+
+
+def test_the_engine_reaches_what_the_layers_reach_and_resumes_to_the_bit(tmp_path):
+    common = (*QUICK, "--epochs", "2", "--threads", "2", "--batch-size", "100")
+    layers = run("train.py", *common, "--run", "layers", cwd=tmp_path)
+    whole = run("train.py", *common, "--engine", "compiled", "--run", "whole", cwd=tmp_path)
+    assert whole.returncode == 0, whole.stderr
+    assert "by the engine" in whole.stdout and "by the engine" not in layers.stdout
+    for one, other in zip(metrics(layers.stdout), metrics(whole.stdout), strict=True):
+        assert abs(float(one[1]) - float(other[1])) < 2e-3  # the loss
+    stopped = run(
+        "train.py",
+        *common,
+        *("--engine", "compiled", "--run", "stopped"),
+        cwd=tmp_path,
+        prelude=STOP_AFTER_20,
+    )
+    assert stopped.returncode == 130, stopped.stderr
+    resumed = run("train.py", "--resume", "stopped", cwd=tmp_path)
+    assert resumed.returncode == 0, resumed.stderr
+    one, other = (
+        load_checkpoint(tmp_path / r / "last.safetensors")[0] for r in ("whole", "stopped")
+    )
+    for name, value in one.items():
+        np.testing.assert_array_equal(value, other[name], err_msg=name)
+
+
+STOP_AFTER_20 = """
+import os, signal
+from npbn.engine import Engine
+
+def step(self, *arguments, original=Engine.step, count=[0]):
+    count[0] += 1
+    if count[0] == 20:
+        os.kill(os.getpid(), signal.SIGINT)
+    return original(self, *arguments)
+
+signal.signal(signal.SIGINT, signal.default_int_handler)
+Engine.step = step
+"""

@@ -59,8 +59,8 @@ def train(run: Training) -> tuple[list[float], dict[int, list[np.ndarray]]]:
     seen = {0: list(inspection.preactivations(run.model, images).values())}
     while len(losses) < steps:
         order = run.generator.permutation(len(run.train))[: 256 * (len(run.train) // 256)]
-        for x, labels in run.train.batches(256, "float32", order=order):
-            loss, _ = run.step(x, labels)
+        for indices in np.split(order, len(order) // 256):
+            loss, _ = run.step(indices)
             losses.append(float(loss))
             if len(losses) in SNAPSHOTS:
                 seen[len(losses)] = list(inspection.preactivations(run.model, images).values())

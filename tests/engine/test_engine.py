@@ -1,0 +1,270 @@
+"""The engine against the layers, which are its specification."""
+
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from npbn import backend, training
+from npbn import functional as F
+from npbn.data import Split
+from npbn.engine import Engine, plan
+from npbn.errors import UnsupportedError
+from npbn.layers import (
+    AvgPool2d,
+    BatchNorm,
+    Conv2d,
+    Flatten,
+    Linear,
+    MaxPool2d,
+    ReLU,
+    Sequential,
+    Sigmoid,
+)
+from npbn.models import BLeNet, LeNet
+from npbn.optim import SGD
+from npbn.verify import complex_step
+
+NUMPY = backend.get_backend("numpy")
+
+
+@st.composite
+def models(draw) -> tuple[Sequential, tuple[int, int, int]]:
+    """Up to two blocks of convolution and up to three linear ones, each with its optional parts."""
+    generator = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    shape = channels, height, width = draw(
+        st.tuples(st.integers(1, 3), st.integers(5, 12), st.integers(5, 12))
+    )
+    layers = []
+
+    def optional(features: int, num_dims: int) -> None:
+        if draw(st.booleans()):
+            eps, momentum = draw(st.sampled_from([1e-5, 0.1])), draw(st.sampled_from([0.9, 0.5]))
+            layers.append(BatchNorm(features, num_dims, eps=eps, momentum=momentum))
+        activation = draw(st.sampled_from([None, Sigmoid, ReLU]))
+        if activation is not None:
+            layers.append(activation())
+
+    for _ in range(draw(st.integers(0, 2))):
+        kernel = draw(st.tuples(st.integers(1, 4), st.integers(1, 4)))
+        padding = draw(st.tuples(st.integers(0, 2), st.integers(0, 2)))
+        stride = draw(st.tuples(st.integers(1, 2), st.integers(1, 2)))
+        size = [
+            (s + 2 * p - k) // t + 1
+            for s, p, k, t in zip((height, width), padding, kernel, stride, strict=True)
+        ]
+        if min(size) < 1:
+            break
+        out = draw(st.integers(1, 4))
+        bias = draw(st.booleans())
+        layers.append(
+            Conv2d(
+                channels,
+                out,
+                kernel,
+                stride=stride,
+                padding=padding,
+                bias=bias,
+                generator=generator,
+            )
+        )
+        channels, (height, width) = out, size
+        optional(channels, 4)
+        windows = [(a, b) for a in (1, 2, 3) for b in (1, 2) if height % a == 0 == width % b]
+        pool = draw(st.sampled_from([None, AvgPool2d, MaxPool2d]))
+        if pool is not None:
+            window = draw(st.sampled_from(windows))
+            layers.append(pool(window))
+            height, width = height // window[0], width // window[1]
+    layers.append(Flatten())
+    features = channels * height * width
+    for _ in range(draw(st.integers(0, 2))):
+        out = draw(st.integers(1, 5))
+        layers.append(Linear(features, out, bias=draw(st.booleans()), generator=generator))
+        features = out
+        optional(features, 2)
+    layers.append(Linear(features, 3, generator=generator))
+    return Sequential(*layers), shape
+
+
+def a_split(shape, examples: int, seed: int, classes: int = 3) -> Split:
+    rng = np.random.default_rng(seed)
+    images = rng.integers(0, 256, (examples, *shape), dtype=np.uint8)
+    return Split(images, rng.integers(0, classes, examples))
+
+
+def compare(model, shape, dtype, *, workers, batch_sizes, bound, classes=3, **options) -> None:
+    """Some steps both ways: losses, hits, gradients, parameters and moving averages."""
+    model.to(NUMPY, dtype)
+    expected = copy.deepcopy(model)
+    split = a_split(shape, 40, 1, classes)
+    engine = Engine(model, SGD(model.parameters(), 0.1, **options), shape, workers=workers)
+    run = training.Training(
+        expected,
+        SGD(expected.parameters(), 0.1, **options),
+        split,
+        split,
+        batch_size=8,
+        generator=np.random.default_rng(0),
+        backend=NUMPY,
+        dtype=dtype,
+    )
+    rng = np.random.default_rng(2)
+    for n in batch_sizes:
+        indices = rng.permutation(40)[:n]
+        loss, hits = engine.step(split, indices)
+        right_loss, right_hits = run.step(indices)
+        assert abs(loss - float(right_loss)) <= bound * max(1, abs(loss))
+        assert hits == right_hits
+        largest = max(np.abs(p.gradient).max() for p in expected.parameters().values())
+        for name, parameter in model.parameters().items():
+            right = expected.parameters()[name]
+            # That of a bias before a batch norm is 0, and rounding noise by the layers.
+            cancels = not parameter.gradient.any()
+            scale = largest if cancels else max(1e-3, np.abs(right.gradient).max())
+            error = np.abs(parameter.gradient - right.gradient).max()
+            assert error <= bound * scale, (name, error / scale)
+        for name, value in model.state_dict().items():
+            right = expected.state_dict()[name]
+            np.testing.assert_allclose(value, right, atol=bound * max(1, np.abs(right).max()))
+    loss, hits = engine.evaluate(split)
+    metrics = training.evaluate(expected, split, backend=NUMPY, dtype=dtype)
+    assert abs(loss - metrics.loss) <= bound * max(1, abs(loss))
+    assert hits == round(metrics.accuracy * 40)
+
+
+@given(
+    drawn=models(),
+    workers=st.integers(1, 3),
+    batch_sizes=st.lists(st.integers(2, 12), min_size=1, max_size=3),
+    momentum=st.sampled_from([0.0, 0.9]),
+    weight_decay=st.sampled_from([0.0, 0.1]),
+)
+def test_equal_to_the_layers(drawn, workers, batch_sizes, momentum, weight_decay):
+    model, shape = drawn
+    options = {"momentum": momentum, "weight_decay": weight_decay}
+    compare(
+        model, shape, "float64", workers=workers, batch_sizes=batch_sizes, bound=1e-10, **options
+    )
+
+
+@pytest.mark.parametrize("network", [LeNet, BLeNet])
+@pytest.mark.parametrize("workers", [1, 2])
+def test_the_networks(network, workers):
+    model = network(generator=np.random.default_rng(0))
+    compare(
+        model,
+        (1, 28, 28),
+        "float64",
+        workers=workers,
+        batch_sizes=(16, 9, 16),
+        bound=1e-10,
+        classes=10,
+    )
+
+
+def test_unsupported_layers_are_named():
+    with pytest.raises(UnsupportedError, match=r"layer 0 \(Sigmoid\(\)\): the engine has no stage"):
+        plan(Sequential(Sigmoid(), Flatten(), Linear(4, 2)), (1, 2, 2))
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3])
+def test_float32(workers):
+    """Sums of up to 147,456 products, added in another order: bounded by the layers' own errors."""
+    model = LeNet(generator=np.random.default_rng(0))
+    compare(
+        model, (1, 28, 28), "float32", workers=workers, batch_sizes=(30,), bound=1e-4, classes=10
+    )
+
+
+def test_runs_are_identical_to_the_bit():
+    def run():
+        model = LeNet(generator=np.random.default_rng(0))
+        engine = Engine(model, SGD(model.parameters(), 1.0), (1, 28, 28), workers=3)
+        split = a_split((1, 28, 28), 40, 1, 10)
+        losses = [engine.step(split, np.arange(k, 40)) for k in range(5)]
+        return losses, engine.evaluate(split), model.state_dict()
+
+    losses, found, state = run()
+    for _ in range(3):
+        again = run()
+        assert again[:2] == (losses, found)
+        for name, value in state.items():
+            np.testing.assert_array_equal(again[2][name], value)
+
+
+def test_a_label_out_of_range_makes_the_loss_nan():
+    model = LeNet(generator=np.random.default_rng(0))
+    engine = Engine(model, SGD(model.parameters(), 1.0), (1, 28, 28), workers=2)
+    for label in (-1, 10):
+        split = a_split((1, 28, 28), 8, 1, 10)
+        split.labels[5] = label
+        assert np.isnan(engine.evaluate(split)[0])
+        assert np.isnan(engine.step(split, np.arange(8))[0])
+
+
+def test_tiles_divide_the_maps_and_are_made_of_whole_windows():
+    first, second = plan(LeNet(), (1, 28, 28))[:2]
+    assert (first.tile, second.tile) == ((2, 4), (2, 2))
+    for block in (first, second):
+        for size, tile, window in zip(block.maps[1:], block.tile, block.window, strict=True):
+            assert size % tile == 0 == tile % window
+
+
+@pytest.mark.parametrize(
+    ("layers", "message"),
+    [
+        ((Conv2d(1, 1, 3), AvgPool2d(2, stride=1)), r"layer 0 .*: the engine pools windows side"),
+        ((Conv2d(1, 1, 2), AvgPool2d(2)), r"layer 0 .*: the engine pools windows side by side"),
+        ((Conv2d(1, 1, 3), MaxPool2d(2, padding=1)), "the engine pools windows side by side"),
+        ((Linear(4, 2),), r"layer 0 \(Linear\(4, 2\)\): the engine has no stage that begins"),
+        ((AvgPool2d(2),), r"layer 0 \(AvgPool2d\(2\)\): the engine has no stage that begins"),
+        ((Conv2d(1, 1, 3), Sigmoid(), ReLU()), r"layer 2 \(ReLU\(\)\)"),
+        ((Conv2d(1, 1, 3),), "the engine's models end with a linear layer"),
+        ((), "the engine's models end with a linear layer"),
+    ],
+)
+def test_what_is_not_supported_is_named(layers, message):
+    with pytest.raises(UnsupportedError, match=message):
+        plan(Sequential(*layers), (1, 6, 6))
+
+
+def test_a_worker_that_fails_ends_the_step_with_its_error():
+    model = LeNet(generator=np.random.default_rng(0))
+    engine = Engine(model, SGD(model.parameters(), 1.0), (1, 28, 28), workers=2)
+    split = a_split((1, 28, 28), 8, 1, 10)
+    engine.step(split, np.arange(8))
+    stage = engine._part(1, (4, 4)).stages[1]
+    stage.multiply, works = lambda weight: 1 / 0, stage.multiply
+    with pytest.raises(ZeroDivisionError):
+        engine.step(split, np.arange(8))
+    stage.multiply = works
+    engine.step(split, np.arange(8))  # and it goes on
+    with pytest.raises(ValueError, match="expected at least 1 worker, got 0"):
+        Engine(model, engine.optimizer, (1, 28, 28), workers=0)
+
+
+def test_its_gradients_equal_the_complex_step_through_the_layers():
+    model = LeNet(generator=np.random.default_rng(0))
+    model.to(NUMPY, "float64")
+    split = a_split((1, 28, 28), 6, 1, 10)
+    x, labels = next(split.batches(6, "float64"))
+    engine = Engine(model, SGD(model.parameters(), 1e-300), (1, 28, 28), workers=2)
+    engine.step(split, np.arange(6))
+    rng = np.random.default_rng(2)
+    for name, parameter in model.parameters().items():
+        value, direction = parameter.data, rng.standard_normal(parameter.data.shape)
+
+        def loss(data, parameter=parameter):
+            parameter.data = data
+            return F.softmax_cross_entropy(model.forward(x), labels)[0]
+
+        numeric = float(complex_step(loss, value, direction))
+        parameter.data = value
+        terms = parameter.gradient * direction
+        # A bias before a batch norm has the gradient 0; what its terms were is not seen here.
+        assert abs(terms.sum() - numeric) <= 1e-12 * max(1e-2, np.abs(terms).sum()), name
