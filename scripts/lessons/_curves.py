@@ -195,7 +195,7 @@ def steps(run: Training, examples: int) -> list[float]:
     losses = []
     run.model.train()
     with np.errstate(all="ignore"):  # a loss that becomes infinite is a result, too
-        for start in range(0, examples, run.batch_size):
+        for start in range(0, len(order), run.batch_size):
             loss, _ = run.step(order[start : start + run.batch_size])
             losses.append(float(loss))
     return losses
