@@ -31,6 +31,8 @@ from tqdm import tqdm
 import npbn
 from npbn import backend, models, optim
 from npbn import functional as F
+from npbn.data import Split
+from npbn.engine import Engine
 from npbn.errors import NpbnError
 from npbn.functional._arrays import Array
 from npbn.layers import Sequential
@@ -68,7 +70,7 @@ def parse_arguments() -> argparse.Namespace:
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--worker", choices=("npbn", "torch"), help=argparse.SUPPRESS)
+    parser.add_argument("--worker", choices=("npbn", "engine", "torch"), help=argparse.SUPPRESS)
     for name, choices, text in (
         ("--model", ("lenet", "blenet"), "lenet, network A; or blenet, network B"),
         ("--backend", ("numpy", "cupy"), "numpy, all on the CPU; or cupy, all on the GPU"),
@@ -154,6 +156,27 @@ def npbn_contestant(arguments: argparse.Namespace) -> Contestant:
     return Contestant(description, model, images, labels, step, hits, device.synchronize)
 
 
+def engine_contestant(arguments: argparse.Namespace) -> Contestant:
+    """The engine on the same pixels, which it takes as bytes, by their numbers."""
+    backend.keep_freed_memory()
+    backend.limit_blas_threads(arguments.threads)
+    model = npbn_model(arguments)
+    images, labels = random_pixels(arguments)
+    split = Split(images, labels)
+    optimizer = optim.SGD(model.parameters(), LEARNING_RATE)
+    engine = Engine(model, optimizer, images.shape[1:], workers=arguments.threads)
+
+    def step(indices: Any, labels: Any) -> Any:
+        return engine.step(split, indices)[0]
+
+    def hits(indices: Any, labels: Any) -> Any:
+        return engine.evaluate(Split(images[indices[0] : indices[-1] + 1], labels))[1]
+
+    description = f"npbn {npbn.__version__}, {backend.get_backend('numpy').description}"
+    numbers = np.arange(IMAGES)
+    return Contestant(description, model, numbers, labels, step, hits, lambda: None)
+
+
 def torch_contestant(arguments: argparse.Namespace) -> Contestant:
     try:
         import torch
@@ -211,10 +234,15 @@ def npbn_model(arguments: argparse.Namespace) -> Sequential:
     return models.BLeNet(generator=generator)
 
 
-def random_data(arguments: argparse.Namespace) -> tuple[np.ndarray, np.ndarray]:
+def random_pixels(arguments: argparse.Namespace) -> tuple[np.ndarray, np.ndarray]:
     generator = np.random.default_rng(arguments.seed)
-    images = generator.random((IMAGES, 1, 28, 28), np.float32)
+    images = generator.integers(256, size=(IMAGES, 1, 28, 28), dtype=np.uint8)
     return images, generator.integers(10, size=IMAGES)
+
+
+def random_data(arguments: argparse.Namespace) -> tuple[np.ndarray, np.ndarray]:
+    images, labels = random_pixels(arguments)
+    return images / np.float32(255), labels
 
 
 def serve(contestant: Contestant) -> None:
@@ -320,6 +348,8 @@ def compare(arguments: argparse.Namespace) -> dict[str, Any]:
         "npbn layers": ("npbn", {}),
         BASELINE: ("torch", {}),
     }
+    if arguments.backend == "numpy":
+        contestants["npbn engine"] = ("engine", {})
     if arguments.backend == "numpy" and platform.libc_ver()[0] == "glibc":
         contestants[f"{BASELINE}, malloc tuned"] = ("torch", TUNED_MALLOC)
     tasks = {"train": arguments.batch_size, "evaluate": arguments.evaluation_batch_size}
@@ -567,8 +597,12 @@ def save(path: Path, report: dict[str, Any]) -> None:
 def main() -> None:
     arguments = parse_arguments()
     if arguments.worker:
-        prepare = npbn_contestant if arguments.worker == "npbn" else torch_contestant
-        serve(prepare(arguments))
+        prepare = {
+            "npbn": npbn_contestant,
+            "engine": engine_contestant,
+            "torch": torch_contestant,
+        }
+        serve(prepare[arguments.worker](arguments))
         return
 
     path = None if arguments.json is None else Path(os.path.realpath(arguments.json))

@@ -8,9 +8,8 @@ specification (``tests/engine``); how it is put together is said in `npbn.engine
     engine = Engine(model, optimizer, (1, 28, 28), workers=2)
     loss, hits = engine.step(split, indices)
 
-It is under way. It equals the layers, and is not yet as fast as it is to be; the benchmark does not
-have it yet, so nothing is said here about its speed. What it does to be faster, in the order in
-which that was put in:
+It is under way: it equals the layers, and is not yet as fast as it is to be (``scripts/README.md``
+has the measurement). What it does to be faster, in the order in which that was put in:
 
 - batch-last memory, as the layers have it;
 - tiles of outputs (`npbn.engine.plan.tile_of`), for products of shapes that BLAS likes;
@@ -19,8 +18,8 @@ which that was put in:
 - pooling that adds whole planes of the tiles; no gradient by the images;
 - a part of every batch on each core, with BLAS on one thread inside.
 
-Not put in yet: dot products in place of einsum in the sums of squares, gathering the next batch
-while a step is under way, waiting for one another with less delay.
+Not put in yet: gathering the next batch while a step is under way, waiting for one another with
+less delay, fewer passes in the backward pass of batch norm.
 """
 
 from npbn.engine.engine import Engine

@@ -132,7 +132,7 @@ class Affine(ABC):
             np.matmul(y, self.ones, out=found[0, piece])
             found[0, piece] /= y.shape[1]
             y -= found[0, piece, None]
-            np.einsum("ij,ij->i", y, y, out=found[1, piece])
+            np.vecdot(y, y, out=found[1, piece])
         everyone = self.exchange("statistics", found)
         means, squares = everyone[:, 0], everyone[:, 1]
         mean = self.share @ means
@@ -181,7 +181,7 @@ class Affine(ABC):
             return None, sums[0]
         for piece in self.pieces:
             np.matmul(g[piece], self.ones, out=sums[0, piece])
-            np.einsum("ij,ij->i", g[piece], self.y[piece], out=sums[1, piece])
+            np.vecdot(g[piece], self.y[piece], out=sums[1, piece])
         sums[1] += self.offset * sums[0]
         dbeta, dot = self.exchange("gradients", sums).sum(axis=0)
         if self.leader:
