@@ -16,7 +16,7 @@ def test_quick_run_with_every_value_written(tmp_path):
     assert process.returncode == 0, process.stderr
     assert process.stderr == ""
     report = json.loads((tmp_path / "out.json").read_text())
-    assert {"npbn layers", "PyTorch eager"} <= report["results"].keys()
+    assert {"npbn layers", "npbn engine", "PyTorch eager"} <= report["results"].keys()
     for name, result in report["results"].items():
         assert f"| {name} " in process.stdout and result["description"] in process.stdout
         assert "thread" in result["description"]  # one, or more
