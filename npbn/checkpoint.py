@@ -26,10 +26,10 @@ FORMAT = 1
 
 Arrays = dict[str, np.ndarray]
 Record = dict[str, Any]
-Path_ = str | os.PathLike[str]
+PathLike = str | os.PathLike[str]
 
 
-def write_file(path: Path_, content: bytes) -> None:
+def write_file(path: PathLike, content: bytes) -> None:
     """Write a file whole or not at all, so that a crash leaves the old one or the new one.
 
     (And, if the process is killed, a hidden file beside it, which nothing reads.)
@@ -50,7 +50,7 @@ def write_file(path: Path_, content: bytes) -> None:
         raise
 
 
-def save_checkpoint(path: Path_, arrays: Mapping[str, np.ndarray], record: Record) -> None:
+def save_checkpoint(path: PathLike, arrays: Mapping[str, np.ndarray], record: Record) -> None:
     """Write arrays and a record of what JSON can hold.
 
     Raises:
@@ -69,7 +69,7 @@ def save_checkpoint(path: Path_, arrays: Mapping[str, np.ndarray], record: Recor
         raise CheckpointError(f"{path} cannot be written: {error.strerror}") from None
 
 
-def load_checkpoint(path: Path_) -> tuple[Arrays, Record]:
+def load_checkpoint(path: PathLike) -> tuple[Arrays, Record]:
     """The arrays and the record of a checkpoint.
 
     Raises:
@@ -95,7 +95,7 @@ def load_checkpoint(path: Path_) -> tuple[Arrays, Record]:
     return arrays, record
 
 
-def _read(path: Path_) -> tuple[Arrays, dict[str, str]]:
+def _read(path: PathLike) -> tuple[Arrays, dict[str, str]]:
     try:
         with open(path, "rb") as file:  # what safetensors says about a missing file is less clear
             empty = not file.read(1)
@@ -129,7 +129,7 @@ _TORCH_NAMES = {
 _COUNT = "num_batches_tracked"
 
 
-def export_torch(model: Sequential, path: Path_) -> None:
+def export_torch(model: Sequential, path: PathLike) -> None:
     """Write the state of a model as PyTorch's modules have it, for ``load_state_dict``.
 
     With the equivalent ``nn.Sequential``, one module a layer in the same order (a batch norm is
@@ -160,7 +160,7 @@ def export_torch(model: Sequential, path: Path_) -> None:
         raise CheckpointError(f"{path} cannot be written: {error.strerror}") from None
 
 
-def import_torch(model: Sequential, path: Path_) -> None:
+def import_torch(model: Sequential, path: PathLike) -> None:
     """Take over the state of the equivalent PyTorch model, written by safetensors.
 
     That is, ``safetensors.torch.save_file(model.state_dict(), path)``; see `export_torch`.

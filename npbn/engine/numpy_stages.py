@@ -70,7 +70,26 @@ class Affine(ABC):
 
     @abstractmethod
     def finish(self, out: Array) -> None:
-        """What is left after the activation, into the next stage's input."""
+        """What is left to do after the activation, into ``out``."""
+
+    def forward(self, out: Array) -> None:
+        """In training; into the next stage's input."""
+        self.multiply(self.layer.weight.data)
+        self.normalize()
+        self.activate()
+        self.finish(out)
+
+    def predict(self, out: Array) -> None:
+        """In prediction, with batch norm folded into weight and bias."""
+        weight, bias = self.folded()
+        self.multiply(weight)
+        for piece in self.pieces:
+            y = np.add(self.y[piece], bias[piece, None], out=self.t[piece])
+            if self.halved:
+                np.tanh(y, out=y)
+            elif self.activation is not None:
+                np.maximum(y, 0, out=y)
+        self.finish(out)
 
     @property
     def bias(self) -> Array | None:
@@ -84,29 +103,16 @@ class Affine(ABC):
         """
         weight, norm = self.layer.weight.data, self.norm
         bias = np.zeros(len(weight), weight.dtype) if self.bias is None else self.bias
-        factor = np.full(len(weight), 0.5 if self.halved else 1.0, weight.dtype)
+        scale = np.ones_like(bias)
         if norm is not None:
             scale = norm.gamma.data.ravel() / np.sqrt(norm.moving_var.ravel() + norm.eps)
             bias = (bias - norm.moving_mean.ravel()) * scale + norm.beta.data.ravel()
-            bias, factor = bias * factor, factor * scale
-        else:
-            bias = bias * factor
-        return weight * factor.reshape(-1, *(1,) * (weight.ndim - 1)), bias
+        half = 0.5 if self.halved else 1.0
+        return half * weight * scale.reshape(-1, *(1,) * (weight.ndim - 1)), half * bias
 
     @property
     def halved(self) -> bool:
         return isinstance(self.activation, Sigmoid)
-
-    def predict(self, out: Array) -> None:
-        weight, bias = self.folded()
-        self.multiply(weight)
-        for piece in self.pieces:
-            y = np.add(self.y[piece], bias[piece, None], out=self.t[piece])
-            if self.halved:
-                np.tanh(y, out=y)
-            elif self.activation is not None:
-                np.maximum(y, 0, out=y)
-        self.finish(out)
 
     def set_gradients(self, stages: Sequence[Any]) -> None:
         """The parameters' gradients: the sums over the workers' stages, in their order."""
@@ -208,12 +214,6 @@ class LinearStage(Affine):
         self.g = np.empty_like(self.y)
         self.dx = np.empty_like(self.x)
 
-    def forward(self, out: Array) -> None:
-        self.multiply(self.layer.weight.data)
-        self.normalize()
-        self.activate()
-        self.finish(out)
-
     def multiply(self, weight: Array) -> None:
         np.matmul(weight, self.x, out=self.y)
 
@@ -306,12 +306,6 @@ class ConvStage(Affine):
             for i in range(self.tile[0])
             for j in range(self.tile[1])
         ]
-
-    def forward(self, out: Array) -> None:
-        self.multiply(self.layer.weight.data)
-        self.normalize()
-        self.activate()
-        self.finish(out)
 
     def multiply(self, weight: Array) -> None:
         np.copyto(self.columns.reshape(self.windows.shape), self.windows)
