@@ -428,7 +428,9 @@ def test_a_label_out_of_range_is_located():
     with pytest.raises(NonFiniteError):
         run.run(1)
     run.load_state(*start)
-    assert re.match(r"step \d: the loss is NaN: a label is out of range", run.locate_non_finite())
+    assert re.match(
+        r"step \d: expected labels from 0 to 1, got the label 2", run.locate_non_finite()
+    )
 
 
 def test_a_state_that_is_not_finite_is_not_given_out():
