@@ -45,7 +45,7 @@ def write_file(path: PathLike, content: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())  # before the rename, or a power cut could leave it empty
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException:  # Ctrl-C, too, is to leave nothing behind
         temporary.unlink(missing_ok=True)
         raise
 
@@ -102,6 +102,7 @@ def _read(path: PathLike) -> tuple[Arrays, dict[str, str]]:
         if empty:
             raise CheckpointError(f"{path} is empty")
         with safetensors.safe_open(path, framework="numpy") as file:
+            # keys() has to be called: the file is no dict that could be iterated over.
             return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from None

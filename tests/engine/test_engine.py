@@ -183,6 +183,27 @@ def test_every_combination_of_the_optional_parts(norm, activation, pool):
     )
 
 
+def test_of_equal_maxima_the_first_alone_has_the_gradient():
+    """Images of one grey: every window of the pooling is a tie."""
+    generator = np.random.default_rng(0)
+    model = Sequential(
+        Conv2d(1, 2, 3, generator=generator),
+        MaxPool2d(2),
+        Flatten(),
+        Linear(8, 3, generator=generator),
+    )
+    model.to(NUMPY, "float64")
+    expected = copy.deepcopy(model)
+    split = Split(np.full((5, 1, 6, 6), 100, np.uint8), np.arange(5) % 3)
+    Engine(model, SGD(model.parameters(), 0.1), (1, 6, 6), workers=2).step(split, np.arange(5))
+    x, labels = next(split.batches(5, "float64"))
+    _, cache = F.softmax_cross_entropy(expected.forward(x), labels)
+    expected.backward(F.softmax_cross_entropy_backward(cache))
+    for name, parameter in model.parameters().items():
+        right = expected.parameters()[name].gradient
+        np.testing.assert_allclose(parameter.gradient, right, atol=1e-12, err_msg=name)
+
+
 def test_unsupported_layers_are_named():
     with pytest.raises(UnsupportedError, match=r"layer 0 \(Sigmoid\(\)\): the engine has no stage"):
         plan(Sequential(Sigmoid(), Flatten(), Linear(4, 2)), (1, 2, 2))
