@@ -29,3 +29,7 @@ class NonFiniteError(NpbnError):
 
 class UnsupportedError(NpbnError):
     """The engine has no stage for a part of a model; layers run it."""
+
+
+class WorkerError(NpbnError):
+    """A worker process of the engine failed, or cannot be had."""

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-import functools
+import contextlib
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
+import threadpoolctl
 
 from npbn.data import Split
-from npbn.engine.numpy_stages import Array, ConvStage, LinearStage
-from npbn.engine.plan import ConvBlock, plan
-from npbn.engine.team import Team
+from npbn.engine.numpy_stages import Array
+from npbn.engine.plan import parameters_of, plan, without_caches
+from npbn.engine.shard import BUFFER, Follower, Shard
+from npbn.engine.team import Team, start_workers
 from npbn.layers import Sequential
 from npbn.optim import SGD
 
-PIECE = 128
-"""Examples that a worker predicts at once: their arrays fit its cache."""
-
+ROUND = 1024
+"""Examples that a worker is given to predict at a time."""
 
 class Engine:
     """A model with its optimizer, planned for images of one size.
@@ -29,8 +31,9 @@ class Engine:
         model: on NumPy.
         optimizer: of its parameters.
         input_shape: of an image, (C, H, W).
-        workers: threads, each with its part of every batch. Sums are put together in their order,
-            so the last bits of a result depend on their number, and on nothing else.
+        workers: processes, this one counted, each with its part of every batch. Sums are put
+            together in their order, so the last bits of a result depend on their number, and on
+            nothing else.
 
     Raises:
         UnsupportedError: the model has a layer for which there is no stage.
@@ -39,121 +42,102 @@ class Engine:
     def __init__(
         self, model: Sequential, optimizer: SGD, input_shape: tuple[int, ...], *, workers: int
     ) -> None:
+        if workers < 1:
+            raise ValueError(f"expected at least 1 worker, got {workers}")
         self.blocks = plan(model, input_shape)
         self.optimizer = optimizer
-        self.dtype = next(iter(model.parameters().values())).data.dtype
-        self.team = Team(workers)
-        self._parts: dict[tuple[int, tuple[int, ...]], Part] = {}
+        self.workers = workers
+        self.shard = Shard(self.blocks, 0, self._exchange)
+        self._blas = threadpoolctl.ThreadpoolController().select(user_api="blas")
+        self._team: Team | None = None
+        self._capacity = 0
+        start_workers(workers - 1)
 
     def step(self, split: Split, indices: Array) -> tuple[float, int]:
         """A step of the optimizer on these examples: their mean loss, and how many were right."""
         n = len(indices)
-        workers = min(self.team.size, n)
+        workers = min(self.workers, n)
         sizes = tuple(n // workers + (k < n % workers) for k in range(workers))
-        ends = np.cumsum((0, *sizes))
-
-        def work(worker: int) -> tuple[float, int]:
-            mine = indices[ends[worker] : ends[worker + 1]]
-            return self._part(worker, sizes).train(split, mine)
-
-        found = self.team.run(work, workers)
-        parts = [self._part(worker, sizes).stages for worker in range(workers)]
-        for stages in zip(*parts, strict=True):
-            stages[0].set_gradients(stages)
+        parts = np.split(indices, np.cumsum(sizes)[:-1])
+        with self._computing():
+            self._ask("train", split, parts[1:], sizes)
+            found = [self.shard.train(sizes, *_examples(split, parts[0]))]
+            found += self._answers()
+            self._set_gradients(workers)
         self.optimizer.step()
         return math.fsum(loss for loss, _ in found) / n, sum(hits for _, hits in found)
 
     def evaluate(self, split: Split) -> tuple[float, int]:
         """Mean loss in prediction mode, and how many were right."""
-        starts = range(0, len(split), PIECE)
-        workers = min(self.team.size, len(starts))
-
-        def work(worker: int) -> list[tuple[float, int]]:
-            found = []
-            for start in starts[worker::workers]:
-                mine = np.arange(start, min(start + PIECE, len(split)))
-                sizes = (0,) * worker + (len(mine),)
-                found.append(self._part(worker, sizes).predict(split, mine))
-            return found
-
-        found = [each for several in self.team.run(work, workers) for each in several]
+        found = []
+        with self._computing():
+            for start in range(0, len(split), ROUND * self.workers):
+                some = np.arange(start, min(start + ROUND * self.workers, len(split)))
+                parts = np.array_split(some, min(self.workers, len(some)))
+                self._ask("predict", split, parts[1:])
+                found.append(self.shard.predict(*_examples(split, parts[0])))
+                found += self._answers()
         return math.fsum(loss for loss, _ in found) / len(split), sum(hits for _, hits in found)
 
-    def _part(self, worker: int, sizes: tuple[int, ...]) -> Part:
-        """What a worker does where the workers have so many examples each; kept."""
-        key = (worker, sizes)
-        if key not in self._parts:
-            self._parts[key] = Part(self, worker, sizes)
-        return self._parts[key]
+    @contextlib.contextmanager
+    def _computing(self) -> Iterator[None]:
+        """BLAS on one thread, and NumPy's buffer small; if anything fails, the team goes."""
+        size = np.setbufsize(BUFFER)
+        try:
+            with self._blas.limit(limits=1):
+                yield
+        except BaseException:
+            if self._team is not None:
+                self._team.dissolve()
+                self._team = None
+            raise
+        finally:
+            np.setbufsize(size)
+
+    def _exchange(self, found: Array, workers: int) -> Array:
+        return found[None] if workers == 1 else self._team.exchange(found, workers)
+
+    def _ask(self, method: str, split: Split, parts: list[Array], *arguments: Any) -> None:
+        """Have the other workers train or predict, each with its part of the examples."""
+        if not parts and self._team is None: return
+        if self._team is None or self._capacity < max(map(len, parts), default=0):
+            self._capacity = max(ROUND, *map(len, parts))
+            setup = (Follower, [without_caches(block) for block in self.blocks])
+            layout = Follower.layout(self.blocks, self._capacity, split)
+            most = 2 * max(len(block.bias) for block in self.blocks)
+            exchanged = (most, self.blocks[0].layer.weight.data.dtype)
+            self._team = Team(self.workers, setup, layout, exchanged)
+        for part, shared in zip(parts, self._team.shared, strict=False):
+            images, labels = _examples(split, part, shared["images"])
+            shared["labels"][: len(part)] = labels
+            for i, block in enumerate(self.blocks):
+                for name, owner, attribute in parameters_of(block):
+                    np.copyto(shared[f"{i}.{name}"], getattr(owner, attribute))
+        self._team.ask(method, [(len(part), *arguments) for part in parts])
+
+    def _answers(self) -> list[Any]:
+        return [] if self._team is None else self._team.answers()
+
+    def _set_gradients(self, workers: int) -> None:
+        """The parameters' gradients: the sums over the workers, in their order."""
+        for i, stage in enumerate(self.shard.stages):
+            layer, norm = stage.block.layer, stage.block.norm
+            dweight, dbias = stage.dweight, stage.dbias
+            for shared in [] if self._team is None else self._team.shared[: workers - 1]:
+                dweight = dweight + shared[f"{i}.dweight"]
+                dbias = dbias + shared[f"{i}.dbias"]
+            layer.weight.gradient = dweight
+            if layer.bias is not None:
+                layer.bias.gradient = dbias
+            if norm is not None:
+                norm.gamma.gradient = stage.dgamma.reshape(norm.gamma.data.shape)
+                norm.beta.gradient = stage.dbeta.reshape(norm.beta.data.shape)
+            stage.update_moving_averages()
 
 
-class Part:
-    """One worker's part of the batch: its stages, one writing into the next."""
-
-    def __init__(self, engine: Engine, worker: int, sizes: tuple[int, ...]) -> None:
-        n, self.total = sizes[worker], sum(sizes)
-        share = np.array([size / self.total for size in sizes], engine.dtype)
-        self.stages: list[Any] = []
-        for i, block in enumerate(engine.blocks):
-            kind: Any = ConvStage if isinstance(block, ConvBlock) else LinearStage
-            self.stages.append(
-                kind(
-                    block,
-                    n,
-                    self.total,
-                    engine.dtype,
-                    first=i == 0,
-                    share=share,
-                    exchange=functools.partial(self._exchange, engine.team, i, worker),
-                    leader=worker == 0,
-                )
-            )
-        self.logits = np.empty(self.stages[-1].output, engine.dtype)
-        targets = [stage.x for stage in self.stages[1:]] + [self.logits]
-        self.outputs = [
-            target.reshape(stage.output) for stage, target in zip(self.stages, targets, strict=True)
-        ]
-        self.x = self.stages[0].x
-        self.pixels = np.empty((n, math.prod(self.x.shape[:-1])), np.uint8)
-
-    @staticmethod
-    def _exchange(team: Team, stage: int, worker: int, what: str, found: Array) -> Array:
-        return team.exchange((stage, what), worker, found)
-
-    def train(self, split: Split, indices: Array) -> tuple[float, int]:
-        """Forward and backward: the sum of the losses, and hits; gradients stay in the stages."""
-        self._load(split.images, indices)
-        for stage, output in zip(self.stages, self.outputs, strict=True):
-            stage.forward(output)
-        loss, hits, dy = self._loss(split.labels[indices])
-        for stage in reversed(self.stages):
-            dy = stage.backward(dy.reshape(stage.output))
-        return loss, hits
-
-    def predict(self, split: Split, indices: Array) -> tuple[float, int]:
-        self._load(split.images, indices)
-        for stage, output in zip(self.stages, self.outputs, strict=True):
-            stage.predict(output)
-        loss, hits, _ = self._loss(split.labels[indices])
-        return loss, hits
-
-    def _load(self, images: Array, indices: Array) -> None:
-        """The pixels of some images, from 0 to 1, batch last."""
-        np.take(images.reshape(len(images), -1), indices, axis=0, out=self.pixels, mode="clip")
-        np.divide(self.pixels.T.reshape(self.x.shape), 255, out=self.x, dtype=self.x.dtype)
-
-    def _loss(self, labels: Array) -> tuple[float, int, Array]:
-        """Softmax cross-entropy: the sum, hits, and the gradient of the batch's mean."""
-        z = self.logits
-        hits = int(np.count_nonzero(z.argmax(axis=0) == labels))
-        one_hot = np.arange(len(z))[:, None] == labels
-        z -= z.max(axis=0)
-        p = np.exp(z)
-        sums = p.sum(axis=0)
-        # A label out of range has no logit: its loss is NaN, as in npbn.functional.
-        target = np.where(one_hot.any(axis=0), (z * one_hot).sum(axis=0), np.nan)
-        loss = float(np.sum(np.log(sums) - target, dtype=np.float64))
-        p /= sums
-        p -= one_hot
-        p /= self.total
-        return loss, hits, p
+def _examples(split: Split, indices: Array, out: Array | None = None) -> tuple[Array, Array]:
+    """Pixels, (n, C·H·W), and labels; the pixels into the beginning of ``out``, if given."""
+    images = split.images.reshape(len(split), -1)
+    if out is not None:
+        out = out[: len(indices)]
+    return images.take(indices, axis=0, out=out, mode="clip"), split.labels[indices]

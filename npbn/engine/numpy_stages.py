@@ -1,14 +1,19 @@
-r"""The engine's stages on NumPy: one worker's part of a batch, both ways, in work arrays.
+r"""The engine's stages on NumPy: the work arrays of one worker, and the passes over them.
 
-Arrays are batch-last: (C, H, W, N) and (D, N), contiguous. The formulas are those of
-`npbn.functional`, put together so that fewer passes over the arrays do the same:
+A worker has its part of the batch in pieces of a few examples, so that what a pass needs is still
+in the core's cache when the next one begins. `Stage` is one block of the plan for all of them: it
+knows the few numbers a feature that batch norm needs of the whole batch. `ConvPiece` and
+`LinearPiece` are its arrays.
+
+Arrays are batch-last: (H, C, W, N) and (D, N). The formulas are those of `npbn.functional`, put
+together so that fewer passes over the arrays do the same:
 
 - $\sigma(z) = \frac{1}{2} + \frac{1}{2} \tanh \frac{z}{2}$, and its derivative is
   $\frac{1}{4} (1 - \tanh^2 \frac{z}{2})$. tanh costs half of what exp and a division do.
-- Batch norm is $a \bar{x} + b$ with $a = \gamma / s$: one factor and one summand a channel.
+- Batch norm is $a \bar{x} + b$ with $a = \gamma / s$: one factor and one summand a feature.
+- Activation and pooling leave one array behind: how much the output changes with each input. So
+  all that the backward pass does about them is one multiplication.
 - The average of sigmoids is $\frac{1}{2}$ and half the average of the tanhs, which is taken first.
-- A convolution computes P x Q outputs at once (`npbn.engine.plan.tile_of`), so that its products
-  have shapes that BLAS likes. The outputs lie in P·Q planes, and pooling adds whole planes.
 - A bias before a batch norm changes nothing that follows, and is not added; its gradient is 0.
 """
 
@@ -21,371 +26,448 @@ from typing import Any
 import numpy as np
 from numpy.lib.stride_tricks import as_strided
 
-from npbn.engine.plan import ConvBlock, LinearBlock
-from npbn.layers import Conv2d, Linear, MaxPool2d, Sigmoid
+from npbn.engine.plan import Block, ConvBlock, LinearBlock
+from npbn.layers import MaxPool2d, Sigmoid
 
 Array = np.ndarray
-Exchange = Callable[[str, Array], Array]
-"""(what, what this worker found) → what all found, stacked in the order of the workers."""
+Exchange = Callable[[Array, int], Array]
+"""What this worker found, and how many there are → what all found, stacked in their order."""
 
-CACHE = 2**18
-"""Bytes of an array that are worked on at a time: a few such pieces fit a core's cache."""
+CHUNK = 2**18
+"""Bytes of an array that are worked on at a time: a few such chunks fit a core's cache."""
+
+SMALL_PRODUCT = 10**6
+"""Multiplications up to which OpenBLAS multiplies matrices as they lie, without packing them."""
 
 
-class Affine(ABC):
-    """What convolution and linear stages share: all that follows the product.
+class Piece(ABC):
+    """Some examples of a block: arrays, and what is done with them.
 
-    y is (features, values): the values of a feature are contiguous. So is t, what comes out of the
-    activation; of a sigmoid it is tanh(z/2).
+    Attributes:
+        x: the input, which the piece before writes.
+        output: where the output goes, and dy: the gradient by it; both are the next piece's.
+        dx: the gradient by it; None for a first block, of whose dx nobody asks.
+        y: (features, values), what convolution or product give, less the mean of its chunk.
+        slope: of that shape: how the block's output changes with batch norm's.
+        chunks: of the values.
+        means: (features, chunks), of y before it was taken off.
+        squares: (features, chunks), sums of squares of y.
     """
+
+    x: Array
+    dx: Array | None
+    output: Array
+    dy: Array
+
+    def __init__(self, block: Block, values: int, chunks: Sequence[slice], dtype: Any) -> None:
+        features = len(block.layer.weight.data)
+        self.block = block
+        self.y = np.empty((features, values), dtype)
+        self.slope = np.empty_like(self.y)
+        self.chunks = chunks
+        self.counts = np.array([chunk.stop - chunk.start for chunk in chunks], dtype)
+        self.means, self.squares, self.sums, self.dots = (
+            np.empty((features, len(chunks)), dtype) for _ in range(4)
+        )
+        self.ones = np.ones(int(self.counts.max()), dtype)
+
+    # What convolution and linear layers do each in its own way, chunk by chunk.
+
+    @abstractmethod
+    def load(self, weight: Array) -> None:
+        """What comes before the first product of a pass."""
+
+    @abstractmethod
+    def multiply(self, k: int) -> None:
+        """Chunk k of y, without a bias."""
+
+    @abstractmethod
+    def pool(self, k: int, training: bool) -> None:
+        """From what came out of the activation, in ``slope``, to the output."""
+
+    @abstractmethod
+    def spread(self, k: int, scale: float) -> None:
+        """slope · scale · dy, in place: the gradient by what entered the activation."""
+
+    @abstractmethod
+    def differentiate(self, k: int) -> None:
+        """From the gradient by y, in ``slope``, to those by the weights and x."""
+
+    @abstractmethod
+    def finish(self, factor: Array) -> Array:
+        """After the last `differentiate`: dweight."""
+
+    # What they share.
+
+    def forward(self, weight: Array, centre: bool) -> None:
+        self.load(weight)
+        for k, chunk in enumerate(self.chunks):
+            self.multiply(k)
+            if centre:
+                y = self.y[:, chunk]
+                np.matmul(y, self.ones[: y.shape[1]], out=self.means[:, k])
+                self.means[:, k] /= y.shape[1]
+                y -= self.means[:, k, None]
+                np.vecdot(y, y, out=self.squares[:, k])
+
+    def activate(self, factor: Array | None, summand: Array) -> None:
+        """The output in training, activation(factor·y + summand) pooled; and ``slope``.
+
+        ``summand`` is (features, chunks), or (features, 1) if it is the same for all.
+        """
+        for k, chunk in enumerate(self.chunks):
+            z, y = self.slope[:, chunk], self.y[:, chunk]
+            if factor is not None:
+                y = np.multiply(y, factor[:, None], out=z)
+            np.add(y, summand[:, k % summand.shape[1], None], out=z)
+            self._apply_activation(z)
+            self.pool(k, training=True)
+
+    def predict(self, weight: Array, bias: Array) -> None:
+        """The output in prediction."""
+        self.load(weight)
+        for k, chunk in enumerate(self.chunks):
+            self.multiply(k)
+            z = np.add(self.y[:, chunk], bias[:, None], out=self.slope[:, chunk])
+            self._apply_activation(z)
+            self.pool(k, training=False)
+
+    def _apply_activation(self, z: Array) -> None:
+        if self.block.halved:
+            np.tanh(z, out=z)
+        elif self.block.activation is not None:
+            np.maximum(z, 0, out=z)
+
+    def differentiate_activation(self, t: Array) -> None:
+        """From what came out of the activation to its derivative, in place."""
+        if self.block.halved:
+            np.multiply(t, t, out=t)
+            np.subtract(1, t, out=t)
+        elif self.block.activation is not None:
+            np.greater(t, 0, out=t)
+        else:
+            t.fill(1)
+
+    def sum_up(self, scale: float) -> None:
+        """The gradient by what entered the activation, its sums, and its products with y."""
+        for k, chunk in enumerate(self.chunks):
+            self.spread(k, scale)
+            g = self.slope[:, chunk]
+            np.matmul(g, self.ones[: g.shape[1]], out=self.sums[:, k])
+            np.vecdot(g, self.y[:, chunk], out=self.dots[:, k])
+
+    def backward(self, factor: Array | None, k: Array | None, c: Array | None) -> Array:
+        """dweight; with batch norm, of the gradient factor·(g - k·y - c)."""
+        for i, chunk in enumerate(self.chunks):
+            if k is not None and c is not None:
+                y, g = self.y[:, chunk], self.slope[:, chunk]
+                y *= k[:, None]
+                y += c[:, i, None]
+                g -= y
+            self.differentiate(i)
+        return self.finish(np.ones(len(self.y), self.y.dtype) if factor is None else factor)
+
+
+class LinearPiece(Piece):
+    """x is (D, n); y is what the layer gives, all in one chunk."""
+
+    def __init__(self, block: LinearBlock, n: int, dtype: Any, first: bool) -> None:
+        super().__init__(block, n, [slice(0, n)], dtype)
+        in_features, out_features = block.features
+        self.x = np.empty((in_features, n), dtype)
+        self.dx = None if first else np.empty_like(self.x)
+        v = _columns_of_a_product(n, in_features * out_features)
+        self.x_parts, self.y_parts = _parts(self.x, v), _parts(self.y, v)
+
+    def load(self, weight: Array) -> None:
+        self.weight = weight
+
+    def multiply(self, k: int) -> None:
+        np.matmul(self.weight, self.x_parts, out=self.y_parts)
+
+    def pool(self, k: int, training: bool) -> None:
+        if self.block.halved:
+            np.multiply(self.slope, 0.5, out=self.output)
+            self.output += 0.5
+        else:
+            np.copyto(self.output, self.slope)
+        if training:
+            self.differentiate_activation(self.slope)
+
+    def spread(self, k: int, scale: float) -> None:
+        self.slope *= self.dy
+        if scale != 1:
+            self.slope *= scale
+
+    def differentiate(self, k: int) -> None:
+        pass
+
+    def finish(self, factor: Array) -> Array:
+        g = self.slope
+        g *= factor[:, None]
+        if self.dx is not None:
+            np.matmul(self.weight.T, g, out=self.dx)
+        dweight: Array = g @ self.x.T
+        return dweight
+
+
+class ConvPiece(Piece):
+    """x is (H, C, W, n); y is (O, H', W', n), where the order of W' is that of the pooling windows.
+
+    The input is unfolded along its width alone: row h holds what each of the kW columns of the
+    kernel sees of it. What a row of the output sees are then kH such rows, which lie one after the
+    other: a matrix of kH·C·kW rows, without copying them once more. Columns of the output that are
+    at the same place in their pooling window lie together, so that pooling adds long runs.
+    """
+
+    def __init__(self, block: ConvBlock, n: int, dtype: Any, first: bool) -> None:
+        conv = block.layer
+        (channels, height, width), (o, rows, columns) = block.shape, block.maps
+        (kh, kw), (sh, sw), (ph, pw) = conv.kernel_size, conv.stride, conv.padding
+        self.window = a, b = block.window
+        values = columns * n  # of a row of the output
+        itemsize = np.dtype(dtype).itemsize
+        step = a * max(1, round(CHUNK / (a * o * values * itemsize)))
+        self.rows = [slice(i, min(i + step, rows)) for i in range(0, rows, step)]
+        chunks = [slice(part.start * values, part.stop * values) for part in self.rows]
+        super().__init__(block, rows * values, chunks, dtype)
+
+        self.padded = np.zeros((height + 2 * ph, channels, width + 2 * pw, n), dtype)
+        inside = (slice(ph, ph + height), slice(None), slice(pw, pw + width))
+        self.x = self.padded[inside]
+        seen = (rows - 1) * sh + kh
+        self.unfolded = np.empty((seen, channels, kw, b, columns // b, n), dtype)
+
+        def windows_of_columns(padded: Array) -> Array:
+            dh, dc, dw, dn = padded.strides
+            strides = (dh, dc, dw, sw * dw, b * sw * dw, dn)
+            return as_strided(padded, self.unfolded.shape, strides)
+
+        self.windows_of_columns = windows_of_columns(self.padded)
+        self.planes = (o, rows // a, a, b, columns // b, n)
+
+        # Matrices of a product, in a stack by rows of the output and parts of their columns.
+        inputs = kh * channels * kw
+        row, value = self.unfolded.strides[0], self.unfolded.strides[2] // 1
+        value = values * itemsize
+        windows = as_strided(self.unfolded, (rows, inputs, values), (sh * row, value, itemsize))
+        v = _columns_of_a_product(values, o * inputs)
+        self.x_parts = _parts(windows, v)
+        self.y_parts = _parts(np.swapaxes(self.y.reshape(o, rows, values), 0, 1), v)
+        g = np.swapaxes(self.slope.reshape(o, rows, values), 0, 1)
+        self.g_parts = _parts(g, v)
+        # OpenBLAS's small products of a matrix and a transposed one have up to 1,200 results.
+        bands = kh if inputs * o > 1200 and channels * kw * o <= 1200 else 1
+        band = inputs // bands
+        v = _columns_of_a_product(values, band * o)
+        windows = as_strided(
+            self.unfolded,
+            (rows, bands, band, values),
+            (sh * row, row * kh // bands, value, itemsize),
+        )
+        self.x_bands = _parts(windows, v)
+        self.g_bands = np.swapaxes(_parts(g[:, None], v), -1, -2)
+        self.dbands = np.empty((step, *self.x_bands.shape[1:3], band, o), dtype)
+        self.dx = None
+        if not first:
+            self.dpadded = np.empty_like(self.padded)
+            self.dx = self.dpadded[inside]
+            self.dunfolded = np.empty_like(self.unfolded)
+            self.dwindows_of_columns = windows_of_columns(self.dpadded)
+            self.dwindow = np.empty((kh, *self.unfolded.shape[1:]), dtype)
+            self.dwindow_parts = _parts(self.dwindow.reshape(inputs, values), self.x_parts.shape[-1])
+
+    def load(self, weight: Array) -> None:
+        np.copyto(self.unfolded, self.windows_of_columns)
+        self.weight = np.ascontiguousarray(np.swapaxes(weight, 1, 2)).reshape(len(weight), -1)
+
+    def multiply(self, k: int) -> None:
+        rows = self.rows[k]
+        np.matmul(self.weight, self.x_parts[rows], out=self.y_parts[rows])
+
+    def _planes(self, k: int) -> tuple[Array, slice]:
+        """Chunk k of ``slope`` as (O, windows down, kH, kW, windows across, n); its output rows."""
+        rows, a = self.rows[k], self.window[0]
+        pooled = slice(rows.start // a, rows.stop // a)
+        return self.slope.reshape(self.planes)[:, pooled], pooled
+
+    def pool(self, k: int, training: bool) -> None:
+        planes, pooled = self._planes(k)
+        out = np.swapaxes(self.output[pooled], 0, 1)
+        (a, b), maximum = self.window, type(self.block.pool) is MaxPool2d
+        first, *others = (planes[:, :, i, j] for i in range(a) for j in range(b))
+        if not others:
+            np.copyto(out, first)
+        combine = np.maximum if maximum else np.add
+        for plane in others:
+            first = combine(first, plane, out=out)
+        if training:
+            chosen = _first_equal(planes, out) if maximum else None
+            self.differentiate_activation(self.slope[:, self.chunks[k]])
+            if chosen is not None:
+                planes *= chosen
+        if self.block.halved:
+            out *= 0.5 / self.block.divisor
+            out += 0.5
+        elif self.block.divisor != 1:
+            out /= self.block.divisor
+
+    def spread(self, k: int, scale: float) -> None:
+        planes, pooled = self._planes(k)
+        share = np.swapaxes(self.dy[pooled], 0, 1)
+        if scale != 1:
+            share = share * scale
+        planes *= share[:, :, None, None]
+
+    def differentiate(self, k: int) -> None:
+        rows = self.rows[k]
+        dbands = self.dbands[: rows.stop - rows.start]
+        np.matmul(self.x_bands[rows], self.g_bands[rows], out=dbands)
+        dweight = dbands.sum(axis=(0, 2))
+        self.dweight = dweight if k == 0 else self.dweight + dweight
+
+    def finish(self, factor: Array) -> Array:
+        (kh, kw), (sh, _) = self.block.layer.kernel_size, self.block.layer.stride
+        if self.dx is not None:
+            self.dunfolded.fill(0)
+            weight = (self.weight * factor[:, None]).T
+            for i, g in enumerate(self.g_parts):
+                np.matmul(weight, g, out=self.dwindow_parts)
+                self.dunfolded[i * sh : i * sh + kh] += self.dwindow
+            self.dpadded.fill(0)
+            for j in range(kw):
+                self.dwindows_of_columns[:, :, j] += self.dunfolded[:, :, j]
+        dweight = self.dweight.reshape(kh, -1, kw, len(factor)).transpose(3, 1, 0, 2)
+        return dweight * factor[:, None, None, None]
+
+
+class Stage:
+    """One block for one worker: all its pieces, and what batch norm needs to know of the batch."""
 
     def __init__(
         self,
-        block: ConvBlock | LinearBlock,
-        layer: Conv2d | Linear,
-        y: Array,
-        total: int,
+        block: Block,
+        pieces: Sequence[int],
+        sizes: Sequence[int],
+        dtype: Any,
         first: bool,
-        share: Array,
         exchange: Exchange,
-        leader: bool,
     ) -> None:
-        self.first = first  # nobody needs its dx
-        self.layer: Any = layer
-        self.norm, self.activation = block.norm, block.activation
-        self.y = y
-        self.t = y if self.norm is None and self.activation is None else np.empty_like(y)
-        self.total = total  # values of a feature in the whole batch
-        self.share = share
-        self.exchange = exchange
-        self.leader = leader
-        features, values = y.shape
-        self.ones = np.ones(values, y.dtype)
-        step = max(1, CACHE // (values * y.itemsize))
-        self.pieces = [slice(i, i + step) for i in range(0, features, step)]
+        kind: Any = ConvPiece if isinstance(block, ConvBlock) else LinearPiece
+        self.block, self.exchange = block, exchange
+        self.pieces: list[Any] = [kind(block, n, dtype, first) for n in pieces]
+        values = self.pieces[0].y.shape[1] // pieces[0]  # of an example
+        self.total = sum(sizes) * values
+        self.counts = np.concatenate([piece.counts for piece in self.pieces])
+        self.workers = len(sizes)
+        self.all_counts = np.array([size * values for size in sizes], dtype)
 
-    @abstractmethod
-    def multiply(self, weight: Array) -> None:
-        """y = weight · x, or their convolution, without a bias."""
-
-    @abstractmethod
-    def finish(self, out: Array) -> None:
-        """What is left to do after the activation, into ``out``."""
-
-    def forward(self, out: Array) -> None:
-        """In training; into the next stage's input."""
-        self.multiply(self.layer.weight.data)
-        self.normalize()
-        self.activate()
-        self.finish(out)
-
-    def predict(self, out: Array) -> None:
-        """In prediction, with batch norm folded into weight and bias."""
-        weight, bias = self.folded()
-        self.multiply(weight)
+    def forward(self) -> None:
+        """In training; with batch norm, by the statistics of the batch."""
+        layer, norm = self.block.layer, self.block.norm
         for piece in self.pieces:
-            y = np.add(self.y[piece], bias[piece, None], out=self.t[piece])
-            if self.halved:
-                np.tanh(y, out=y)
-            elif self.activation is not None:
-                np.maximum(y, 0, out=y)
-        self.finish(out)
-
-    @property
-    def bias(self) -> Array | None:
-        bias: Array | None = None if self.layer.bias is None else self.layer.bias.data
-        return bias
-
-    def folded(self) -> tuple[Array, Array]:
-        """Weight and bias of the same map with batch norm's moving averages in it.
-
-        With tanh's half, too, if a sigmoid follows.
-        """
-        weight, norm = self.layer.weight.data, self.norm
-        bias = np.zeros(len(weight), weight.dtype) if self.bias is None else self.bias
-        scale = np.ones_like(bias)
-        if norm is not None:
-            scale = norm.gamma.data.ravel() / np.sqrt(norm.moving_var.ravel() + norm.eps)
-            bias = (bias - norm.moving_mean.ravel()) * scale + norm.beta.data.ravel()
-        half = 0.5 if self.halved else 1.0
-        return half * weight * scale.reshape(-1, *(1,) * (weight.ndim - 1)), half * bias
-
-    @property
-    def halved(self) -> bool:
-        return isinstance(self.activation, Sigmoid)
-
-    def set_gradients(self, stages: Sequence[Any]) -> None:
-        """The parameters' gradients: the sums over the workers' stages, in their order."""
-        self.layer.weight.gradient = _total(stage.dweight for stage in stages)
-        if self.layer.bias is not None:
-            dbias = np.zeros_like(self.layer.bias.data)
-            if self.norm is None:
-                dbias = _total(stage.dbias for stage in stages)
-            self.layer.bias.gradient = dbias
-        if self.norm is not None:
-            self.norm.gamma.gradient = self.dgamma.reshape(self.norm.gamma.data.shape)
-            self.norm.beta.gradient = self.dbeta.reshape(self.norm.beta.data.shape)
-
-    def normalize(self) -> None:
-        """In training: statistics of the batch; factor and summand for `activate`."""
-        norm, features = self.norm, self.y.shape[0]
+            piece.forward(layer.weight.data, norm is not None)
+        half = 0.5 if self.block.halved else 1.0
         if norm is None:
-            self.factor, self.summand = None, self.bias
-            return
-        found = np.empty((2, features), self.y.dtype)
+            summand = half * self.block.bias[:, None]
+            factor = None if half == 1 else np.full(len(summand), half, summand.dtype)
+            summands = [summand] * len(self.pieces)
+        else:
+            means, squares = (
+                np.concatenate([getattr(piece, name) for piece in self.pieces], axis=1)
+                for name in ("means", "squares")
+            )
+            everyone = self.exchange(
+                np.stack(merge(self.counts, means, squares)), self.workers
+            )
+            self.mean, squares = merge(self.all_counts, everyone[:, 0].T, everyone[:, 1].T)
+            self.var = squares / self.total
+            self.s = np.sqrt(self.var + norm.eps)
+            self.factor = norm.gamma.data.ravel() / self.s
+            factor = half * self.factor
+            beta = half * norm.beta.data.reshape(-1, 1)
+            self.offsets = [piece.means - self.mean[:, None] for piece in self.pieces]
+            summands = [factor[:, None] * offset + beta for offset in self.offsets]
+        for piece, summand in zip(self.pieces, summands, strict=True):
+            piece.activate(factor, summand)
+
+    def predict(self) -> None:
+        """In prediction, with batch norm folded into weight and bias."""
+        weight, bias = self.block.folded()
         for piece in self.pieces:
-            y = self.y[piece]
-            np.matmul(y, self.ones, out=found[0, piece])
-            found[0, piece] /= y.shape[1]
-            y -= found[0, piece, None]
-            np.vecdot(y, y, out=found[1, piece])
-        everyone = self.exchange("statistics", found)
-        means, squares = everyone[:, 0], everyone[:, 1]
-        mean = self.share @ means
-        # Squares about one mean from those about several (Chan, Golub and LeVeque 1979).
-        var = (squares.sum(axis=0) / self.total) + self.share @ (means - mean) ** 2
-        self.s = np.sqrt(var + norm.eps)
-        self.offset = found[0] - mean  # y is centred by the mean of this part alone
-        self.factor = norm.gamma.data.ravel() / self.s
-        self.summand = self.factor * self.offset + norm.beta.data.ravel()
-        if self.leader:
-            if self.bias is not None:
-                mean = mean + self.bias
-            for moving, new in ((norm.moving_mean, mean), (norm.moving_var, var)):
+            piece.predict(weight, bias)
+
+    def backward(self) -> None:
+        """The gradients of the parameters, summed over this worker's examples, and dx.
+
+        Those of γ and β are of the whole batch.
+        """
+        scale = (0.25 if self.block.halved else 1.0) / self.block.divisor
+        for piece in self.pieces:
+            piece.sum_up(scale)
+        factor, k = None, None
+        cs: list[Array | None] = [None] * len(self.pieces)
+        sums = _total(piece.sums.sum(axis=1) for piece in self.pieces)
+        if self.block.norm is None:
+            self.dbias = sums
+        else:
+            dots = _total(
+                (piece.dots + offset * piece.sums).sum(axis=1)
+                for piece, offset in zip(self.pieces, self.offsets, strict=True)
+            )
+            self.dbias = np.zeros_like(sums)
+            self.dbeta, dot = self.exchange(np.stack((sums, dots)), self.workers).sum(axis=0)
+            self.dgamma = dot / self.s
+            factor, k = self.factor, dot / (self.s * self.s * self.total)
+            cs = [self.dbeta[:, None] / self.total + k[:, None] * each for each in self.offsets]
+        self.dweight = _total(
+            piece.backward(factor, k, c) for piece, c in zip(self.pieces, cs, strict=True)
+        )
+
+    def update_moving_averages(self) -> None:
+        norm = self.block.norm
+        if norm is not None:
+            mean = self.mean if self.block.layer.bias is None else self.mean + self.block.bias
+            for moving, new in ((norm.moving_mean, mean), (norm.moving_var, self.var)):
                 moving *= norm.momentum
                 moving += ((1 - norm.momentum) * new).reshape(moving.shape)
 
-    def activate(self) -> None:
-        """t = activation(factor·y + summand); of the sigmoid, its tanh."""
-        half = 0.5 if self.halved else 1.0
-        factor, summand = self.factor, self.summand
-        if factor is not None:
-            factor = half * factor[:, None]
-        elif half != 1:
-            factor = np.full((self.y.shape[0], 1), half, self.y.dtype)
-        if summand is not None:
-            summand = half * summand[:, None]
-        for piece in self.pieces:
-            y, t = self.y[piece], self.t[piece]
-            if factor is not None:
-                y = np.multiply(y, factor[piece], out=t)
-            if summand is not None:
-                y = np.add(y, summand[piece], out=t)
-            if half != 1:
-                np.tanh(y, out=t)
-            elif self.activation is not None:
-                np.maximum(y, 0, out=t)
 
-    def back(self, g: Array) -> tuple[Array | None, Array | None]:
-        """From the gradient by z, in place, to that by y, but for the factor that is returned.
+def merge(counts: Array, means: Array, squares: Array) -> tuple[Array, Array]:
+    """Mean, and squares about it, from those of parts: counts (P,), the others (features, P).
 
-        Sets the gradients of γ and β; returns the factor and the sums of g (dbias).
-        """
-        sums = np.empty((2, g.shape[0]), g.dtype)
-        if self.norm is None:
-            np.matmul(g, self.ones, out=sums[0])
-            return None, sums[0]
-        for piece in self.pieces:
-            np.matmul(g[piece], self.ones, out=sums[0, piece])
-            np.vecdot(g[piece], self.y[piece], out=sums[1, piece])
-        sums[1] += self.offset * sums[0]
-        dbeta, dot = self.exchange("gradients", sums).sum(axis=0)
-        if self.leader:
-            self.dgamma, self.dbeta = dot / self.s, dbeta
-        k = dot / (self.s * self.s * self.total)
-        c = dbeta / self.total + k * self.offset
-        for piece in self.pieces:
-            y = self.y[piece]
-            y *= k[piece, None]
-            y += c[piece, None]
-            g[piece] -= y
-        return self.factor, None
+    Source: T. Chan, G. Golub and R. LeVeque, "Updating formulae and a pairwise algorithm for
+    computing sample variances", Stanford 1979, (2.1b) for several parts.
+    """
+    mean = means @ (counts / counts.sum())
+    return mean, squares.sum(axis=1) + (means - mean[:, None]) ** 2 @ counts
 
 
-class LinearStage(Affine):
-    """Linear layer, batch norm, activation; x and the output are (D, N)."""
+def _columns_of_a_product(columns: int, size: int) -> int:
+    """How many of the columns are best multiplied at once by a matrix of this size.
 
-    def __init__(self, block: LinearBlock, n: int, total: int, dtype: Any, **options: Any) -> None:
-        in_features, out_features = block.features
-        super().__init__(
-            block, block.linear, np.empty((out_features, n), dtype), total=total, **options
-        )
-        self.x = np.empty((in_features, n), dtype)
-        self.g = np.empty_like(self.y)
-        self.dx = np.empty_like(self.x)
-
-    def multiply(self, weight: Array) -> None:
-        np.matmul(weight, self.x, out=self.y)
-
-    @property
-    def output(self) -> tuple[int, ...]:
-        return self.y.shape
-
-    def finish(self, out: Array) -> None:
-        if self.halved:
-            np.multiply(self.t, 0.5, out=out)
-            out += 0.5
-        else:
-            np.copyto(out, self.t)
-
-    def backward(self, dy: Array) -> Array | None:
-        g = self.g
-        if self.activation is None:
-            np.copyto(g, dy)
-        elif self.halved:
-            np.multiply(self.t, self.t, out=g)
-            np.subtract(1, g, out=g)
-            g *= 0.25
-            g *= dy
-        else:
-            np.multiply(dy, self.t > 0, out=g)
-        factor, self.dbias = self.back(g)
-        if factor is not None:
-            g *= factor[:, None]
-        self.dweight = g @ self.x.T
-        if self.first:
-            return None
-        return np.matmul(self.layer.weight.data.T, g, out=self.dx)
+    As many as make a small product; all of them, if those are too few to be worth it.
+    """
+    most = SMALL_PRODUCT // size
+    fitting = max(v for v in range(1, columns + 1) if columns % v == 0 and v <= max(most, 1))
+    return fitting if fitting >= 32 else columns
 
 
-class ConvStage(Affine):
-    """Convolution, batch norm, activation, pooling; x and the output are (C, H, W, N)."""
+def _parts(matrices: Array, v: int) -> Array:
+    """Views of v columns each: (..., rows, columns) as (..., parts, rows, v)."""
+    *lead, rows, columns = matrices.shape
+    return np.swapaxes(matrices.reshape(*lead, rows, columns // v, v), -2, -3)
 
-    def __init__(self, block: ConvBlock, n: int, total: int, dtype: Any, **options: Any) -> None:
-        conv = block.conv
-        (channels, height, width), (out_channels, rows, columns) = block.shape, block.maps
-        (kh, kw), (sh, sw), (ph, pw) = conv.kernel_size, conv.stride, conv.padding
-        p, q = block.tile
-        self.block, self.tile = block, block.tile
-        self.averages = type(block.pool) is not MaxPool2d or block.window == (1, 1)
-        self.divisor = block.window[0] * block.window[1] if self.averages else 1
-        self.tiles = (rows // p, columns // q)
-        self.sight = ((p - 1) * sh + kh, (q - 1) * sw + kw)  # of a tile, in the padded input
-        y = np.empty((out_channels, p * q * self.tiles[0] * self.tiles[1] * n), dtype)
-        super().__init__(block, conv, y, total=total * rows * columns, **options)
 
-        self.padded = np.zeros((channels, height + 2 * ph, width + 2 * pw, n), dtype)
-        self.x = self.padded[:, ph : ph + height, pw : pw + width]
-        self.dpadded = np.empty_like(self.padded)
-        self.dx = self.dpadded[:, ph : ph + height, pw : pw + width]
-        dc, dh, dw, dn = self.padded.strides
-        self.windows = as_strided(
-            self.padded,
-            (channels, *self.sight, *self.tiles, n),
-            (dc, dh, dw, p * sh * dh, q * sw * dw, dn),
-            writeable=False,
-        )
-        inputs, values = channels * self.sight[0] * self.sight[1], self.tiles[0] * self.tiles[1] * n
-        self.columns = np.empty((inputs, values), dtype)
-        self.dcolumns = np.empty_like(self.columns)
-        self.banded = np.zeros((out_channels, p, q, channels, *self.sight), dtype)
-        self.flat_banded = self.banded.reshape(out_channels * p * q, inputs)
-        self.g = np.empty_like(self.y)
-        self.products = (out_channels * p * q, values)  # the shape of y as a product
-        self.planes = (out_channels, p, q, *self.tiles, n)
-
-    @property
-    def output(self) -> tuple[int, ...]:
-        return (*self.block.output, self.padded.shape[-1])
-
-    def _blocks(self, i: int, j: int, size: tuple[int, int]) -> Array:
-        """In dpadded, what every tile sees from (i, j) on: (C, *size, tiles down, across, N)."""
-        dc, dh, dw, dn = self.dpadded.strides
-        (sh, sw), (p, q) = self.layer.stride, self.tile
-        return as_strided(
-            self.dpadded[:, i:, j:],
-            (len(self.dpadded), *size, *self.tiles, self.dpadded.shape[-1]),
-            (dc, dh, dw, p * sh * dh, q * sw * dw, dn),
-        )
-
-    def _places(self, banded: Array) -> list[Array]:
-        """The kernel's place in the band of each output of a tile: views (O, C, kH, kW)."""
-        (kh, kw), (sh, sw) = self.layer.kernel_size, self.layer.stride
-        return [
-            banded[:, i, j, :, i * sh : i * sh + kh, j * sw : j * sw + kw]
-            for i in range(self.tile[0])
-            for j in range(self.tile[1])
-        ]
-
-    def multiply(self, weight: Array) -> None:
-        np.copyto(self.columns.reshape(self.windows.shape), self.windows)
-        for place in self._places(self.banded):
-            np.copyto(place, weight)
-        np.matmul(self.flat_banded, self.columns, out=self.y.reshape(self.products))
-
-    def _pooled_planes(self, array: Array) -> list[Array]:
-        """The planes of ``array`` that one pooling window sees, in reading order.
-
-        Each has the shape (O, P/kH, Q/kW, tiles down, tiles across, N).
-        """
-        planes = array.reshape(self.planes)
-        kh, kw = self.block.window
-        return [planes[:, i::kh, j::kw] for i in range(kh) for j in range(kw)]
-
-    def _tiled(self, array: Array) -> Array:
-        """A view of (O, H'', W'', N) in the shape of `_pooled_planes`."""
-        (kh, kw), (p, q) = self.block.window, self.tile
-        p, q = p // kh, q // kw
-        (o, h, w, n), (so, sh, sw, sn) = array.shape, array.strides
-        split = as_strided(array, (o, h // p, p, w // q, q, n), (so, p * sh, sh, q * sw, sw, sn))
-        return np.transpose(split, (0, 2, 4, 1, 3, 5))
-
-    def finish(self, out: Array) -> None:
-        """Pool, and what tanh still lacks to be a sigmoid."""
-        first, *others = self._pooled_planes(self.t)
-        view = self._tiled(out)
-        np.copyto(view, first)
-        combine = np.add if self.averages else np.maximum
-        for plane in others:
-            combine(view, plane, out=view)
-        if not self.averages:
-            self.largest = view.copy() if self.halved else view
-        if self.halved:
-            out *= 0.5 / self.divisor
-            out += 0.5
-        elif self.divisor != 1:
-            out /= self.divisor
-
-    def backward(self, dy: Array) -> Array | None:
-        g = self.g
-        if self.halved:
-            for piece in self.pieces:
-                np.multiply(self.t[piece], self.t[piece], out=g[piece])
-                np.subtract(1, g[piece], out=g[piece])
-        share = self._tiled(dy) * ((0.25 if self.halved else 1.0) / self.divisor)
-        left: Any = True  # where no plane has been the maximum yet: of equal ones, the first is it
-        for t, plane in zip(self._pooled_planes(self.t), self._pooled_planes(g), strict=True):
-            passed = share
-            if not self.averages:
-                chosen = (t == self.largest) & left
-                left = left & ~chosen
-                passed = share * chosen
-            if self.halved:
-                plane *= passed
-            elif self.activation is not None:
-                np.multiply(passed, t > 0, out=plane)
-            else:
-                np.copyto(plane, passed)
-        channel_factor, self.dbias = self.back(g)
-        product = g.reshape(self.products) @ self.columns.T
-        dweight = sum(self._places(product.reshape(self.banded.shape)))
-        if channel_factor is not None:
-            dweight = dweight * channel_factor[:, None, None, None]
-        self.dweight = dweight
-        if self.first:
-            return None
-        if channel_factor is not None:
-            self.banded *= channel_factor[:, None, None, None, None, None]
-        np.matmul(self.flat_banded.T, g.reshape(self.products), out=self.dcolumns)
-        self.dpadded[...] = 0
-        dcolumns = self.dcolumns.reshape(self.windows.shape)
-        (sh, sw), (p, q) = self.layer.stride, self.tile
-        # A tile sees several tiles' widths of the input: each of those is added at once.
-        for i in range(0, self.sight[0], p * sh):
-            for j in range(0, self.sight[1], q * sw):
-                block = dcolumns[:, i : i + p * sh, j : j + q * sw]
-                self._blocks(i, j, block.shape[1:3])[...] += block
-        return self.dx
+def _first_equal(planes: Array, largest: Array) -> Array:
+    """Where in each window the maximum is; of equal ones, the first in reading order."""
+    chosen = planes == largest[:, :, None, None]
+    taken = np.zeros(largest.shape, bool)
+    for i in range(chosen.shape[2]):
+        for j in range(chosen.shape[3]):
+            chosen[:, :, i, j] &= ~taken
+            taken |= chosen[:, :, i, j]
+    return chosen
 
 
 def _total(arrays: Iterable[Array]) -> Array:

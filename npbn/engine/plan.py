@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Any, TypeAlias
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 from npbn.errors import UnsupportedError
 from npbn.layers import (
@@ -23,24 +24,59 @@ from npbn.layers import (
 
 
 @dataclass(frozen=True)
-class ConvBlock:
-    """Convolution, and what follows it: batch norm, activation, pooling, each or none.
+class Block:
+    """A layer with parameters and what follows it: batch norm and activation, each or none."""
+
+    layer: Any
+    norm: BatchNorm | None
+    activation: Sigmoid | ReLU | None
+
+    @property
+    def halved(self) -> bool:
+        """A sigmoid follows; it is made of the tanh of half its argument."""
+        return type(self.activation) is Sigmoid
+
+    @property
+    def divisor(self) -> int:
+        """How many values average pooling takes the mean of."""
+        return 1
+
+    @property
+    def bias(self) -> Any:
+        """The layer's bias; zeros without."""
+        weight = self.layer.weight.data
+        if self.layer.bias is None:
+            return weight.reshape(len(weight), -1)[:, 0] * 0
+        return self.layer.bias.data
+
+    def folded(self) -> tuple[Any, Any]:
+        """Weight and bias of the same map with batch norm's moving averages in it.
+
+        With tanh's half, too, if a sigmoid follows.
+        """
+        weight, bias, norm = self.layer.weight.data, self.bias, self.norm
+        half = 0.5 if self.halved else 1.0
+        if norm is None:
+            return half * weight, half * bias
+        scale = half * norm.gamma.data.reshape(-1) / (norm.moving_var.reshape(-1) + norm.eps) ** 0.5
+        bias = (bias - norm.moving_mean.reshape(-1)) * scale + half * norm.beta.data.reshape(-1)
+        return weight * scale.reshape(-1, *(1,) * (weight.ndim - 1)), bias
+
+
+@dataclass(frozen=True)
+class ConvBlock(Block):
+    """Convolution, batch norm, activation and pooling.
 
     Attributes:
         shape: (C, H, W) of an input.
         maps: (O, H', W') of the convolution's output.
         window: (kH, kW) of the pooling, (1, 1) without.
-        tile: (P, Q), how many outputs are computed together, see `tile_of`.
     """
 
-    conv: Conv2d
-    norm: BatchNorm | None
-    activation: Sigmoid | ReLU | None
     pool: AvgPool2d | MaxPool2d | None
     shape: tuple[int, int, int]
     maps: tuple[int, int, int]
     window: tuple[int, int]
-    tile: tuple[int, int]
 
     @property
     def output(self) -> tuple[int, int, int]:
@@ -48,23 +84,24 @@ class ConvBlock:
         channels, height, width = self.maps
         return channels, height // self.window[0], width // self.window[1]
 
+    @property
+    def divisor(self) -> int:
+        return math.prod(self.window) if type(self.pool) is AvgPool2d else 1
+
 
 @dataclass(frozen=True)
-class LinearBlock:
-    """A linear layer, and what follows it: batch norm, activation, each or none."""
-
-    linear: Linear
-    norm: BatchNorm | None
-    activation: Sigmoid | ReLU | None
+class LinearBlock(Block):
+    """A linear layer, batch norm and activation."""
 
     @property
     def features(self) -> tuple[int, int]:
         """(in, out)."""
-        out_features, in_features = self.linear.weight.data.shape
+        out_features, in_features = self.layer.weight.data.shape
         return in_features, out_features
 
-
-Block: TypeAlias = ConvBlock | LinearBlock
+    @property
+    def output(self) -> tuple[int]:
+        return (self.features[1],)
 
 
 def plan(model: Sequential, input_shape: tuple[int, ...]) -> list[Block]:
@@ -112,6 +149,31 @@ def plan(model: Sequential, input_shape: tuple[int, ...]) -> list[Block]:
     return blocks
 
 
+def parameters_of(block: Block) -> list[tuple[str, Any, str]]:
+    """What a block computes with, moving averages included: names, owners, their attributes."""
+    layer, norm = block.layer, block.norm
+    found = [("weight", layer.weight, "data")]
+    if layer.bias is not None:
+        found.append(("bias", layer.bias, "data"))
+    if norm is not None:
+        found += [("gamma", norm.gamma, "data"), ("beta", norm.beta, "data")]
+        found += [("moving_mean", norm, "moving_mean"), ("moving_var", norm, "moving_var")]
+    return found
+
+
+def without_caches(block: Block) -> Block:
+    """The same block of copies of its layers that remember nothing of a forward pass."""
+
+    def bare(value: Any) -> Any:
+        if isinstance(value, Layer):
+            value = copy.copy(value)
+            value._cache = None
+        return value
+
+    values = {field.name: bare(getattr(block, field.name)) for field in fields(block)}
+    return replace(block, **values)
+
+
 def _leaves(layer: Layer) -> Iterator[Layer]:
     if isinstance(layer, Sequential):
         for child in layer.layers:
@@ -138,37 +200,4 @@ def _conv_block(
     if pool is not None and not (fits and pool.stride == window and pool.padding == (0, 0)):
         return None
     maps: tuple[int, int, int] = (out_channels, height, width)
-    tile = tile_of(conv, shape, maps, window)
-    return ConvBlock(conv, norm, activation, pool, shape, maps, window, tile)
-
-
-def tile_of(
-    conv: Conv2d,
-    shape: tuple[int, int, int],
-    maps: tuple[int, int, int],
-    window: tuple[int, int],
-) -> tuple[int, int]:
-    """How many outputs, vertically and horizontally, are best computed at once.
-
-    A tile of P x Q outputs of all O channels is one product of a matrix (O·P·Q, C·h·w) with the
-    h x w inputs that it sees. The larger it is, the better the shape for BLAS, and the fewer bytes
-    are copied for an output; but the more zeros are in the matrix. The costs are modelled in
-    nanoseconds for an output: a core that computes 95 operations in one at best, half as many for
-    every side of the matrix that is as short as 12.5, and copies a number in 0.2.
-    """
-    (out_channels, height, width), (kh, kw), (sh, sw) = maps, conv.kernel_size, conv.stride
-
-    def cost(tile: tuple[int, int]) -> float:
-        outputs = tile[0] * tile[1]
-        rows = out_channels * outputs
-        columns = shape[0] * ((tile[0] - 1) * sh + kh) * ((tile[1] - 1) * sw + kw)
-        flops_per_ns = 95 * rows / (rows + 12.5) * columns / (columns + 12.5)
-        return (3 * 2 * rows * columns / flops_per_ns + 2 * 0.2 * columns) / outputs
-
-    tiles = [
-        (p, q)
-        for p in range(window[0], height + 1, window[0])
-        for q in range(window[1], width + 1, window[1])
-        if height % p == 0 and width % q == 0
-    ]
-    return min(tiles, key=cost)
+    return ConvBlock(conv, norm, activation, pool, shape, maps, window)

@@ -1,62 +1,319 @@
-"""Worker threads that each do a part of a batch, and meet where something needs all of it."""
+"""Worker processes that each do a part of a batch, and meet where something needs all of it.
+
+Processes, not threads: Python lets one thread at a time run its interpreter, and a step is a
+hundred short calls of NumPy. Two threads stood in each other's way for longer than they computed
+(``npbn/engine/README.md`` has the measurement).
+
+The process that asks is the first worker. It tells each other one over a socket what to do. Arrays
+lie in memory that all of them see, and so do the flags by which they meet (`Meeting`). Who waits
+looks again and again for a while before going to sleep: being woken up takes longer than most of
+these waits.
+"""
 
 from __future__ import annotations
 
+import atexit
+import contextlib
+import mmap
+import os
+import pickle
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
 import threading
-from collections.abc import Callable, Hashable
-from concurrent.futures import ThreadPoolExecutor, wait
+import time
+import traceback
+import weakref
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import threadpoolctl
 
+from npbn.errors import WorkerError
 
-class Team:
-    """A fixed number of workers; the caller's thread is the first of them.
+PATIENCE = 0.02
+"""Seconds of looking for a message before sleeping until it comes."""
 
-    BLAS computes with a single thread inside each, so that they do not compete for the cores.
-    What they exchange is always put together in the order of the workers: results depend on their
-    number, and not on which is faster.
+Layout = Mapping[str, tuple[tuple[int, ...], str]]
+"""Names of shared arrays → shape and dtype."""
+
+
+class Channel:
+    """Messages, of bytes, between two processes."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self.socket = connection
+
+    def send(self, message: bytes) -> None:
+        self.socket.sendall(len(message).to_bytes(8, "little") + message)
+
+    def receive(self) -> bytes:
+        """The next message; EOFError if the other process has gone."""
+        return bytes(self._read(int.from_bytes(self._read(8), "little")))
+
+    def _read(self, size: int) -> bytearray:
+        data = bytearray(size)
+        rest = memoryview(data)
+        patient_until = time.perf_counter() + PATIENCE
+        while rest:
+            patient = time.perf_counter() < patient_until
+            try:
+                n = self.socket.recv_into(rest, 0, socket.MSG_DONTWAIT if patient else 0)
+            except BlockingIOError:
+                os.sched_yield()
+                continue
+            except ConnectionResetError:
+                n = 0
+            if n == 0:
+                raise EOFError
+            rest = rest[n:]
+        return data
+
+
+class Meeting:
+    """Where workers show each other what they found.
+
+    Each writes into a slot of its own and then raises its flag to the number of the meeting. There
+    are two slots for each, in turns: who is late still reads one while another writes the next.
+
+    Args:
+        number: this worker's.
+        flags: (workers, 8), so that each lies in a cache line of its own.
+        slots: (workers, 2, size).
+        check: raises an error if a worker has gone; called now and then while waiting.
     """
 
-    def __init__(self, size: int) -> None:
-        if size < 1:
-            raise ValueError(f"expected at least 1 worker, got {size}")
-        self.size = size
-        self._threads = ThreadPoolExecutor(max(1, size - 1), "npbn-engine")
-        self._blas = threadpoolctl.ThreadpoolController().select(user_api="blas")
-        self._found: dict[Hashable, list[Any]] = {}
+    def __init__(
+        self, number: int, flags: np.ndarray, slots: np.ndarray, check: Callable[[], None]
+    ) -> None:
+        self.number, self.slots, self.check = number, slots, check
+        self.flags = memoryview(flags.reshape(-1))
+        self.count = 0
+        self._lock = threading.Lock()
+        self._lock.acquire()
 
-    def run(self, work: Callable[[int], Any], size: int | None = None) -> list[Any]:
-        """``work(k)`` for each of the first ``size`` workers at once; what they returned."""
-        size = self.size if size is None else size
-        self._barrier = threading.Barrier(size)
-        with self._blas.limit(limits=1):
-            others = [self._threads.submit(self._guarded, work, k) for k in range(1, size)]
-            try:
-                first = self._guarded(work, 0)
-            finally:
-                wait(others)
-                for other in others:  # what failed first, not who waited for it in vain
-                    error = other.exception()
-                    if error is not None and not isinstance(error, threading.BrokenBarrierError):
-                        raise error
-        return [first, *(other.result() for other in others)]
+    def exchange(self, found: np.ndarray, workers: int) -> np.ndarray:
+        """What the first ``workers`` of them found, stacked in their order."""
+        self.count += 1
+        slots = self.slots[:workers, self.count % 2, : found.size]
+        slots[self.number] = found.reshape(-1)
+        self._fence()
+        self.flags[8 * self.number] = self.count
+        for other in range(workers):
+            looks = 0
+            while self.flags[8 * other] < self.count:
+                looks += 1
+                if looks > 100:
+                    os.sched_yield()
+                if looks % 10_000 == 0:
+                    self.check()
+        self._fence()
+        return slots.reshape(workers, *found.shape).copy()
 
-    def _guarded(self, work: Callable[[int], Any], worker: int) -> Any:
-        try:
-            return work(worker)
-        except BaseException:
-            self._barrier.abort()  # or the others would wait for ever
-            raise
+    def _fence(self) -> None:
+        """Everything written or read before this is so before anything after it.
 
-    def exchange(self, what: Hashable, worker: int, found: np.ndarray) -> np.ndarray:
-        """What every worker has found, stacked; waits until all have. Once a `run` for each what.
-
-        ``found`` must not change before the `run` ends.
+        Some processors would change that order; operations on a lock forbid them to.
         """
-        size = self._barrier.parties
-        places = self._found.setdefault((size, what), [None] * size)
-        places[worker] = found
-        self._barrier.wait()
-        return np.stack(places)
+        self._lock.release()
+        self._lock.acquire()
+
+
+class Worker:
+    """Another process, seen from the first."""
+
+    def __init__(self) -> None:
+        ours, theirs = socket.socketpair()
+        self.channel = Channel(ours)
+        program = f"import sys; sys.path[:] = {sys.path!r}; from npbn.engine import team; "
+        program += f"team.serve({theirs.fileno()})"
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", program],
+            pass_fds=[theirs.fileno()],
+            stdin=subprocess.DEVNULL,
+            env={**os.environ, "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"},
+        )
+        theirs.close()
+
+    def receive(self) -> Any:
+        """What it sends next: an array or an object."""
+        try:
+            message = self.channel.receive()
+        except EOFError:
+            code = self.process.wait()
+            raise WorkerError(
+                f"a worker process of the engine has ended (exit code {code}); "
+                + ("out of memory?" if code == -signal.SIGKILL else "its own message is above")
+            ) from None
+        found = pickle.loads(message)
+        if isinstance(found, _Failure):
+            raise WorkerError(f"in a worker process of the engine:\n{found.text}")
+        return found
+
+    def send(self, *message: Any) -> None:
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # `receive` will say so
+            self.channel.send(pickle.dumps(message, protocol=5))
+
+    def check(self) -> None:
+        """Raise an error if it has gone or failed."""
+        with contextlib.suppress(BlockingIOError):
+            self.channel.socket.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+            self.receive()
+
+    def end(self) -> None:
+        self.channel.socket.close()
+        self.process.kill()
+        self.process.wait()
+
+
+class _Failure:
+    def __init__(self, text: str) -> None:
+        self.text = text
+
+
+_idle: list[Worker] = []
+"""Processes that have no team at present; starting one takes longer than many a training."""
+
+
+def start_workers(count: int) -> None:
+    """Have so many idle ones; they start while this process goes on."""
+    if count and not hasattr(socket, "send_fds"):
+        raise WorkerError("more than one worker needs Linux or macOS; ask for one")
+    while len(_idle) < count:
+        _idle.append(Worker())
+
+
+@atexit.register
+def _end_idle() -> None:
+    while _idle:
+        _idle.pop().end()
+
+
+class Team:
+    """A number of workers; the process that asks is the first.
+
+    Args:
+        size: how many.
+        setup: sent to each of the others: a function of a module, and what it is called with before
+            the worker's number, its shared arrays and `Meeting.exchange`. It returns what does the
+            work there: an object whose methods `ask` calls.
+        layout: of the arrays that each of the others shares with the first.
+        exchanged: the most numbers of a `Meeting.exchange`, and their dtype.
+    """
+
+    def __init__(
+        self, size: int, setup: tuple[Any, ...], layout: Layout, exchanged: tuple[int, Any]
+    ) -> None:
+        start_workers(size - 1)
+        whole = {
+            "flags": ((size, 8), "int64"),
+            "slots": ((size, 2, exchanged[0]), str(exchanged[1])),
+            **{
+                f"{number} {name}": value
+                for number in range(1, size)
+                for name, value in layout.items()
+            },
+        }
+        arrays, fd = _shared_arrays(whole)
+        self.shared = [_own(arrays, number) for number in range(1, size)]
+        self._workers = [_idle.pop() for _ in range(size - 1)]
+        self._asked: list[Worker] = []
+        self._meeting = Meeting(0, arrays["flags"], arrays["slots"], self._check)
+        self.exchange = self._meeting.exchange
+        for number, worker in enumerate(self._workers, 1):
+            worker.send("set up", 0, setup, number, whole)
+            socket.send_fds(worker.channel.socket, [b"."], [fd])
+        os.close(fd)
+        self._end = weakref.finalize(self, _idle.extend, self._workers)
+        self._end.atexit = False
+
+    def ask(self, method: str, arguments: Sequence[tuple[Any, ...]]) -> None:
+        """Have as many workers as there are tuples of arguments do something, each with its own."""
+        self._asked = self._workers[: len(arguments)]
+        for worker, given in zip(self._asked, arguments, strict=True):
+            worker.send(method, self._meeting.count, *given)
+
+    def answers(self) -> list[Any]:
+        """What those asked have returned."""
+        return [worker.receive() for worker in self._asked]
+
+    def _check(self) -> None:
+        for worker in self._asked:
+            worker.check()
+
+    def dissolve(self) -> None:
+        """End the processes, which may be in the middle of anything."""
+        if self._end.detach():
+            for worker in self._workers:
+                worker.end()
+
+
+def _own(arrays: Mapping[str, np.ndarray], number: int) -> dict[str, np.ndarray]:
+    """Those that a worker shares with the first alone."""
+    start = f"{number} "
+    return {name[len(start) :]: array for name, array in arrays.items() if name.startswith(start)}
+
+
+def _shared_arrays(layout: Layout, fd: int | None = None) -> tuple[dict[str, np.ndarray], int]:
+    """Arrays in a piece of memory that processes share, and the file that stands for it."""
+    sizes = {
+        name: int(np.prod(shape)) * np.dtype(dtype).itemsize
+        for name, (shape, dtype) in layout.items()
+    }
+    if fd is None:
+        if hasattr(os, "memfd_create"):
+            fd = os.memfd_create("npbn")
+        else:
+            with tempfile.TemporaryFile() as file:
+                fd = os.dup(file.fileno())
+        os.ftruncate(fd, sum(-(-size // 64) * 64 for size in sizes.values()))
+    memory = mmap.mmap(fd, 0)
+    arrays, offset = {}, 0
+    for name, (shape, dtype) in layout.items():
+        arrays[name] = np.ndarray(shape, dtype, memory, offset)
+        offset += -(-sizes[name] // 64) * 64
+    return arrays, fd
+
+
+# In the other processes.
+
+
+def serve(fd: int) -> None:
+    """Do what the first process asks for, until it has gone."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the first, which then ends this
+    connection = socket.socket(fileno=fd)
+    channel = Channel(connection)
+
+    def receive() -> Any:
+        return pickle.loads(channel.receive())
+
+    def send(message: Any) -> None:
+        channel.send(pickle.dumps(message, protocol=5))
+
+    def check() -> None:
+        with contextlib.suppress(BlockingIOError):
+            if not connection.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT):
+                raise EOFError
+
+    does, meeting = None, None
+    with threadpoolctl.threadpool_limits(1), contextlib.suppress(EOFError, OSError):
+        while True:
+            method, count, *arguments = receive()
+            try:
+                if method == "set up":
+                    (make, *given), number, layout = arguments
+                    _, (theirs,), *_ = socket.recv_fds(connection, 1, 1)
+                    arrays, _ = _shared_arrays(layout, theirs)
+                    os.close(theirs)
+                    meeting = Meeting(number, arrays["flags"], arrays["slots"], check)
+                    does = make(*given, number, _own(arrays, number), meeting.exchange)
+                else:
+                    meeting.count = count
+                    send(getattr(does, method)(*arguments))
+            except (EOFError, OSError):
+                raise
+            except Exception:
+                send(_Failure(traceback.format_exc()))

@@ -244,14 +244,6 @@ def test_a_label_out_of_range_makes_the_loss_nan():
         assert np.isnan(engine.step(split, np.arange(8))[0])
 
 
-def test_tiles_divide_the_maps_and_are_made_of_whole_windows():
-    first, second = plan(LeNet(), (1, 28, 28))[:2]
-    assert (first.tile, second.tile) == ((2, 4), (2, 2))
-    for block in (first, second):
-        for size, tile, window in zip(block.maps[1:], block.tile, block.window, strict=True):
-            assert size % tile == 0 == tile % window
-
-
 @pytest.mark.parametrize(
     ("layers", "message"),
     [
@@ -268,21 +260,6 @@ def test_tiles_divide_the_maps_and_are_made_of_whole_windows():
 def test_what_is_not_supported_is_named(layers, message):
     with pytest.raises(UnsupportedError, match=message):
         plan(Sequential(*layers), (1, 6, 6))
-
-
-def test_a_worker_that_fails_ends_the_step_with_its_error():
-    model = LeNet(generator=np.random.default_rng(0))
-    engine = Engine(model, SGD(model.parameters(), 1.0), (1, 28, 28), workers=2)
-    split = a_split((1, 28, 28), 8, 1, 10)
-    engine.step(split, np.arange(8))
-    stage = engine._part(1, (4, 4)).stages[1]
-    stage.multiply, works = lambda weight: 1 / 0, stage.multiply
-    with pytest.raises(ZeroDivisionError):
-        engine.step(split, np.arange(8))
-    stage.multiply = works
-    engine.step(split, np.arange(8))  # and it goes on
-    with pytest.raises(ValueError, match="expected at least 1 worker, got 0"):
-        Engine(model, engine.optimizer, (1, 28, 28), workers=0)
 
 
 def test_its_gradients_equal_the_complex_step_through_the_layers():
