@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -48,7 +49,7 @@ class Engine:
         self.optimizer = optimizer
         self.workers = workers
         self.shard = Shard(self.blocks, 0, self._exchange)
-        self._blas = threadpoolctl.ThreadpoolController().select(user_api="blas")
+        self._blas = threadpoolctl.ThreadpoolController().select(user_api="blas").lib_controllers
         self._team: Team | None = None
         self._capacity = 0
         start_workers(workers - 1)
@@ -58,7 +59,8 @@ class Engine:
         n = len(indices)
         workers = min(self.workers, n)
         sizes = tuple(n // workers + (k < n % workers) for k in range(workers))
-        parts = np.split(indices, np.cumsum(sizes)[:-1])
+        ends = list(itertools.accumulate(sizes))
+        parts = [indices[end - size : end] for end, size in zip(ends, sizes, strict=True)]
         with self._computing():
             self._ask("train", split, parts[1:], sizes)
             found = [self.shard.train(sizes, *_examples(split, parts[0]))]
@@ -83,19 +85,23 @@ class Engine:
     def _computing(self) -> Iterator[None]:
         """BLAS on one thread, and NumPy's buffer small; if anything fails, the team goes."""
         size = np.setbufsize(BUFFER)
+        threads = [library.get_num_threads() for library in self._blas]
         try:
-            with self._blas.limit(limits=1):
-                yield
+            for library in self._blas:
+                library.set_num_threads(1)
+            yield
         except BaseException:
             if self._team is not None:
                 self._team.dissolve()
                 self._team = None
             raise
         finally:
+            for library, number in zip(self._blas, threads, strict=True):
+                library.set_num_threads(number)
             np.setbufsize(size)
 
     def _exchange(self, found: Array, workers: int) -> Array:
-        return found[None] if workers == 1 else self._team.exchange(found, workers)
+        return found[None].copy() if workers == 1 else self._team.exchange(found, workers)
 
     def _ask(self, method: str, split: Split, parts: list[Array], *arguments: Any) -> None:
         """Have the other workers train or predict, each with its part of the examples."""

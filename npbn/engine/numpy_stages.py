@@ -33,9 +33,6 @@ Array = np.ndarray
 Exchange = Callable[[Array, int], Array]
 """What this worker found, and how many there are → what all found, stacked in their order."""
 
-CHUNK = 2**18
-"""Bytes of an array that are worked on at a time: a few such chunks fit a core's cache."""
-
 SMALL_PRODUCT = 10**6
 """Multiplications up to which OpenBLAS multiplies matrices as they lie, without packing them."""
 
@@ -45,13 +42,12 @@ class Piece(ABC):
 
     Attributes:
         x: the input, which the piece before writes.
-        output: where the output goes, and dy: the gradient by it; both are the next piece's.
         dx: the gradient by it; None for a first block, of whose dx nobody asks.
-        y: (features, values), what convolution or product give, less the mean of its chunk.
+        output: where the output goes, and dy: the gradient by it; both are the next piece's.
+        y: (features, values), what convolution or product give, less its mean.
         slope: of that shape: how the block's output changes with batch norm's.
-        chunks: of the values.
-        means: (features, chunks), of y before it was taken off.
-        squares: (features, chunks), sums of squares of y.
+        found: (2, features): in the forward pass the means of y and the sums of its squares about
+            them; in the backward pass the sums of the gradient and of its product with y.
     """
 
     x: Array
@@ -59,87 +55,67 @@ class Piece(ABC):
     output: Array
     dy: Array
 
-    def __init__(self, block: Block, values: int, chunks: Sequence[slice], dtype: Any) -> None:
-        features = len(block.layer.weight.data)
+    def __init__(self, block: Block, values: int, dtype: Any) -> None:
         self.block = block
-        self.y = np.empty((features, values), dtype)
+        self.y = np.empty((len(block.layer.weight.data), values), dtype)
         self.slope = np.empty_like(self.y)
-        self.chunks = chunks
-        self.counts = np.array([chunk.stop - chunk.start for chunk in chunks], dtype)
-        self.means, self.squares, self.sums, self.dots = (
-            np.empty((features, len(chunks)), dtype) for _ in range(4)
-        )
-        self.ones = np.ones(int(self.counts.max()), dtype)
+        self.found = np.empty((2, len(self.y)), dtype)
+        self.ones = np.ones(values, dtype)
 
-    # What convolution and linear layers do each in its own way, chunk by chunk.
+    # What convolution and linear layers do each in its own way.
 
     @abstractmethod
-    def load(self, weight: Array) -> None:
-        """What comes before the first product of a pass."""
+    def multiply(self, weight: Array) -> None:
+        """y, without a bias."""
 
     @abstractmethod
-    def multiply(self, k: int) -> None:
-        """Chunk k of y, without a bias."""
+    def pool(self, training: bool) -> None:
+        """From what came out of the activation, in ``slope``, to the output; then to the slope."""
 
     @abstractmethod
-    def pool(self, k: int, training: bool) -> None:
-        """From what came out of the activation, in ``slope``, to the output."""
-
-    @abstractmethod
-    def spread(self, k: int, scale: float) -> None:
+    def spread(self, scale: float) -> None:
         """slope · scale · dy, in place: the gradient by what entered the activation."""
 
     @abstractmethod
-    def differentiate(self, k: int) -> None:
-        """From the gradient by y, in ``slope``, to those by the weights and x."""
-
-    @abstractmethod
-    def finish(self, factor: Array) -> Array:
-        """After the last `differentiate`: dweight."""
+    def differentiate(self, factor: Array | None) -> Array:
+        """From the gradient by y, ``slope`` times ``factor``, to dx; and dweight."""
 
     # What they share.
 
     def forward(self, weight: Array, centre: bool) -> None:
-        self.load(weight)
-        for k, chunk in enumerate(self.chunks):
-            self.multiply(k)
-            if centre:
-                y = self.y[:, chunk]
-                np.matmul(y, self.ones[: y.shape[1]], out=self.means[:, k])
-                self.means[:, k] /= y.shape[1]
-                y -= self.means[:, k, None]
-                np.vecdot(y, y, out=self.squares[:, k])
+        self.multiply(weight)
+        if centre:
+            y, (mean, squares) = self.y, self.found
+            np.matmul(y, self.ones, out=mean)
+            mean /= y.shape[1]
+            y -= mean[:, None]
+            np.vecdot(y, y, out=squares)
 
     def activate(self, factor: Array | None, summand: Array) -> None:
-        """The output in training, activation(factor·y + summand) pooled; and ``slope``.
-
-        ``summand`` is (features, chunks), or (features, 1) if it is the same for all.
-        """
-        for k, chunk in enumerate(self.chunks):
-            z, y = self.slope[:, chunk], self.y[:, chunk]
-            if factor is not None:
-                y = np.multiply(y, factor[:, None], out=z)
-            np.add(y, summand[:, k % summand.shape[1], None], out=z)
-            self._apply_activation(z)
-            self.pool(k, training=True)
+        """The output in training, activation(factor·y + summand) pooled; and ``slope``."""
+        z, y = self.slope, self.y
+        if factor is not None:
+            y = np.multiply(y, factor[:, None], out=z)
+        np.add(y, summand[:, None], out=z)
+        self._apply_activation()
+        self.pool(training=True)
 
     def predict(self, weight: Array, bias: Array) -> None:
         """The output in prediction."""
-        self.load(weight)
-        for k, chunk in enumerate(self.chunks):
-            self.multiply(k)
-            z = np.add(self.y[:, chunk], bias[:, None], out=self.slope[:, chunk])
-            self._apply_activation(z)
-            self.pool(k, training=False)
+        self.multiply(weight)
+        np.add(self.y, bias[:, None], out=self.slope)
+        self._apply_activation()
+        self.pool(training=False)
 
-    def _apply_activation(self, z: Array) -> None:
+    def _apply_activation(self) -> None:
         if self.block.halved:
-            np.tanh(z, out=z)
+            np.tanh(self.slope, out=self.slope)
         elif self.block.activation is not None:
-            np.maximum(z, 0, out=z)
+            np.maximum(self.slope, 0, out=self.slope)
 
-    def differentiate_activation(self, t: Array) -> None:
+    def differentiate_activation(self) -> None:
         """From what came out of the activation to its derivative, in place."""
+        t = self.slope
         if self.block.halved:
             np.multiply(t, t, out=t)
             np.subtract(1, t, out=t)
@@ -150,61 +126,51 @@ class Piece(ABC):
 
     def sum_up(self, scale: float) -> None:
         """The gradient by what entered the activation, its sums, and its products with y."""
-        for k, chunk in enumerate(self.chunks):
-            self.spread(k, scale)
-            g = self.slope[:, chunk]
-            np.matmul(g, self.ones[: g.shape[1]], out=self.sums[:, k])
-            np.vecdot(g, self.y[:, chunk], out=self.dots[:, k])
+        self.spread(scale)
+        np.matmul(self.slope, self.ones, out=self.found[0])
+        np.vecdot(self.slope, self.y, out=self.found[1])
 
-    def backward(self, factor: Array | None, k: Array | None, c: Array | None) -> Array:
-        """dweight; with batch norm, of the gradient factor·(g - k·y - c)."""
-        for i, chunk in enumerate(self.chunks):
-            if k is not None and c is not None:
-                y, g = self.y[:, chunk], self.slope[:, chunk]
-                y *= k[:, None]
-                y += c[:, i, None]
-                g -= y
-            self.differentiate(i)
-        return self.finish(np.ones(len(self.y), self.y.dtype) if factor is None else factor)
+    def normalize_backward(self, k: Array, c: Array) -> None:
+        """From the gradient g by what batch norm gives to that by y, but for a factor: g - k·y - c."""
+        y = self.y
+        y *= k[:, None]
+        y += c[:, None]
+        self.slope -= y
 
 
 class LinearPiece(Piece):
-    """x is (D, n); y is what the layer gives, all in one chunk."""
+    """x is (D, n)."""
 
     def __init__(self, block: LinearBlock, n: int, dtype: Any, first: bool) -> None:
-        super().__init__(block, n, [slice(0, n)], dtype)
+        super().__init__(block, n, dtype)
         in_features, out_features = block.features
         self.x = np.empty((in_features, n), dtype)
         self.dx = None if first else np.empty_like(self.x)
         v = _columns_of_a_product(n, in_features * out_features)
         self.x_parts, self.y_parts = _parts(self.x, v), _parts(self.y, v)
 
-    def load(self, weight: Array) -> None:
+    def multiply(self, weight: Array) -> None:
         self.weight = weight
+        np.matmul(weight, self.x_parts, out=self.y_parts)
 
-    def multiply(self, k: int) -> None:
-        np.matmul(self.weight, self.x_parts, out=self.y_parts)
-
-    def pool(self, k: int, training: bool) -> None:
+    def pool(self, training: bool) -> None:
         if self.block.halved:
             np.multiply(self.slope, 0.5, out=self.output)
             self.output += 0.5
         else:
             np.copyto(self.output, self.slope)
         if training:
-            self.differentiate_activation(self.slope)
+            self.differentiate_activation()
 
-    def spread(self, k: int, scale: float) -> None:
+    def spread(self, scale: float) -> None:
         self.slope *= self.dy
         if scale != 1:
             self.slope *= scale
 
-    def differentiate(self, k: int) -> None:
-        pass
-
-    def finish(self, factor: Array) -> Array:
+    def differentiate(self, factor: Array | None) -> Array:
         g = self.slope
-        g *= factor[:, None]
+        if factor is not None:
+            g *= factor[:, None]
         if self.dx is not None:
             np.matmul(self.weight.T, g, out=self.dx)
         dweight: Array = g @ self.x.T
@@ -212,133 +178,109 @@ class LinearPiece(Piece):
 
 
 class ConvPiece(Piece):
-    """x is (H, C, W, n); y is (O, H', W', n), where the order of W' is that of the pooling windows.
+    """x is (H, C, W, n); y is (O, H', W', n).
 
     The input is unfolded along its width alone: row h holds what each of the kW columns of the
     kernel sees of it. What a row of the output sees are then kH such rows, which lie one after the
-    other: a matrix of kH·C·kW rows, without copying them once more. Columns of the output that are
-    at the same place in their pooling window lie together, so that pooling adds long runs.
+    other: a matrix of kH·C·kW rows and W'·n columns, without copying them once more.
     """
 
     def __init__(self, block: ConvBlock, n: int, dtype: Any, first: bool) -> None:
         conv = block.layer
         (channels, height, width), (o, rows, columns) = block.shape, block.maps
         (kh, kw), (sh, sw), (ph, pw) = conv.kernel_size, conv.stride, conv.padding
-        self.window = a, b = block.window
+        a, b = block.window
         values = columns * n  # of a row of the output
-        itemsize = np.dtype(dtype).itemsize
-        step = a * max(1, round(CHUNK / (a * o * values * itemsize)))
-        self.rows = [slice(i, min(i + step, rows)) for i in range(0, rows, step)]
-        chunks = [slice(part.start * values, part.stop * values) for part in self.rows]
-        super().__init__(block, rows * values, chunks, dtype)
+        super().__init__(block, rows * values, dtype)
+        self.windows = self.slope.reshape(o, rows // a, a, columns // b, b, n)
+        self.columns = np.empty((o, rows // a, columns // b, b, n), dtype)  # of the windows
 
         self.padded = np.zeros((height + 2 * ph, channels, width + 2 * pw, n), dtype)
         inside = (slice(ph, ph + height), slice(None), slice(pw, pw + width))
         self.x = self.padded[inside]
-        seen = (rows - 1) * sh + kh
-        self.unfolded = np.empty((seen, channels, kw, b, columns // b, n), dtype)
+        self.unfolded = np.empty(((rows - 1) * sh + kh, channels, kw, columns, n), dtype)
 
-        def windows_of_columns(padded: Array) -> Array:
+        def seen_by_columns(padded: Array) -> Array:
             dh, dc, dw, dn = padded.strides
-            strides = (dh, dc, dw, sw * dw, b * sw * dw, dn)
-            return as_strided(padded, self.unfolded.shape, strides)
+            return as_strided(padded, self.unfolded.shape, (dh, dc, dw, sw * dw, dn))
 
-        self.windows_of_columns = windows_of_columns(self.padded)
-        self.planes = (o, rows // a, a, b, columns // b, n)
+        self.seen_by_columns = seen_by_columns(self.padded)
 
-        # Matrices of a product, in a stack by rows of the output and parts of their columns.
-        inputs = kh * channels * kw
-        row, value = self.unfolded.strides[0], self.unfolded.strides[2] // 1
-        value = values * itemsize
-        windows = as_strided(self.unfolded, (rows, inputs, values), (sh * row, value, itemsize))
-        v = _columns_of_a_product(values, o * inputs)
-        self.x_parts = _parts(windows, v)
-        self.y_parts = _parts(np.swapaxes(self.y.reshape(o, rows, values), 0, 1), v)
-        g = np.swapaxes(self.slope.reshape(o, rows, values), 0, 1)
-        self.g_parts = _parts(g, v)
-        # OpenBLAS's small products of a matrix and a transposed one have up to 1,200 results.
-        bands = kh if inputs * o > 1200 and channels * kw * o <= 1200 else 1
-        band = inputs // bands
-        v = _columns_of_a_product(values, band * o)
-        windows = as_strided(
-            self.unfolded,
-            (rows, bands, band, values),
-            (sh * row, row * kh // bands, value, itemsize),
-        )
-        self.x_bands = _parts(windows, v)
-        self.g_bands = np.swapaxes(_parts(g[:, None], v), -1, -2)
-        self.dbands = np.empty((step, *self.x_bands.shape[1:3], band, o), dtype)
+        # The matrices of the products, in stacks: by rows of the output, and parts of the columns.
+        # For dweight, by rows of the kernel, too, where that makes the results small enough: those
+        # of OpenBLAS's small products with a transposed matrix have up to 1,200 numbers.
+        size = self.unfolded.itemsize
+        inputs, row = kh * channels * kw, channels * kw * values * size
+        bands = kh if inputs // kh * o <= 1200 < inputs * o else 1
+
+        def seen_by_rows(bands: int) -> Array:
+            shape = (rows, bands, inputs // bands, values)
+            strides = (sh * row, kh // bands * row, values * size, size)
+            return as_strided(self.unfolded, shape, strides)
+
+        v, w = _columns_of_a_product(values, o * inputs), _columns_of_a_product(values, o * inputs // bands)
+        y, g = (np.swapaxes(each.reshape(o, rows, values), 0, 1) for each in (self.y, self.slope))
+        self.x_parts, self.y_parts, self.g_parts = _parts(seen_by_rows(1)[:, 0], v), _parts(y, v), _parts(g, v)
+        self.x_bands, self.g_bands = _parts(seen_by_rows(bands), w), np.swapaxes(_parts(g[:, None], w), -1, -2)
         self.dx = None
         if not first:
             self.dpadded = np.empty_like(self.padded)
             self.dx = self.dpadded[inside]
             self.dunfolded = np.empty_like(self.unfolded)
-            self.dwindows_of_columns = windows_of_columns(self.dpadded)
-            self.dwindow = np.empty((kh, *self.unfolded.shape[1:]), dtype)
-            self.dwindow_parts = _parts(self.dwindow.reshape(inputs, values), self.x_parts.shape[-1])
+            self.dseen_by_columns = seen_by_columns(self.dpadded)
+            self.dseen = np.empty((kh, *self.unfolded.shape[1:]), dtype)  # by one row
+            self.dseen_parts = _parts(self.dseen.reshape(inputs, values), v)
 
-    def load(self, weight: Array) -> None:
-        np.copyto(self.unfolded, self.windows_of_columns)
-        self.weight = np.ascontiguousarray(np.swapaxes(weight, 1, 2)).reshape(len(weight), -1)
+    def multiply(self, weight: Array) -> None:
+        np.copyto(self.unfolded, self.seen_by_columns)
+        self.weight = np.swapaxes(weight, 1, 2).reshape(len(weight), -1)
+        np.matmul(self.weight, self.x_parts, out=self.y_parts)
 
-    def multiply(self, k: int) -> None:
-        rows = self.rows[k]
-        np.matmul(self.weight, self.x_parts[rows], out=self.y_parts[rows])
-
-    def _planes(self, k: int) -> tuple[Array, slice]:
-        """Chunk k of ``slope`` as (O, windows down, kH, kW, windows across, n); its output rows."""
-        rows, a = self.rows[k], self.window[0]
-        pooled = slice(rows.start // a, rows.stop // a)
-        return self.slope.reshape(self.planes)[:, pooled], pooled
-
-    def pool(self, k: int, training: bool) -> None:
-        planes, pooled = self._planes(k)
-        out = np.swapaxes(self.output[pooled], 0, 1)
-        (a, b), maximum = self.window, type(self.block.pool) is MaxPool2d
-        first, *others = (planes[:, :, i, j] for i in range(a) for j in range(b))
-        if not others:
-            np.copyto(out, first)
+    def pool(self, training: bool) -> None:
+        windows, out, block = self.windows, np.swapaxes(self.output, 0, 1), self.block
+        (a, b), maximum = block.window, type(block.pool) is MaxPool2d
         combine = np.maximum if maximum else np.add
-        for plane in others:
-            first = combine(first, plane, out=out)
+        # Down first: those are long runs of memory, and leave less to do across.
+        column = windows[:, :, 0]
+        for i in range(1, a):
+            column = combine(column, windows[:, :, i], out=self.columns)
+        across = column[:, :, :, 0]
+        for j in range(1, b):
+            across = combine(across, column[:, :, :, j], out=out)
+        if b == 1:
+            np.copyto(out, across)
         if training:
-            chosen = _first_equal(planes, out) if maximum else None
-            self.differentiate_activation(self.slope[:, self.chunks[k]])
+            chosen = _first_equal(windows, out) if maximum else None
+            self.differentiate_activation()
             if chosen is not None:
-                planes *= chosen
-        if self.block.halved:
-            out *= 0.5 / self.block.divisor
+                windows *= chosen
+        if block.halved:
+            out *= 0.5 / block.divisor
             out += 0.5
-        elif self.block.divisor != 1:
-            out /= self.block.divisor
+        elif block.divisor != 1:
+            out /= block.divisor
 
-    def spread(self, k: int, scale: float) -> None:
-        planes, pooled = self._planes(k)
-        share = np.swapaxes(self.dy[pooled], 0, 1)
+    def spread(self, scale: float) -> None:
+        dy = np.swapaxes(self.dy, 0, 1)
         if scale != 1:
-            share = share * scale
-        planes *= share[:, :, None, None]
+            dy = dy * scale
+        self.windows *= dy[:, :, None, :, None]
 
-    def differentiate(self, k: int) -> None:
-        rows = self.rows[k]
-        dbands = self.dbands[: rows.stop - rows.start]
-        np.matmul(self.x_bands[rows], self.g_bands[rows], out=dbands)
-        dweight = dbands.sum(axis=(0, 2))
-        self.dweight = dweight if k == 0 else self.dweight + dweight
-
-    def finish(self, factor: Array) -> Array:
+    def differentiate(self, factor: Array | None) -> Array:
         (kh, kw), (sh, _) = self.block.layer.kernel_size, self.block.layer.stride
+        dweight = np.matmul(self.x_bands, self.g_bands).sum(axis=(0, 2))
+        dweight, weight = dweight.reshape(kh, -1, kw, len(self.y)), self.weight
+        if factor is not None:
+            weight, dweight = weight * factor[:, None], dweight * factor
         if self.dx is not None:
             self.dunfolded.fill(0)
-            weight = (self.weight * factor[:, None]).T
             for i, g in enumerate(self.g_parts):
-                np.matmul(weight, g, out=self.dwindow_parts)
-                self.dunfolded[i * sh : i * sh + kh] += self.dwindow
+                np.matmul(weight.T, g, out=self.dseen_parts)
+                self.dunfolded[i * sh : i * sh + kh] += self.dseen
             self.dpadded.fill(0)
             for j in range(kw):
-                self.dwindows_of_columns[:, :, j] += self.dunfolded[:, :, j]
-        dweight = self.dweight.reshape(kh, -1, kw, len(factor)).transpose(3, 1, 0, 2)
-        return dweight * factor[:, None, None, None]
+                self.dseen_by_columns[:, :, j] += self.dunfolded[:, :, j]
+        return np.transpose(dweight, (3, 1, 0, 2))
 
 
 class Stage:
@@ -357,39 +299,37 @@ class Stage:
         self.block, self.exchange = block, exchange
         self.pieces: list[Any] = [kind(block, n, dtype, first) for n in pieces]
         values = self.pieces[0].y.shape[1] // pieces[0]  # of an example
-        self.total = sum(sizes) * values
-        self.counts = np.concatenate([piece.counts for piece in self.pieces])
-        self.workers = len(sizes)
-        self.all_counts = np.array([size * values for size in sizes], dtype)
+        self.total, self.workers = sum(sizes) * values, len(sizes)
+        self.counts = np.array([n * values for n in pieces], dtype)
+        self.all_counts = np.array([n * values for n in sizes], dtype)
+        self.no_dbias = np.zeros_like(block.bias)
 
     def forward(self) -> None:
         """In training; with batch norm, by the statistics of the batch."""
-        layer, norm = self.block.layer, self.block.norm
+        block, norm = self.block, self.block.norm
         for piece in self.pieces:
-            piece.forward(layer.weight.data, norm is not None)
-        half = 0.5 if self.block.halved else 1.0
+            piece.forward(block.layer.weight.data, norm is not None)
+        half = 0.5 if block.halved else 1.0
         if norm is None:
-            summand = half * self.block.bias[:, None]
-            factor = None if half == 1 else np.full(len(summand), half, summand.dtype)
+            summand = half * block.bias
+            factor = None if half == 1 else np.full_like(summand, half)
             summands = [summand] * len(self.pieces)
         else:
-            means, squares = (
-                np.concatenate([getattr(piece, name) for piece in self.pieces], axis=1)
-                for name in ("means", "squares")
-            )
-            everyone = self.exchange(
-                np.stack(merge(self.counts, means, squares)), self.workers
-            )
-            self.mean, squares = merge(self.all_counts, everyone[:, 0].T, everyone[:, 1].T)
-            self.var = squares / self.total
+            self._statistics()
             self.s = np.sqrt(self.var + norm.eps)
-            self.factor = norm.gamma.data.ravel() / self.s
-            factor = half * self.factor
-            beta = half * norm.beta.data.reshape(-1, 1)
-            self.offsets = [piece.means - self.mean[:, None] for piece in self.pieces]
-            summands = [factor[:, None] * offset + beta for offset in self.offsets]
+            self.factor = norm.gamma.data.reshape(-1) / self.s
+            factor, beta = half * self.factor, half * norm.beta.data.reshape(-1)
+            summands = [factor * offset + beta for offset in self.offsets]
         for piece, summand in zip(self.pieces, summands, strict=True):
             piece.activate(factor, summand)
+
+    def _statistics(self) -> None:
+        """Mean and variance of the whole batch, of all pieces and workers."""
+        found = merge(self.counts, np.stack([piece.found for piece in self.pieces]))
+        self.mean, squares = merge(self.all_counts, self.exchange(found, self.workers))
+        self.var = squares / self.total
+        # y is less the mean of its piece, which is not quite that of the batch.
+        self.offsets = [piece.found[0] - self.mean for piece in self.pieces]
 
     def predict(self) -> None:
         """In prediction, with batch norm folded into weight and bias."""
@@ -405,24 +345,24 @@ class Stage:
         scale = (0.25 if self.block.halved else 1.0) / self.block.divisor
         for piece in self.pieces:
             piece.sum_up(scale)
-        factor, k = None, None
-        cs: list[Array | None] = [None] * len(self.pieces)
-        sums = _total(piece.sums.sum(axis=1) for piece in self.pieces)
+        factor = None
         if self.block.norm is None:
-            self.dbias = sums
+            self.dbias = _total(piece.found[0] for piece in self.pieces)
         else:
-            dots = _total(
-                (piece.dots + offset * piece.sums).sum(axis=1)
-                for piece, offset in zip(self.pieces, self.offsets, strict=True)
-            )
-            self.dbias = np.zeros_like(sums)
-            self.dbeta, dot = self.exchange(np.stack((sums, dots)), self.workers).sum(axis=0)
-            self.dgamma = dot / self.s
-            factor, k = self.factor, dot / (self.s * self.s * self.total)
-            cs = [self.dbeta[:, None] / self.total + k[:, None] * each for each in self.offsets]
-        self.dweight = _total(
-            piece.backward(factor, k, c) for piece, c in zip(self.pieces, cs, strict=True)
-        )
+            self._normalize_backward()
+            self.dbias, factor = self.no_dbias, self.factor
+        self.dweight = _total(piece.differentiate(factor) for piece in self.pieces)
+
+    def _normalize_backward(self) -> None:
+        for piece, offset in zip(self.pieces, self.offsets, strict=True):
+            piece.found[1] += offset * piece.found[0]
+        found = _total(piece.found for piece in self.pieces)
+        self.dbeta, dot = self.exchange(found, self.workers).sum(axis=0)
+        self.dgamma = dot / self.s
+        k = self.dgamma / (self.s * self.total)
+        mean = self.dbeta / self.total
+        for piece, offset in zip(self.pieces, self.offsets, strict=True):
+            piece.normalize_backward(k, mean + k * offset)
 
     def update_moving_averages(self) -> None:
         norm = self.block.norm
@@ -433,14 +373,17 @@ class Stage:
                 moving += ((1 - norm.momentum) * new).reshape(moving.shape)
 
 
-def merge(counts: Array, means: Array, squares: Array) -> tuple[Array, Array]:
-    """Mean, and squares about it, from those of parts: counts (P,), the others (features, P).
+def merge(counts: Array, found: Array) -> Array:
+    """Means, and squares about them, (2, features), from those of parts, (parts, 2, features).
 
     Source: T. Chan, G. Golub and R. LeVeque, "Updating formulae and a pairwise algorithm for
     computing sample variances", Stanford 1979, (2.1b) for several parts.
     """
-    mean = means @ (counts / counts.sum())
-    return mean, squares.sum(axis=1) + (means - mean[:, None]) ** 2 @ counts
+    if len(counts) == 1:
+        return found[0].copy()
+    means, squares = found[:, 0], found[:, 1]
+    mean = counts @ means / counts.sum()
+    return np.stack((mean, squares.sum(axis=0) + counts @ (means - mean) ** 2))
 
 
 def _columns_of_a_product(columns: int, size: int) -> int:
@@ -459,14 +402,14 @@ def _parts(matrices: Array, v: int) -> Array:
     return np.swapaxes(matrices.reshape(*lead, rows, columns // v, v), -2, -3)
 
 
-def _first_equal(planes: Array, largest: Array) -> Array:
+def _first_equal(windows: Array, largest: Array) -> Array:
     """Where in each window the maximum is; of equal ones, the first in reading order."""
-    chosen = planes == largest[:, :, None, None]
+    chosen = windows == largest[:, :, None, :, None]
     taken = np.zeros(largest.shape, bool)
     for i in range(chosen.shape[2]):
-        for j in range(chosen.shape[3]):
-            chosen[:, :, i, j] &= ~taken
-            taken |= chosen[:, :, i, j]
+        for j in range(chosen.shape[4]):
+            chosen[:, :, i, :, j] &= ~taken
+            taken |= chosen[:, :, i, :, j]
     return chosen
 
 

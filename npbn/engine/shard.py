@@ -13,7 +13,7 @@ from npbn.engine.numpy_stages import Array, Exchange, Stage
 from npbn.engine.plan import Block, ConvBlock, parameters_of
 from npbn.engine.team import Layout
 
-PIECE = 128
+PIECE = 256
 """Examples of a piece: what a pass over them needs fits a core's cache."""
 
 
@@ -102,16 +102,18 @@ class Shard:
         """Softmax cross-entropy: the sum, and hits; the pieces get the gradient of the mean."""
         pieces = self.stages[-1].pieces
         z = np.concatenate([piece.output for piece in pieces], axis=1)
-        hits = int(np.count_nonzero(z.argmax(axis=0) == labels))
-        one_hot = np.arange(len(z))[:, None] == labels
         z -= z.max(axis=0)
+        right = np.arange(len(z))[:, None] == labels
+        # The largest is 0 now. Of equal ones, the first counts, as with argmax.
+        hits = int(np.count_nonzero(z.argmax(axis=0) == labels))
         p = np.exp(z)
         sums = p.sum(axis=0)
-        # A label out of range has no logit: its loss is NaN, as in npbn.functional.
-        target = np.where(one_hot.any(axis=0), (z * one_hot).sum(axis=0), np.nan)
-        loss = float(np.sum(np.log(sums) - target, dtype=np.float64))
+        of_labels = z[right]
+        loss = float(np.log(sums).sum(dtype=np.float64) - of_labels.sum(dtype=np.float64))
+        if len(of_labels) != len(labels):
+            loss = math.nan  # as in npbn.functional: a label out of range has no logit
         p /= sums
-        p -= one_hot
+        p -= right
         p /= total
         start = 0
         for piece in pieces:
