@@ -13,8 +13,8 @@ import threadpoolctl
 
 from npbn.data import Split
 from npbn.engine.numpy_stages import Array
-from npbn.engine.plan import parameters_of, plan, without_caches
-from npbn.engine.shard import BUFFER, Follower, Shard
+from npbn.engine.plan import plan, without_caches
+from npbn.engine.shard import BUFFER, Follower, Shard, layouts, parameters
 from npbn.engine.team import Team, start_workers
 from npbn.layers import Sequential
 from npbn.optim import SGD
@@ -105,20 +105,26 @@ class Engine:
 
     def _ask(self, method: str, split: Split, parts: list[Array], *arguments: Any) -> None:
         """Have the other workers train or predict, each with its part of the examples."""
-        if not parts and self._team is None: return
+        if self._team is None and not parts:
+            return
         if self._team is None or self._capacity < max(map(len, parts), default=0):
             self._capacity = max(ROUND, *map(len, parts))
             setup = (Follower, [without_caches(block) for block in self.blocks])
-            layout = Follower.layout(self.blocks, self._capacity, split)
             most = 2 * max(len(block.bias) for block in self.blocks)
-            exchanged = (most, self.blocks[0].layer.weight.data.dtype)
-            self._team = Team(self.workers, setup, layout, exchanged)
-        for part, shared in zip(parts, self._team.shared, strict=False):
-            images, labels = _examples(split, part, shared["images"])
-            shared["labels"][: len(part)] = labels
-            for i, block in enumerate(self.blocks):
-                for name, owner, attribute in parameters_of(block):
-                    np.copyto(shared[f"{i}.{name}"], getattr(owner, attribute))
+            self._team = Team(
+                self.workers,
+                setup,
+                *layouts(self.blocks, self._capacity, split),
+                (most, self.blocks[0].layer.weight.data.dtype),
+            )
+        for name, owner, attribute in parameters(self.blocks):
+            value, shared = getattr(owner, attribute), self._team.common[name]
+            if value is not shared:  # the first time, or somebody gave the layer another array
+                np.copyto(shared, value)
+                setattr(owner, attribute, shared)
+        for part, own in zip(parts, self._team.own, strict=False):
+            _, labels = _examples(split, part, own["images"])
+            own["labels"][: len(part)] = labels
         self._team.ask(method, [(len(part), *arguments) for part in parts])
 
     def _answers(self) -> list[Any]:
@@ -129,9 +135,9 @@ class Engine:
         for i, stage in enumerate(self.shard.stages):
             layer, norm = stage.block.layer, stage.block.norm
             dweight, dbias = stage.dweight, stage.dbias
-            for shared in [] if self._team is None else self._team.shared[: workers - 1]:
-                dweight = dweight + shared[f"{i}.dweight"]
-                dbias = dbias + shared[f"{i}.dbias"]
+            for own in [] if self._team is None else self._team.own[: workers - 1]:
+                dweight = dweight + own[f"{i}.dweight"]
+                dbias = dbias + own[f"{i}.dbias"]
             layer.weight.gradient = dweight
             if layer.bias is not None:
                 layer.bias.gradient = dbias

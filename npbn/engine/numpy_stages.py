@@ -19,6 +19,8 @@ together so that fewer passes over the arrays do the same:
 
 from __future__ import annotations
 
+import itertools
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -33,8 +35,26 @@ Array = np.ndarray
 Exchange = Callable[[Array, int], Array]
 """What this worker found, and how many there are → what all found, stacked in their order."""
 
+LINE, PAGE = 64, 4096
+"""Bytes of a line of the cache, and of a page of memory."""
+
 SMALL_PRODUCT = 10**6
 """Multiplications up to which OpenBLAS multiplies matrices as they lie, without packing them."""
+
+
+_arrays = itertools.count()
+
+
+def work_array(shape: tuple[int, ...], dtype: Any) -> Array:
+    """An array that begins with a cache line, one line further in its page than the one before.
+
+    Lines at the same place of several pages push one another out of the first-level cache, and
+    what is read there waits for what is being written; large arrays usually begin like that.
+    """
+    size = math.prod(shape) * np.dtype(dtype).itemsize
+    memory = np.empty(size + 2 * PAGE, np.uint8)
+    start = -memory.ctypes.data % PAGE + next(_arrays) * LINE % PAGE
+    return memory[start : start + size].view(dtype).reshape(shape)
 
 
 class Piece(ABC):
@@ -57,8 +77,8 @@ class Piece(ABC):
 
     def __init__(self, block: Block, values: int, dtype: Any) -> None:
         self.block = block
-        self.y = np.empty((len(block.layer.weight.data), values), dtype)
-        self.slope = np.empty_like(self.y)
+        self.y = work_array((len(block.layer.weight.data), values), dtype)
+        self.slope = work_array(self.y.shape, dtype)
         self.found = np.empty((2, len(self.y)), dtype)
         self.ones = np.ones(values, dtype)
 
@@ -144,8 +164,8 @@ class LinearPiece(Piece):
     def __init__(self, block: LinearBlock, n: int, dtype: Any, first: bool) -> None:
         super().__init__(block, n, dtype)
         in_features, out_features = block.features
-        self.x = np.empty((in_features, n), dtype)
-        self.dx = None if first else np.empty_like(self.x)
+        self.x = work_array((in_features, n), dtype)
+        self.dx = None if first else work_array(self.x.shape, dtype)
         v = _columns_of_a_product(n, in_features * out_features)
         self.x_parts, self.y_parts = _parts(self.x, v), _parts(self.y, v)
 
@@ -163,9 +183,8 @@ class LinearPiece(Piece):
             self.differentiate_activation()
 
     def spread(self, scale: float) -> None:
+        self.dy *= scale
         self.slope *= self.dy
-        if scale != 1:
-            self.slope *= scale
 
     def differentiate(self, factor: Array | None) -> Array:
         g = self.slope
@@ -193,12 +212,13 @@ class ConvPiece(Piece):
         values = columns * n  # of a row of the output
         super().__init__(block, rows * values, dtype)
         self.windows = self.slope.reshape(o, rows // a, a, columns // b, b, n)
-        self.columns = np.empty((o, rows // a, columns // b, b, n), dtype)  # of the windows
+        self.columns = work_array((o, rows // a, columns // b, b, n), dtype)  # of the windows
 
-        self.padded = np.zeros((height + 2 * ph, channels, width + 2 * pw, n), dtype)
+        self.padded = work_array((height + 2 * ph, channels, width + 2 * pw, n), dtype)
+        self.padded.fill(0)
         inside = (slice(ph, ph + height), slice(None), slice(pw, pw + width))
         self.x = self.padded[inside]
-        self.unfolded = np.empty(((rows - 1) * sh + kh, channels, kw, columns, n), dtype)
+        self.unfolded = work_array(((rows - 1) * sh + kh, channels, kw, columns, n), dtype)
 
         def seen_by_columns(padded: Array) -> Array:
             dh, dc, dw, dn = padded.strides
@@ -224,11 +244,11 @@ class ConvPiece(Piece):
         self.x_bands, self.g_bands = _parts(seen_by_rows(bands), w), np.swapaxes(_parts(g[:, None], w), -1, -2)
         self.dx = None
         if not first:
-            self.dpadded = np.empty_like(self.padded)
+            self.dpadded = work_array(self.padded.shape, dtype)
             self.dx = self.dpadded[inside]
-            self.dunfolded = np.empty_like(self.unfolded)
+            self.dunfolded = work_array(self.unfolded.shape, dtype)
             self.dseen_by_columns = seen_by_columns(self.dpadded)
-            self.dseen = np.empty((kh, *self.unfolded.shape[1:]), dtype)  # by one row
+            self.dseen = work_array((kh, *self.unfolded.shape[1:]), dtype)  # by one row
             self.dseen_parts = _parts(self.dseen.reshape(inputs, values), v)
 
     def multiply(self, weight: Array) -> None:
@@ -261,10 +281,9 @@ class ConvPiece(Piece):
             out /= block.divisor
 
     def spread(self, scale: float) -> None:
-        dy = np.swapaxes(self.dy, 0, 1)
-        if scale != 1:
-            dy = dy * scale
-        self.windows *= dy[:, :, None, :, None]
+        self.dy *= scale
+        np.copyto(self.columns, np.swapaxes(self.dy, 0, 1)[:, :, :, None])
+        self.windows *= self.columns[:, :, None]
 
     def differentiate(self, factor: Array | None) -> Array:
         (kh, kw), (sh, _) = self.block.layer.kernel_size, self.block.layer.stride

@@ -198,27 +198,35 @@ class Team:
     Args:
         size: how many.
         setup: sent to each of the others: a function of a module, and what it is called with before
-            the worker's number, its shared arrays and `Meeting.exchange`. It returns what does the
-            work there: an object whose methods `ask` calls.
-        layout: of the arrays that each of the others shares with the first.
+            the worker's number, the arrays that it shares, and `Meeting.exchange`. It returns what
+            does the work there: an object whose methods `ask` calls.
+        common: layout of the arrays that all share.
+        own: of those that each of the others shares with the first alone.
         exchanged: the most numbers of a `Meeting.exchange`, and their dtype.
     """
 
     def __init__(
-        self, size: int, setup: tuple[Any, ...], layout: Layout, exchanged: tuple[int, Any]
+        self,
+        size: int,
+        setup: tuple[Any, ...],
+        common: Layout,
+        own: Layout,
+        exchanged: tuple[int, Any],
     ) -> None:
         start_workers(size - 1)
         whole = {
             "flags": ((size, 8), "int64"),
             "slots": ((size, 2, exchanged[0]), str(exchanged[1])),
+            **{f"all {name}": value for name, value in common.items()},
             **{
                 f"{number} {name}": value
                 for number in range(1, size)
-                for name, value in layout.items()
+                for name, value in own.items()
             },
         }
         arrays, fd = _shared_arrays(whole)
-        self.shared = [_own(arrays, number) for number in range(1, size)]
+        self.common = _of(arrays, "all")
+        self.own = [_of(arrays, number) for number in range(1, size)]
         self._workers = [_idle.pop() for _ in range(size - 1)]
         self._asked: list[Worker] = []
         self._meeting = Meeting(0, arrays["flags"], arrays["slots"], self._check)
@@ -251,9 +259,9 @@ class Team:
                 worker.end()
 
 
-def _own(arrays: Mapping[str, np.ndarray], number: int) -> dict[str, np.ndarray]:
-    """Those that a worker shares with the first alone."""
-    start = f"{number} "
+def _of(arrays: Mapping[str, np.ndarray], owner: object) -> dict[str, np.ndarray]:
+    """Those that belong to all, or to a worker."""
+    start = f"{owner} "
     return {name[len(start) :]: array for name, array in arrays.items() if name.startswith(start)}
 
 
@@ -309,7 +317,8 @@ def serve(fd: int) -> None:
                     arrays, _ = _shared_arrays(layout, theirs)
                     os.close(theirs)
                     meeting = Meeting(number, arrays["flags"], arrays["slots"], check)
-                    does = make(*given, number, _own(arrays, number), meeting.exchange)
+                    shared = _of(arrays, "all") | _of(arrays, number)
+                    does = make(*given, number, shared, meeting.exchange)
                 else:
                     meeting.count = count
                     send(getattr(does, method)(*arguments))
