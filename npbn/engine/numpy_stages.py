@@ -64,7 +64,7 @@ class Piece(ABC):
         x: the input, which the piece before writes.
         dx: the gradient by it; None for a first block, of whose dx nobody asks.
         output: where the output goes, and dy: the gradient by it; both are the next piece's.
-        y: (features, values), what convolution or product give, less its mean.
+        y: (rows, features, values), what convolution or product give, less its mean.
         slope: of that shape: how the block's output changes with batch norm's.
         found: (2, features): in the forward pass the means of y and the sums of its squares about
             them; in the backward pass the sums of the gradient and of its product with y.
@@ -75,11 +75,13 @@ class Piece(ABC):
     output: Array
     dy: Array
 
-    def __init__(self, block: Block, values: int, dtype: Any) -> None:
+    def __init__(self, block: Block, rows: int, values: int, dtype: Any) -> None:
         self.block = block
-        self.y = work_array((len(block.layer.weight.data), values), dtype)
+        features = len(block.layer.weight.data)
+        self.y = work_array((rows, features, values), dtype)
         self.slope = work_array(self.y.shape, dtype)
-        self.found = np.empty((2, len(self.y)), dtype)
+        self.found = np.empty((2, features), dtype)
+        self.of_rows = np.empty((rows, features), dtype)
         self.ones = np.ones(values, dtype)
 
     # What convolution and linear layers do each in its own way.
@@ -93,8 +95,8 @@ class Piece(ABC):
         """From what came out of the activation, in ``slope``, to the output; then to the slope."""
 
     @abstractmethod
-    def spread(self, scale: float) -> None:
-        """slope · scale · dy, in place: the gradient by what entered the activation."""
+    def spread(self) -> None:
+        """slope · dy, in place: the gradient by what entered the activation."""
 
     @abstractmethod
     def differentiate(self, factor: Array | None) -> Array:
@@ -106,10 +108,20 @@ class Piece(ABC):
         self.multiply(weight)
         if centre:
             y, (mean, squares) = self.y, self.found
-            np.matmul(y, self.ones, out=mean)
-            mean /= y.shape[1]
+            self._sum(y, out=mean)
+            mean /= y.size // mean.size
             y -= mean[:, None]
-            np.vecdot(y, y, out=squares)
+            self._dot(y, y, out=squares)
+
+    def _sum(self, array: Array, out: Array) -> None:
+        """Of each feature."""
+        np.matmul(array, self.ones, out=self.of_rows)
+        np.add.reduce(self.of_rows, axis=0, out=out)
+
+    def _dot(self, one: Array, other: Array, out: Array) -> None:
+        """The sum of the products, of each feature."""
+        np.vecdot(one, other, out=self.of_rows)
+        np.add.reduce(self.of_rows, axis=0, out=out)
 
     def activate(self, factor: Array | None, summand: Array) -> None:
         """The output in training, activation(factor·y + summand) pooled; and ``slope``."""
@@ -146,9 +158,12 @@ class Piece(ABC):
 
     def sum_up(self, scale: float) -> None:
         """The gradient by what entered the activation, its sums, and its products with y."""
-        self.spread(scale)
-        np.matmul(self.slope, self.ones, out=self.found[0])
-        np.vecdot(self.slope, self.y, out=self.found[1])
+        if scale != 1:
+            self.dy *= scale
+        self.spread()
+        self._sum(self.slope, out=self.found[0])
+        if self.block.norm is not None:
+            self._dot(self.slope, self.y, out=self.found[1])
 
     def normalize_backward(self, k: Array, c: Array) -> None:
         """From the gradient g by what batch norm gives to that by y, but for a factor: g - k·y - c."""
@@ -159,15 +174,15 @@ class Piece(ABC):
 
 
 class LinearPiece(Piece):
-    """x is (D, n)."""
+    """x is (D, n), y has a single row."""
 
     def __init__(self, block: LinearBlock, n: int, dtype: Any, first: bool) -> None:
-        super().__init__(block, n, dtype)
+        super().__init__(block, 1, n, dtype)
         in_features, out_features = block.features
         self.x = work_array((in_features, n), dtype)
         self.dx = None if first else work_array(self.x.shape, dtype)
         v = _columns_of_a_product(n, in_features * out_features)
-        self.x_parts, self.y_parts = _parts(self.x, v), _parts(self.y, v)
+        self.x_parts, self.y_parts = _parts(self.x, v), _parts(self.y[0], v)
 
     def multiply(self, weight: Array) -> None:
         self.weight = weight
@@ -175,19 +190,18 @@ class LinearPiece(Piece):
 
     def pool(self, training: bool) -> None:
         if self.block.halved:
-            np.multiply(self.slope, 0.5, out=self.output)
+            np.multiply(self.slope[0], 0.5, out=self.output)
             self.output += 0.5
         else:
-            np.copyto(self.output, self.slope)
+            np.copyto(self.output, self.slope[0])
         if training:
             self.differentiate_activation()
 
-    def spread(self, scale: float) -> None:
-        self.dy *= scale
+    def spread(self) -> None:
         self.slope *= self.dy
 
     def differentiate(self, factor: Array | None) -> Array:
-        g = self.slope
+        g = self.slope[0]
         if factor is not None:
             g *= factor[:, None]
         if self.dx is not None:
@@ -197,11 +211,12 @@ class LinearPiece(Piece):
 
 
 class ConvPiece(Piece):
-    """x is (H, C, W, n); y is (O, H', W', n).
+    """x is (H, C, W, n), y is (H', O, W'·n).
 
     The input is unfolded along its width alone: row h holds what each of the kW columns of the
     kernel sees of it. What a row of the output sees are then kH such rows, which lie one after the
-    other: a matrix of kH·C·kW rows and W'·n columns, without copying them once more.
+    other: a matrix of kH·C·kW rows and W'·n columns, without copying them once more. What a row of
+    the input is seen by are rows of the output, one after the other, too.
     """
 
     def __init__(self, block: ConvBlock, n: int, dtype: Any, first: bool) -> None:
@@ -209,10 +224,10 @@ class ConvPiece(Piece):
         (channels, height, width), (o, rows, columns) = block.shape, block.maps
         (kh, kw), (sh, sw), (ph, pw) = conv.kernel_size, conv.stride, conv.padding
         a, b = block.window
-        values = columns * n  # of a row of the output
-        super().__init__(block, rows * values, dtype)
-        self.windows = self.slope.reshape(o, rows // a, a, columns // b, b, n)
-        self.columns = work_array((o, rows // a, columns // b, b, n), dtype)  # of the windows
+        values = columns * n
+        super().__init__(block, rows, values, dtype)
+        self.windows = self.slope.reshape(rows // a, a, o, columns // b, b, n)
+        self.columns = work_array((rows // a, o, columns // b, b, n), dtype)  # of the windows
 
         self.padded = work_array((height + 2 * ph, channels, width + 2 * pw, n), dtype)
         self.padded.fill(0)
@@ -238,32 +253,43 @@ class ConvPiece(Piece):
             strides = (sh * row, kh // bands * row, values * size, size)
             return as_strided(self.unfolded, shape, strides)
 
-        v, w = _columns_of_a_product(values, o * inputs), _columns_of_a_product(values, o * inputs // bands)
-        y, g = (np.swapaxes(each.reshape(o, rows, values), 0, 1) for each in (self.y, self.slope))
-        self.x_parts, self.y_parts, self.g_parts = _parts(seen_by_rows(1)[:, 0], v), _parts(y, v), _parts(g, v)
-        self.x_bands, self.g_bands = _parts(seen_by_rows(bands), w), np.swapaxes(_parts(g[:, None], w), -1, -2)
+        v = _columns_of_a_product(values, o * inputs)
+        self.x_parts, self.y_parts = _parts(seen_by_rows(1)[:, 0], v), _parts(self.y, v)
+        v = _columns_of_a_product(values, o * inputs // bands)
+        self.x_bands = _parts(seen_by_rows(bands), v)
+        self.g_bands = np.swapaxes(_parts(self.slope[:, None], v), -1, -2)
         self.dx = None
         if not first:
             self.dpadded = work_array(self.padded.shape, dtype)
             self.dx = self.dpadded[inside]
             self.dunfolded = work_array(self.unfolded.shape, dtype)
             self.dseen_by_columns = seen_by_columns(self.dpadded)
-            self.dseen = work_array((kh, *self.unfolded.shape[1:]), dtype)  # by one row
-            self.dseen_parts = _parts(self.dseen.reshape(inputs, values), v)
+            self._plan_dx(rows, values)
+
+    def _plan_dx(self, rows: int, values: int) -> None:
+        """For each row of the input: rows of the kernel; views of those of g, and of its result."""
+        o, kh, sh = self.y.shape[1], self.block.layer.kernel_size[0], self.block.layer.stride[0]
+        self.products = []
+        for h, dx in enumerate(self.dunfolded.reshape(len(self.dunfolded), -1, values)):
+            seen_by = [r for r in range(rows) if 0 <= h - r * sh < kh]
+            v = _columns_of_a_product(values, len(dx) * len(seen_by) * o or 1)
+            g = self.slope[seen_by[0] : seen_by[-1] + 1] if seen_by else self.slope[:0]
+            of_kernel = [h - r * sh for r in seen_by]
+            self.products.append((of_kernel, _parts(g.reshape(-1, values), v), _parts(dx, v)))
 
     def multiply(self, weight: Array) -> None:
         np.copyto(self.unfolded, self.seen_by_columns)
-        self.weight = np.swapaxes(weight, 1, 2).reshape(len(weight), -1)
-        np.matmul(self.weight, self.x_parts, out=self.y_parts)
+        self.weight = np.swapaxes(weight, 1, 2)  # (O, kH, C, kW)
+        np.matmul(self.weight.reshape(len(weight), -1), self.x_parts, out=self.y_parts)
 
     def pool(self, training: bool) -> None:
-        windows, out, block = self.windows, np.swapaxes(self.output, 0, 1), self.block
+        windows, out, block = self.windows, self.output, self.block
         (a, b), maximum = block.window, type(block.pool) is MaxPool2d
         combine = np.maximum if maximum else np.add
         # Down first: those are long runs of memory, and leave less to do across.
-        column = windows[:, :, 0]
+        column = windows[:, 0]
         for i in range(1, a):
-            column = combine(column, windows[:, :, i], out=self.columns)
+            column = combine(column, windows[:, i], out=self.columns)
         across = column[:, :, :, 0]
         for j in range(1, b):
             across = combine(across, column[:, :, :, j], out=out)
@@ -280,22 +306,21 @@ class ConvPiece(Piece):
         elif block.divisor != 1:
             out /= block.divisor
 
-    def spread(self, scale: float) -> None:
-        self.dy *= scale
-        np.copyto(self.columns, np.swapaxes(self.dy, 0, 1)[:, :, :, None])
-        self.windows *= self.columns[:, :, None]
+    def spread(self) -> None:
+        np.copyto(self.columns, self.dy[:, :, :, None])
+        self.windows *= self.columns[:, None]
 
     def differentiate(self, factor: Array | None) -> Array:
-        (kh, kw), (sh, _) = self.block.layer.kernel_size, self.block.layer.stride
+        kh, kw = self.block.layer.kernel_size
+        o = self.y.shape[1]
         dweight = np.matmul(self.x_bands, self.g_bands).sum(axis=(0, 2))
-        dweight, weight = dweight.reshape(kh, -1, kw, len(self.y)), self.weight
+        dweight, weight = dweight.reshape(kh, -1, kw, o), self.weight
         if factor is not None:
-            weight, dweight = weight * factor[:, None], dweight * factor
+            weight, dweight = weight * factor[:, None, None, None], dweight * factor
         if self.dx is not None:
-            self.dunfolded.fill(0)
-            for i, g in enumerate(self.g_parts):
-                np.matmul(weight.T, g, out=self.dseen_parts)
-                self.dunfolded[i * sh : i * sh + kh] += self.dseen
+            weight = np.transpose(weight, (2, 3, 1, 0)).copy()  # (C, kW, kH, O)
+            for of_kernel, g, dx in self.products:
+                np.matmul(weight[:, :, of_kernel].reshape(len(dx[0]), -1), g, out=dx)
             self.dpadded.fill(0)
             for j in range(kw):
                 self.dseen_by_columns[:, :, j] += self.dunfolded[:, :, j]
@@ -317,7 +342,7 @@ class Stage:
         kind: Any = ConvPiece if isinstance(block, ConvBlock) else LinearPiece
         self.block, self.exchange = block, exchange
         self.pieces: list[Any] = [kind(block, n, dtype, first) for n in pieces]
-        values = self.pieces[0].y.shape[1] // pieces[0]  # of an example
+        values = self.pieces[0].y.size // (len(block.bias) * pieces[0])  # of an example
         self.total, self.workers = sum(sizes) * values, len(sizes)
         self.counts = np.array([n * values for n in pieces], dtype)
         self.all_counts = np.array([n * values for n in sizes], dtype)
@@ -423,12 +448,12 @@ def _parts(matrices: Array, v: int) -> Array:
 
 def _first_equal(windows: Array, largest: Array) -> Array:
     """Where in each window the maximum is; of equal ones, the first in reading order."""
-    chosen = windows == largest[:, :, None, :, None]
+    chosen = windows == largest[:, None, :, :, None]
     taken = np.zeros(largest.shape, bool)
-    for i in range(chosen.shape[2]):
+    for i in range(chosen.shape[1]):
         for j in range(chosen.shape[4]):
-            chosen[:, :, i, :, j] &= ~taken
-            taken |= chosen[:, :, i, :, j]
+            chosen[:, i, :, :, j] &= ~taken
+            taken |= chosen[:, i, :, :, j]
     return chosen
 
 

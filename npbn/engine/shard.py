@@ -85,7 +85,7 @@ class Shard:
                     piece.output = _as_left(next_piece.x, stage.block)
                     piece.dy = _as_left(next_piece.dx, stage.block)
             for piece in stages[-1].pieces:
-                piece.output, piece.dy = np.empty_like(piece.y), np.empty_like(piece.y)
+                piece.output, piece.dy = np.empty_like(piece.y[0]), np.empty_like(piece.y[0])
             self._stages[sizes] = stages
         return self._stages[sizes]
 
