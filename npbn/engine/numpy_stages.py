@@ -57,6 +57,12 @@ def work_array(shape: tuple[int, ...], dtype: Any) -> Array:
     return memory[start : start + size].view(dtype).reshape(shape)
 
 
+def work_rows(shape: tuple[int, ...], dtype: Any) -> Array:
+    """A `work_array` with a line between its rows, the last axis, for the same reason."""
+    *rows, values = shape
+    return work_array((*rows, values + LINE // np.dtype(dtype).itemsize), dtype)[..., :values]
+
+
 class Piece(ABC):
     """Some examples of a block: arrays, and what is done with them.
 
@@ -233,24 +239,25 @@ class ConvPiece(Piece):
         self.padded.fill(0)
         inside = (slice(ph, ph + height), slice(None), slice(pw, pw + width))
         self.x = self.padded[inside]
-        self.unfolded = work_array(((rows - 1) * sh + kh, channels, kw, columns, n), dtype)
+        self.unfolded = work_rows(((rows - 1) * sh + kh, channels, kw, values), dtype)
+        seen = (*self.unfolded.shape[:3], columns, n)
 
         def seen_by_columns(padded: Array) -> Array:
             dh, dc, dw, dn = padded.strides
-            return as_strided(padded, self.unfolded.shape, (dh, dc, dw, sw * dw, dn))
+            return as_strided(padded, seen, (dh, dc, dw, sw * dw, dn))
 
         self.seen_by_columns = seen_by_columns(self.padded)
 
         # The matrices of the products, in stacks: by rows of the output, and parts of the columns.
         # For dweight, by rows of the kernel, too, where that makes the results small enough: those
         # of OpenBLAS's small products with a transposed matrix have up to 1,200 numbers.
-        size = self.unfolded.itemsize
-        inputs, row = kh * channels * kw, channels * kw * values * size
+        inputs = kh * channels * kw
         bands = kh if inputs // kh * o <= 1200 < inputs * o else 1
 
         def seen_by_rows(bands: int) -> Array:
             shape = (rows, bands, inputs // bands, values)
-            strides = (sh * row, kh // bands * row, values * size, size)
+            row, _, value, size = self.unfolded.strides
+            strides = (sh * row, kh // bands * row, value, size)
             return as_strided(self.unfolded, shape, strides)
 
         v = _columns_of_a_product(values, o * inputs)
@@ -262,7 +269,7 @@ class ConvPiece(Piece):
         if not first:
             self.dpadded = work_array(self.padded.shape, dtype)
             self.dx = self.dpadded[inside]
-            self.dunfolded = work_array(self.unfolded.shape, dtype)
+            self.dunfolded = work_rows(self.unfolded.shape, dtype)
             self.dseen_by_columns = seen_by_columns(self.dpadded)
             self._plan_dx(rows, values)
 
@@ -278,7 +285,7 @@ class ConvPiece(Piece):
             self.products.append((of_kernel, _parts(g.reshape(-1, values), v), _parts(dx, v)))
 
     def multiply(self, weight: Array) -> None:
-        np.copyto(self.unfolded, self.seen_by_columns)
+        np.copyto(self.unfolded.reshape(self.seen_by_columns.shape), self.seen_by_columns)
         self.weight = np.swapaxes(weight, 1, 2)  # (O, kH, C, kW)
         np.matmul(self.weight.reshape(len(weight), -1), self.x_parts, out=self.y_parts)
 
@@ -322,8 +329,9 @@ class ConvPiece(Piece):
             for of_kernel, g, dx in self.products:
                 np.matmul(weight[:, :, of_kernel].reshape(len(dx[0]), -1), g, out=dx)
             self.dpadded.fill(0)
+            dunfolded = self.dunfolded.reshape(self.seen_by_columns.shape)
             for j in range(kw):
-                self.dseen_by_columns[:, :, j] += self.dunfolded[:, :, j]
+                self.dseen_by_columns[:, :, j] += dunfolded[:, :, j]
         return np.transpose(dweight, (3, 1, 0, 2))
 
 
