@@ -50,6 +50,7 @@ class Engine:
         self.workers = workers
         self.shard = Shard(self.blocks, 0, self._exchange)
         self._blas = threadpoolctl.ThreadpoolController().select(user_api="blas").lib_controllers
+        self._parameters = list(parameters(self.blocks))
         self._team: Team | None = None
         self._capacity = 0
         start_workers(workers - 1)
@@ -117,7 +118,7 @@ class Engine:
                 *layouts(self.blocks, self._capacity, split),
                 (most, self.blocks[0].layer.weight.data.dtype),
             )
-        for name, owner, attribute in parameters(self.blocks):
+        for name, owner, attribute in self._parameters:
             value, shared = getattr(owner, attribute), self._team.common[name]
             if value is not shared:  # the first time, or somebody gave the layer another array
                 np.copyto(shared, value)

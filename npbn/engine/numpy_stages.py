@@ -274,15 +274,27 @@ class ConvPiece(Piece):
             self._plan_dx(rows, values)
 
     def _plan_dx(self, rows: int, values: int) -> None:
-        """For each row of the input: rows of the kernel; views of those of g, and of its result."""
+        """For each row of the input: rows of the kernel; views of those of g, and of its result.
+
+        Row r of the output sees row h by row i = h - r·sH of the kernel. So of the kernel's rows
+        from h mod sH on, every sH-th, backwards, it is some that follow one another.
+        """
         o, kh, sh = self.y.shape[1], self.block.layer.kernel_size[0], self.block.layer.stride[0]
         self.products = []
         for h, dx in enumerate(self.dunfolded.reshape(len(self.dunfolded), -1, values)):
-            seen_by = [r for r in range(rows) if 0 <= h - r * sh < kh]
-            v = _columns_of_a_product(values, len(dx) * len(seen_by) * o or 1)
-            g = self.slope[seen_by[0] : seen_by[-1] + 1] if seen_by else self.slope[:0]
-            of_kernel = [h - r * sh for r in seen_by]
-            self.products.append((of_kernel, _parts(g.reshape(-1, values), v), _parts(dx, v)))
+            of_output = [r for r in range(rows) if 0 <= h - r * sh < kh]
+            of_kernel = list(reversed(range(h % sh, kh, sh)))
+            first = of_kernel.index(h - of_output[0] * sh) if of_output else 0
+            g = self.slope[of_output[0] :] if of_output else self.slope
+            v = _columns_of_a_product(values, max(1, len(dx) * len(of_output) * o))
+            self.products.append(
+                (
+                    h % sh,
+                    slice(first, first + len(of_output)),
+                    _parts(g[: len(of_output)].reshape(-1, values), v),
+                    _parts(dx, v),
+                )
+            )
 
     def multiply(self, weight: Array) -> None:
         np.copyto(self.unfolded.reshape(self.seen_by_columns.shape), self.seen_by_columns)
@@ -325,9 +337,11 @@ class ConvPiece(Piece):
         if factor is not None:
             weight, dweight = weight * factor[:, None, None, None], dweight * factor
         if self.dx is not None:
-            weight = np.transpose(weight, (2, 3, 1, 0)).copy()  # (C, kW, kH, O)
-            for of_kernel, g, dx in self.products:
-                np.matmul(weight[:, :, of_kernel].reshape(len(dx[0]), -1), g, out=dx)
+            weight = np.transpose(weight, (2, 3, 1, 0))  # (C, kW, kH, O)
+            inputs, step = len(weight) * kw, self.block.layer.stride[0]
+            weights = [weight[:, :, i::step][:, :, ::-1].copy() for i in range(step)]
+            for i, of_kernel, g, dx in self.products:
+                np.matmul(weights[i][:, :, of_kernel].reshape(inputs, -1), g, out=dx)
             self.dpadded.fill(0)
             dunfolded = self.dunfolded.reshape(self.seen_by_columns.shape)
             for j in range(kw):
@@ -377,7 +391,7 @@ class Stage:
 
     def _statistics(self) -> None:
         """Mean and variance of the whole batch, of all pieces and workers."""
-        found = merge(self.counts, np.stack([piece.found for piece in self.pieces]))
+        found = merge(self.counts, [piece.found for piece in self.pieces])
         self.mean, squares = merge(self.all_counts, self.exchange(found, self.workers))
         self.var = squares / self.total
         # y is less the mean of its piece, which is not quite that of the batch.
@@ -425,14 +439,15 @@ class Stage:
                 moving += ((1 - norm.momentum) * new).reshape(moving.shape)
 
 
-def merge(counts: Array, found: Array) -> Array:
-    """Means, and squares about them, (2, features), from those of parts, (parts, 2, features).
+def merge(counts: Array, parts: Sequence[Array]) -> Array:
+    """Means, and squares about them, (2, features), of all, from those of parts.
 
     Source: T. Chan, G. Golub and R. LeVeque, "Updating formulae and a pairwise algorithm for
     computing sample variances", Stanford 1979, (2.1b) for several parts.
     """
-    if len(counts) == 1:
-        return found[0].copy()
+    if len(parts) == 1:
+        return parts[0]
+    found = np.asarray(parts)
     means, squares = found[:, 0], found[:, 1]
     mean = counts @ means / counts.sum()
     return np.stack((mean, squares.sum(axis=0) + counts @ (means - mean) ** 2))

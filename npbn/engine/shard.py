@@ -17,7 +17,7 @@ PIECE = 256
 """Examples of a piece: what a pass over them needs fits a core's cache."""
 
 
-BUFFER = 1024
+BUFFER = 512
 """NumPy's buffer, in numbers, while the engine computes.
 
 Rows of which several fit it are copied into it and back by every operation that cannot take all of
