@@ -11,7 +11,7 @@ import numpy as np
 from npbn import data, layers, models, optim, training
 from npbn.backend import Backend, get_backend
 from npbn.engine import Engine
-from npbn.errors import CheckpointError, NpbnError
+from npbn.errors import CheckpointError, NpbnError, UnsupportedError
 from npbn.runs import Run
 
 ACTIVATIONS = {"sigmoid": layers.Sigmoid, "relu": layers.ReLU}
@@ -48,10 +48,19 @@ def build_schedule(config: Mapping[str, Any], steps_per_epoch: int) -> optim.Sch
     return optim.Constant(config["lr"])
 
 
+def count_workers(threads: int) -> int:
+    """How many processes the engine computes with where so many threads are wanted."""
+    return min(threads, os.cpu_count() or 1) if os.name == "posix" else 1
+
+
 def build_training(
     config: Mapping[str, Any], dataset: data.Dataset, device: Backend
 ) -> training.Training:
-    """Model, optimizer and data on ``device``, at the start of the run."""
+    """Model, optimizer and data on ``device``, at the start of the run.
+
+    Raises:
+        UnsupportedError: the engine is asked for and has no stage for something.
+    """
     generator = np.random.default_rng(config["seed"])
     model = build_model(config, generator)
     model.to(device, config["dtype"])
@@ -66,8 +75,8 @@ def build_training(
     engine = None
     if config["engine"] == "compiled":
         if device.name != "numpy":
-            raise NpbnError("--engine compiled: it computes on the CPU, with --backend numpy")
-        engine = Engine(model, optimizer, shape, workers=config["threads"])
+            raise UnsupportedError("it computes on the CPU, with --backend numpy")
+        engine = Engine(model, optimizer, shape, workers=config["workers"])
     return training.Training(
         model,
         optimizer,
@@ -83,15 +92,18 @@ def build_training(
 
 
 def load_training(
-    run: Run, dataset: data.Dataset, device: Backend, which: str = "last"
+    run: Run, dataset: data.Dataset, device: Backend, **changes: Any
 ) -> tuple[training.Training, dict[str, Any]]:
-    """What a run had come to, and the record of its checkpoint."""
-    arrays, record = run.load(which)
-    state = build_training(run.config, dataset, device)
+    """What a run had come to, and the record of its last checkpoint.
+
+    ``changes`` are to its configuration, for what is left of it.
+    """
+    arrays, record = run.load()
+    state = build_training(run.config | changes, dataset, device)
     try:
         state.load_state(arrays, record)
     except (ValueError, TypeError, KeyError) as error:
-        raise _misfit(run, which, error) from None
+        raise _misfit(run, "last", error) from None
     return state, record
 
 

@@ -28,13 +28,14 @@ import npbn
 from _experiment import (
     ACTIVATIONS,
     build_training,
+    count_workers,
     load_data,
     load_model,
     load_training,
 )
 from _pictures import draw_run
 from npbn import backend, data, inspection, plots, training, verify
-from npbn.errors import CheckpointError, NonFiniteError, NpbnError
+from npbn.errors import CheckpointError, NonFiniteError, NpbnError, UnsupportedError
 from npbn.runs import Run
 
 EPILOG = """\
@@ -75,17 +76,17 @@ def parse_arguments() -> argparse.Namespace:
     )
     where.add_argument(
         "--engine",
-        choices=("layers", "compiled"),
-        default="layers",
-        help="layers, the textbook; or compiled, the same planned into fused stages, on the CPU "
-        "alone and still being worked on (default: layers)",
+        choices=("auto", "layers", "compiled"),
+        default="auto",
+        help="layers, the textbook; compiled, the same planned into fused stages, on the CPU "
+        "alone; or auto, compiled where it can be (default: auto)",
     )
     where.add_argument(
         "--threads",
         type=integer(1),
         metavar="N",
-        help="that the CPU computes with; 1 is fastest beside other busy programs (default: the "
-        "BLAS library's own choice)",
+        help="that the CPU computes with, or processes with --engine compiled; 1 is fastest beside "
+        "other busy programs (default: the BLAS library's own choice)",
     )
     where.add_argument(
         "--dtype", choices=("float32", "float64"), default="float32", help="(default: float32)"
@@ -268,7 +269,7 @@ class Session:
         say(
             f"model: {type(model).__name__} {'without' if config['no_batch_norm'] else 'with'} "
             f"batch norm, {count:,} parameters, {config['dtype']}"
-            f"{', by the engine' if config['engine'] == 'compiled' else ''}"
+            f", {self.by}"
         )
         say(
             f"training: {config['epochs']} epoch{'s' * (config['epochs'] > 1)}, "
@@ -281,6 +282,14 @@ class Session:
                 "note: over a batch of one, batch norm after a linear layer is constant: "
                 "little is learned"
             )
+
+    @property
+    def by(self) -> str:
+        """What computes."""
+        if self.state.engine is None:
+            return "by the layers"
+        workers = self.state.engine.workers
+        return f"by the engine with {workers} worker{'s' * (workers > 1)}"
 
     def record(self, epoch: training.Epoch | None) -> dict[str, Any]:
         """A line of the metrics; None stands for the time before the first epoch."""
@@ -322,9 +331,11 @@ def start(arguments: argparse.Namespace) -> Session:
     for note in dataset.notes:
         say(f"note: {note}")
     _, channels, side, _ = dataset.train.images.shape
+    threads = arguments.threads or backend.blas_threads() or 1
     config |= {
         "backend": device.name,
-        "threads": arguments.threads or backend.blas_threads() or 1,
+        "threads": threads,
+        "workers": count_workers(threads),
         "dataset": dataset.key,
         "data": None if arguments.data is None else str(Path(arguments.data).resolve()),
         # What a model needs to predict without the data set.
@@ -332,13 +343,8 @@ def start(arguments: argparse.Namespace) -> Session:
         "channels": channels,
         "side": side,
     }
-    session = Session(
-        Run(path, config),
-        build_training(config, dataset, device),
-        dataset,
-        device,
-        resumed=False,
-    )
+    state = begin(config, dataset, device)
+    session = Session(Run(path, config), state, dataset, device, resumed=False)
     session.describe()
     if arguments.check_gradients:
         check_gradients(session)
@@ -357,6 +363,25 @@ def start(arguments: argparse.Namespace) -> Session:
     return session
 
 
+def begin(
+    config: dict[str, Any], dataset: data.Dataset, device: backend.Backend
+) -> training.Training:
+    """The start of a run; says in ``config`` what computes, if that was left open."""
+    asked = config["engine"]
+    if asked != "auto":
+        try:
+            return build_training(config, dataset, device)
+        except UnsupportedError as error:
+            raise NpbnError(f"--engine {asked}: {error}; --engine layers can do it") from None
+    config["engine"] = "compiled" if device.name == "numpy" else "layers"
+    try:
+        return build_training(config, dataset, device)
+    except UnsupportedError as error:
+        say(f"note: by the layers, because: {error}")
+        config["engine"] = "layers"
+        return build_training(config, dataset, device)
+
+
 def resume(arguments: argparse.Namespace) -> Session:
     """A run that goes on."""
     run = Run.open(arguments.resume)
@@ -366,10 +391,14 @@ def resume(arguments: argparse.Namespace) -> Session:
         raise NpbnError("--data: not allowed with this run of the digits, which need no files")
     try:
         name = config["backend"] if arguments.backend == "auto" else arguments.backend
-        device = open_device(name, arguments.threads or config["threads"])
+        threads = arguments.threads
+        device = open_device(name, threads or config["threads"])
         options = {"data": arguments.data} if arguments.data else {}
         dataset = load_data(config | options, on_download=say)
-        state, record = load_training(run, dataset, device)
+        changes = {} if threads is None else {"workers": count_workers(threads)}
+        if device.name != "numpy":
+            changes["engine"] = "layers"
+        state, record = load_training(run, dataset, device, **changes)
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(
             f"{run.path / 'config.json'} is of another version of npbn: {error}"

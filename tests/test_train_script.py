@@ -112,6 +112,7 @@ def test_options(options, expected, tmp_path):
 def test_the_options_reach_the_training(options, rate, tmp_path):
     """What is printed is what a training set up by hand arrives at; an epoch has 6 steps."""
     common = ("--epochs", "4", "--seed", "7", "--threads", "1", "--schedule", "step")
+    common += ("--engine", "layers")
     sgd = ("--lr", "0.3", "--momentum", "0.7", "--weight-decay", "0.02")
     process = run("train.py", *QUICK, *common, *sgd, *options, cwd=tmp_path)
     assert process.returncode == 0, process.stderr
@@ -401,10 +402,12 @@ def test_a_reader_that_goes_away_is_no_traceback(tmp_path):
 
 def test_the_engine_reaches_what_the_layers_reach_and_resumes_to_the_bit(tmp_path):
     common = (*QUICK, "--epochs", "2", "--threads", "2", "--batch-size", "100")
-    layers = run("train.py", *common, "--run", "layers", cwd=tmp_path)
-    whole = run("train.py", *common, "--engine", "compiled", "--run", "whole", cwd=tmp_path)
+    layers = run("train.py", *common, "--engine", "layers", "--run", "layers", cwd=tmp_path)
+    whole = run("train.py", *common, "--run", "whole", cwd=tmp_path)  # auto: it is the default
     assert whole.returncode == 0, whole.stderr
-    assert "by the engine" in whole.stdout and "by the engine" not in layers.stdout
+    assert "float32, by the layers\n" in layers.stdout
+    workers = min(2, os.cpu_count())
+    assert f"float32, by the engine with {workers} worker" in whole.stdout
     for one, other in zip(metrics(layers.stdout), metrics(whole.stdout), strict=True):
         assert abs(float(one[1]) - float(other[1])) < 2e-3  # the loss
     stopped = run(
@@ -422,6 +425,37 @@ def test_the_engine_reaches_what_the_layers_reach_and_resumes_to_the_bit(tmp_pat
     )
     for name, value in one.items():
         np.testing.assert_array_equal(value, other[name], err_msg=name)
+
+
+@pytest.mark.skipif(os.cpu_count() == 1, reason="one core: there is one worker in any case")
+def test_a_run_goes_on_with_its_workers_or_as_many_as_are_asked_for(tmp_path):
+    common = (*QUICK, "--run", "run", "--epochs", "2", "--threads", "2", "--batch-size", "100")
+    assert run("train.py", *common, cwd=tmp_path, prelude=STOP_AFTER_20).returncode == 130
+    resumed = run("train.py", "--resume", "run", "--threads", "1", cwd=tmp_path)
+    assert resumed.returncode == 0, resumed.stderr
+    assert "by the engine with 1 worker\n" in resumed.stdout
+    resumed = run("train.py", "--resume", "run", cwd=tmp_path)
+    assert "by the engine with 2 workers\n" in resumed.stdout
+
+
+UNSUPPORTED = """
+import npbn.engine.engine
+from npbn.errors import UnsupportedError
+
+def plan(*_):
+    raise UnsupportedError("layer 3 (Sigmoid()): there is no stage for it")
+
+npbn.engine.engine.plan = plan
+"""
+
+
+def test_what_the_engine_has_no_stage_for_is_left_to_the_layers(tmp_path):
+    process = run("train.py", *QUICK, cwd=tmp_path, prelude=UNSUPPORTED)
+    assert process.returncode == 0, process.stderr
+    assert "note: by the layers, because: layer 3 (Sigmoid()): there is no stage" in process.stdout
+    assert "float32, by the layers\n" in process.stdout
+    process = run("train.py", *QUICK, "--engine", "compiled", cwd=tmp_path, prelude=UNSUPPORTED)
+    assert_refused(process, "--engine compiled: layer 3 (Sigmoid()): there is no stage for it")
 
 
 STOP_AFTER_20 = """
