@@ -53,7 +53,7 @@ def idle() -> set[int]:
 def serving(of: int | None = None) -> list[psutil.Process]:
     """The worker processes of a process, this one unless given, and what has been one."""
     found = []
-    for process in psutil.Process(of).children(recursive=True):
+    for process in psutil.Process(of).children():
         with contextlib.suppress(psutil.NoSuchProcess):
             if process.status() == psutil.STATUS_ZOMBIE or "team.serve" in str(process.cmdline()):
                 found.append(process)
@@ -267,11 +267,21 @@ def test_a_set_up_that_fails():
     members.dissolve()
 
 
-def test_an_interrupt_while_a_team_is_set_up(monkeypatch, none_left):
-    monkeypatch.setattr(team.Worker, "send", interrupt)
+def test_an_interrupt_while_a_team_is_set_up(monkeypatch):
+    """A worker that has half of a message is not used again."""
+
+    def send_half(channel, message):
+        channel.socket.sendall(message[:9])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(team.Channel, "send", send_half)
     with pytest.raises(KeyboardInterrupt):
         a_team(3)
-    none_left()
+    monkeypatch.undo()
+    members, first = a_team(3)
+    members.ask("meet", [(3, 1, 0)] * 2)
+    first.meet(3, 1, 0)
+    assert len(members.answers()) == 2
 
 
 def interrupt(*_, **__):
