@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import math
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -21,6 +23,7 @@ from npbn.optim import SGD
 
 ROUND = 1024
 """Examples that a worker is given to predict at a time."""
+
 
 class Engine:
     """A model with its optimizer, planned for images of one size.
@@ -48,7 +51,9 @@ class Engine:
         self.blocks = plan(model, input_shape)
         self.optimizer = optimizer
         self.workers = workers
-        self.shard = Shard(self.blocks, 0, self._exchange)
+        # `proxy`: a method would refer to this engine, which would then wait for the collector.
+        exchange = functools.partial(Engine._exchange, weakref.proxy(self))
+        self.shard = Shard(self.blocks, 0, exchange)
         self._blas = threadpoolctl.ThreadpoolController().select(user_api="blas").lib_controllers
         self._parameters = list(parameters(self.blocks))
         self._team: Team | None = None
@@ -101,14 +106,17 @@ class Engine:
                 library.set_num_threads(number)
             np.setbufsize(size)
 
-    def _exchange(self, found: Array, workers: int) -> Array:
-        return found[None].copy() if workers == 1 else self._team.exchange(found, workers)
+    def _exchange(self, found: Array, workers: int) -> Any:
+        if self._team is None or workers == 1:
+            return found[None].copy()
+        return self._team.exchange(found, workers)
 
     def _ask(self, method: str, split: Split, parts: list[Array], *arguments: Any) -> None:
         """Have the other workers train or predict, each with its part of the examples."""
         if self._team is None and not parts:
             return
         if self._team is None or self._capacity < max(map(len, parts), default=0):
+            self._team = None  # its processes are the next team's
             self._capacity = max(ROUND, *map(len, parts))
             setup = (Follower, [without_caches(block) for block in self.blocks])
             most = 2 * max(len(block.bias) for block in self.blocks)
@@ -150,7 +158,8 @@ class Engine:
 
 def _examples(split: Split, indices: Array, out: Array | None = None) -> tuple[Array, Array]:
     """Pixels, (n, C·H·W), and labels; the pixels into the beginning of ``out``, if given."""
+    labels = split.labels[indices]  # an IndexError, if one is out of range: `take` wraps those
     images = split.images.reshape(len(split), -1)
     if out is not None:
         out = out[: len(indices)]
-    return images.take(indices, axis=0, out=out, mode="clip"), split.labels[indices]
+    return images.take(indices, axis=0, out=out, mode="wrap"), labels

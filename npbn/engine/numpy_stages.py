@@ -19,6 +19,7 @@ together so that fewer passes over the arrays do the same:
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from abc import ABC, abstractmethod
@@ -29,7 +30,7 @@ import numpy as np
 from numpy.lib.stride_tricks import as_strided
 
 from npbn.engine.plan import Block, ConvBlock, LinearBlock
-from npbn.layers import MaxPool2d, Sigmoid
+from npbn.layers import MaxPool2d
 
 Array = np.ndarray
 Exchange = Callable[[Array, int], Array]
@@ -54,7 +55,8 @@ def work_array(shape: tuple[int, ...], dtype: Any) -> Array:
     size = math.prod(shape) * np.dtype(dtype).itemsize
     memory = np.empty(size + 2 * PAGE, np.uint8)
     start = -memory.ctypes.data % PAGE + next(_arrays) * LINE % PAGE
-    return memory[start : start + size].view(dtype).reshape(shape)
+    array: Array = memory[start : start + size].view(dtype).reshape(shape)
+    return array
 
 
 def work_rows(shape: tuple[int, ...], dtype: Any) -> Array:
@@ -172,7 +174,7 @@ class Piece(ABC):
             self._dot(self.slope, self.y, out=self.found[1])
 
     def normalize_backward(self, k: Array, c: Array) -> None:
-        """From the gradient g by what batch norm gives to that by y, but for a factor: g - k·y - c."""
+        """From the gradient g by batch norm's output to that by y, less a factor: g - k·y - c."""
         y = self.y
         y *= k[:, None]
         y += c[:, None]
@@ -224,6 +226,8 @@ class ConvPiece(Piece):
     other: a matrix of kH·C·kW rows and W'·n columns, without copying them once more. What a row of
     the input is seen by are rows of the output, one after the other, too.
     """
+
+    block: ConvBlock
 
     def __init__(self, block: ConvBlock, n: int, dtype: Any, first: bool) -> None:
         conv = block.layer
@@ -439,7 +443,7 @@ class Stage:
                 moving += ((1 - norm.momentum) * new).reshape(moving.shape)
 
 
-def merge(counts: Array, parts: Sequence[Array]) -> Array:
+def merge(counts: Array, parts: Sequence[Array] | Array) -> Array:
     """Means, and squares about them, (2, features), of all, from those of parts.
 
     Source: T. Chan, G. Golub and R. LeVeque, "Updating formulae and a pairwise algorithm for
@@ -471,7 +475,7 @@ def _parts(matrices: Array, v: int) -> Array:
 
 def _first_equal(windows: Array, largest: Array) -> Array:
     """Where in each window the maximum is; of equal ones, the first in reading order."""
-    chosen = windows == largest[:, None, :, :, None]
+    chosen: Array = windows == largest[:, None, :, :, None]
     taken = np.zeros(largest.shape, bool)
     for i in range(chosen.shape[1]):
         for j in range(chosen.shape[4]):
@@ -480,8 +484,5 @@ def _first_equal(windows: Array, largest: Array) -> Array:
     return chosen
 
 
-def _total(arrays: Iterable[Array]) -> Array:
-    first, *others = arrays
-    for array in others:
-        first = first + array
-    return first
+def _total(arrays: Iterable[Array]) -> Any:
+    return functools.reduce(np.add, arrays)

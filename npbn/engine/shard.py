@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -80,7 +81,7 @@ class Shard:
                 Stage(block, pieces, sizes, dtype, i == 0, self.exchange)
                 for i, block in enumerate(self.blocks)
             ]
-            for stage, following in zip(stages, stages[1:], strict=False):
+            for stage, following in itertools.pairwise(stages):
                 for piece, next_piece in zip(stage.pieces, following.pieces, strict=True):
                     piece.output = _as_left(next_piece.x, stage.block)
                     piece.dy = _as_left(next_piece.dx, stage.block)
@@ -166,7 +167,7 @@ def layouts(blocks: Sequence[Block], capacity: int, split: Split) -> tuple[Layou
     }
     own: dict[str, tuple[tuple[int, ...], str]] = {
         "images": ((capacity, split.images[0].size), "uint8"),
-        "labels": ((capacity,), str(split.labels.dtype)),
+        "labels": ((capacity,), "int64"),
     }
     for i, block in enumerate(blocks):
         own[f"{i}.dweight"] = common[f"{i}.weight"]

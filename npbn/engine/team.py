@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import functools
 import mmap
 import os
 import pickle
@@ -90,12 +91,12 @@ class Meeting:
         self, number: int, flags: np.ndarray, slots: np.ndarray, check: Callable[[], None]
     ) -> None:
         self.number, self.slots, self.check = number, slots, check
-        self.flags = memoryview(flags.reshape(-1))
+        self.flags = flags.reshape(-1).data
         self.count = 0
         self._lock = threading.Lock()
         self._lock.acquire()
 
-    def exchange(self, found: np.ndarray, workers: int) -> np.ndarray:
+    def exchange(self, found: np.ndarray, workers: int) -> Any:
         """What the first ``workers`` of them found, stacked in their order."""
         self.count += 1
         slots = self.slots[:workers, self.count % 2, : found.size]
@@ -108,7 +109,8 @@ class Meeting:
                 looks += 1
                 if looks > 100:
                     os.sched_yield()
-                if looks % 10_000 == 0:
+                # Beside other busy programs, every look may cost their share of the time.
+                if looks % 1000 == 0:
                     self.check()
         self._fence()
         return slots.reshape(workers, *found.shape).copy()
@@ -130,13 +132,22 @@ class Worker:
         self.channel = Channel(ours)
         program = f"import sys; sys.path[:] = {sys.path!r}; from npbn.engine import team; "
         program += f"team.serve({theirs.fileno()})"
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", program],
-            pass_fds=[theirs.fileno()],
-            stdin=subprocess.DEVNULL,
-            env={**os.environ, "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"},
-        )
-        theirs.close()
+        # Ctrl-C is for the first, which then ends the others: they never see it.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            self.process = subprocess.Popen(
+                [sys.executable, "-c", program],
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                env={**os.environ, "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"},
+            )
+            atexit.register(self.end)
+        except OSError as error:
+            ours.close()
+            raise WorkerError(f"cannot start a worker process of the engine: {error}") from None
+        finally:
+            theirs.close()
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
     def receive(self) -> Any:
         """What it sends next: an array or an object."""
@@ -146,30 +157,34 @@ class Worker:
             code = self.process.wait()
             raise WorkerError(
                 f"a worker process of the engine has ended (exit code {code}); "
-                + ("out of memory?" if code == -signal.SIGKILL else "its own message is above")
+                + ("out of memory?" if code == -signal.SIGKILL else "what it printed is above")
             ) from None
         found = pickle.loads(message)
         if isinstance(found, _Failure):
             raise WorkerError(f"in a worker process of the engine:\n{found.text}")
         return found
 
-    def send(self, *message: Any) -> None:
-        with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # `receive` will say so
+    def send(self, *message: Any, files: Sequence[int] = ()) -> None:
+        with contextlib.suppress(ConnectionError):  # it has gone: `receive` will say so
             self.channel.send(pickle.dumps(message, protocol=5))
+            if files:
+                socket.send_fds(self.channel.socket, [b"."], files)
 
     def check(self) -> None:
-        """Raise an error if it has gone or failed."""
-        with contextlib.suppress(BlockingIOError):
-            self.channel.socket.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+        """Raise an error if it has ended, as it does after a failure."""
+        if self.process.poll() is not None:
             self.receive()
 
     def end(self) -> None:
+        atexit.unregister(self.end)
         self.channel.socket.close()
         self.process.kill()
         self.process.wait()
 
 
 class _Failure:
+    """An exception in a worker, which has ended since."""
+
     def __init__(self, text: str) -> None:
         self.text = text
 
@@ -182,14 +197,11 @@ def start_workers(count: int) -> None:
     """Have so many idle ones; they start while this process goes on."""
     if count and not hasattr(socket, "send_fds"):
         raise WorkerError("more than one worker needs Linux or macOS; ask for one")
+    for worker in [worker for worker in _idle if worker.process.poll() is not None]:
+        _idle.remove(worker)
+        worker.end()
     while len(_idle) < count:
         _idle.append(Worker())
-
-
-@atexit.register
-def _end_idle() -> None:
-    while _idle:
-        _idle.pop().end()
 
 
 class Team:
@@ -229,18 +241,23 @@ class Team:
         self.own = [_of(arrays, number) for number in range(1, size)]
         self._workers = [_idle.pop() for _ in range(size - 1)]
         self._asked: list[Worker] = []
-        self._meeting = Meeting(0, arrays["flags"], arrays["slots"], self._check)
+        # `partial`: a method would refer to this team, which would then wait for the collector.
+        check = functools.partial(_check, self._asked)
+        self._meeting = Meeting(0, arrays["flags"], arrays["slots"], check)
         self.exchange = self._meeting.exchange
-        for number, worker in enumerate(self._workers, 1):
-            worker.send("set up", 0, setup, number, whole)
-            socket.send_fds(worker.channel.socket, [b"."], [fd])
-        os.close(fd)
         self._end = weakref.finalize(self, _idle.extend, self._workers)
-        self._end.atexit = False
+        try:
+            for number, worker in enumerate(self._workers, 1):
+                worker.send("set up", 0, setup, number, whole, files=[fd])
+        except BaseException:
+            self.dissolve()
+            raise
+        finally:
+            os.close(fd)
 
     def ask(self, method: str, arguments: Sequence[tuple[Any, ...]]) -> None:
         """Have as many workers as there are tuples of arguments do something, each with its own."""
-        self._asked = self._workers[: len(arguments)]
+        self._asked[:] = self._workers[: len(arguments)]
         for worker, given in zip(self._asked, arguments, strict=True):
             worker.send(method, self._meeting.count, *given)
 
@@ -248,15 +265,16 @@ class Team:
         """What those asked have returned."""
         return [worker.receive() for worker in self._asked]
 
-    def _check(self) -> None:
-        for worker in self._asked:
-            worker.check()
-
     def dissolve(self) -> None:
         """End the processes, which may be in the middle of anything."""
         if self._end.detach():
             for worker in self._workers:
                 worker.end()
+
+
+def _check(workers: Sequence[Worker]) -> None:
+    for worker in workers:
+        worker.check()
 
 
 def _of(arrays: Mapping[str, np.ndarray], owner: object) -> dict[str, np.ndarray]:
@@ -290,27 +308,23 @@ def _shared_arrays(layout: Layout, fd: int | None = None) -> tuple[dict[str, np.
 
 
 def serve(fd: int) -> None:
-    """Do what the first process asks for, until it has gone."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the first, which then ends this
+    """Do what the first process asks for, until it has gone or something fails."""
     connection = socket.socket(fileno=fd)
     channel = Channel(connection)
-
-    def receive() -> Any:
-        return pickle.loads(channel.receive())
-
-    def send(message: Any) -> None:
-        channel.send(pickle.dumps(message, protocol=5))
 
     def check() -> None:
         with contextlib.suppress(BlockingIOError):
             if not connection.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT):
-                raise EOFError
+                sys.exit()
 
-    does, meeting = None, None
-    with threadpoolctl.threadpool_limits(1), contextlib.suppress(EOFError, OSError):
-        while True:
-            method, count, *arguments = receive()
+    does: Any = None
+    meeting: Any = None
+    answer: Any = None
+    with threadpoolctl.threadpool_limits(1), contextlib.suppress(EOFError, ConnectionError):
+        while not isinstance(answer, _Failure):
+            message = channel.receive()
             try:
+                method, count, *arguments = pickle.loads(message)
                 if method == "set up":
                     (make, *given), number, layout = arguments
                     _, (theirs,), *_ = socket.recv_fds(connection, 1, 1)
@@ -319,10 +333,9 @@ def serve(fd: int) -> None:
                     meeting = Meeting(number, arrays["flags"], arrays["slots"], check)
                     shared = _of(arrays, "all") | _of(arrays, number)
                     does = make(*given, number, shared, meeting.exchange)
-                else:
-                    meeting.count = count
-                    send(getattr(does, method)(*arguments))
-            except (EOFError, OSError):
-                raise
+                    continue
+                meeting.count = count
+                answer = getattr(does, method)(*arguments)
             except Exception:
-                send(_Failure(traceback.format_exc()))
+                answer = _Failure(traceback.format_exc())
+            channel.send(pickle.dumps(answer, protocol=5))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from npbn import backend, training
 from npbn import functional as F
 from npbn.data import Split
-from npbn.engine import Engine, plan
+from npbn.engine import Engine, plan, team
 from npbn.errors import UnsupportedError
 from npbn.layers import (
     AvgPool2d,
@@ -282,3 +283,248 @@ def test_its_gradients_equal_the_complex_step_through_the_layers():
         terms = parameter.gradient * direction
         # A bias before a batch norm has the gradient 0; what its terms were is not seen here.
         assert abs(terms.sum() - numeric) <= 1e-12 * max(1e-2, np.abs(terms).sum()), name
+
+
+# What happens to a model, and to what it is given, between the steps of several workers.
+
+TINY = (1, 6, 6)
+
+
+def a_tiny_model(dtype="float64") -> Sequential:
+    generator = np.random.default_rng(3)
+    model = Sequential(
+        Conv2d(1, 3, 3, generator=generator),
+        BatchNorm(3, 4),
+        Sigmoid(),
+        AvgPool2d(2),
+        Flatten(),
+        Linear(12, 3, generator=generator),
+    )
+    model.to(NUMPY, dtype)
+    return model
+
+
+def an_engine(model, workers=3) -> Engine:
+    return Engine(model, SGD(model.parameters(), 0.5, momentum=0.9), TINY, workers=workers)
+
+
+def by_layers(model, split):
+    """A function that takes a step on these examples, and one that evaluates."""
+    run = training.Training(
+        model,
+        SGD(model.parameters(), 0.5, momentum=0.9),
+        split,
+        split,
+        batch_size=8,
+        generator=np.random.default_rng(0),
+        backend=NUMPY,
+        dtype="float64",
+    )
+
+    def evaluate() -> tuple[float, int]:
+        metrics = training.evaluate(model, split, backend=NUMPY, dtype="float64")
+        return metrics.loss, round(metrics.accuracy * len(split))
+
+    return run.step, evaluate
+
+
+def assert_same(model, expected) -> None:
+    right = expected.state_dict()
+    for name, value in model.state_dict().items():
+        np.testing.assert_allclose(value, right[name], atol=1e-11, err_msg=name)
+
+
+def assert_close(found, right) -> None:
+    assert found[0] == pytest.approx(float(right[0]), abs=1e-11)
+    assert found[1] == int(right[1])
+
+
+def test_batches_may_grow_and_shrink():
+    """Beyond what the arrays that workers share were made for; their processes stay."""
+    model, split = a_tiny_model(), a_split(TINY, 4500, 1)
+    expected = copy.deepcopy(model)
+    step, evaluate = by_layers(expected, split)
+    engine = an_engine(model)
+    pids = None
+    for n in (4, 1, 4500, 2, 1, 3300, 4):
+        if n == 1:  # a batch norm of one example by the convolution's maps
+            engine.step(split, np.arange(n)), step(np.arange(n))
+            continue
+        assert_close(engine.step(split, np.arange(n)), step(np.arange(n)))
+        assert_close(engine.evaluate(split), evaluate())
+        here = {worker.process.pid for worker in engine._team._workers}
+        assert pids in (None, here)
+        pids = here
+    assert_same(model, expected)
+
+
+@pytest.mark.parametrize("workers", [2, 3, 4])
+def test_as_many_workers_as_one_likes(workers):
+    """They change the rounding, and nothing else."""
+    split = a_split(TINY, 50, 1)
+    one, many = a_tiny_model(), a_tiny_model()
+    engines = an_engine(one, 1), an_engine(many, workers)
+    for k in range(5):
+        alone, together = (engine.step(split, np.arange(k, 50)) for engine in engines)
+        assert_close(alone, together)
+    assert_same(one, many)
+    assert_close(engines[0].evaluate(split), engines[1].evaluate(split))
+
+
+def test_several_engines_in_turns():
+    split, every = a_split(TINY, 30, 1), np.arange(30)
+    models = [a_tiny_model() for _ in range(3)]
+    alone = a_tiny_model()
+    engines = [an_engine(model, workers) for model, workers in zip(models, (2, 3, 2), strict=True)]
+    reference = an_engine(alone, 2)
+    for _ in range(3):
+        reference.step(split, every)
+        for engine in engines:
+            engine.step(split, every)
+            engine.evaluate(split)
+    for model in models:
+        assert_same(model, alone)
+
+
+def test_the_processes_of_an_engine_that_has_gone_are_used_again():
+    """At once, without the garbage collector."""
+    split = a_split(TINY, 30, 1)
+    gc.disable()
+    try:
+        pids = set()
+        for _ in range(4):
+            engine = an_engine(a_tiny_model())
+            engine.step(split, np.arange(30))
+            pids.add(frozenset(worker.process.pid for worker in engine._team._workers))
+            del engine
+        assert len(pids) == 1
+        assert pids.pop() <= {worker.process.pid for worker in team._idle}
+    finally:
+        gc.enable()
+
+
+def test_a_model_under_one_engine_after_the_other():
+    """Each finds the values where the other has left them."""
+    model, split, every = a_tiny_model(), a_split(TINY, 30, 1), np.arange(30)
+    expected = copy.deepcopy(model)
+    optimizers = [SGD(model.parameters(), 0.5) for _ in range(2)]
+    engines = [Engine(model, optimizer, TINY, workers=2) for optimizer in optimizers]
+    reference = Engine(expected, SGD(expected.parameters(), 0.5), TINY, workers=1)
+    for k in (0, 1, 0, 0, 1):
+        assert_close(engines[k].step(split, every), reference.step(split, every))
+        for engine in engines:
+            assert_close(engine.evaluate(split), reference.evaluate(split))
+    assert_same(model, expected)
+
+
+def test_values_that_are_replaced_between_steps_are_honoured():
+    """By load_state_dict, by hand, and by layers that train in between."""
+    model, split, every = a_tiny_model(), a_split(TINY, 30, 1), np.arange(30)
+    expected = copy.deepcopy(model)
+    step, evaluate = by_layers(expected, split)
+    engine = an_engine(model)
+    other = an_engine(a_tiny_model())
+    other.step(split, every)
+    x = next(split.batches(30, "float64"))[0]
+
+    def load(of: Sequential) -> None:
+        of.load_state_dict(other_state)
+
+    def by_hand(of: Sequential) -> None:
+        for parameter in of.parameters().values():
+            parameter.data = 0.9 * parameter.data
+
+    def averages(of: Sequential) -> None:
+        of.layers[1].moving_mean = of.layers[1].moving_mean + 0.3
+        of.layers[1].moving_var = of.layers[1].moving_var * 2
+
+    def in_place(of: Sequential) -> None:
+        of.layers[0].weight.data *= 1.5
+
+    def forward(of: Sequential) -> None:
+        of.forward(x)  # the moving averages
+
+    other_state = {name: value * 0.8 for name, value in model.state_dict().items()}
+    for change in (load, by_hand, averages, in_place, forward):
+        for then in ("step", "evaluate"):
+            assert_close(engine.step(split, every), step(every))
+            change(model), change(expected)
+            if then == "step":
+                assert_close(engine.step(split, every), step(every))
+            assert_close(engine.evaluate(split), evaluate())
+            np.testing.assert_allclose(model.forward(x), expected.forward(x), atol=1e-11)
+    assert_same(model, expected)
+
+
+def test_copies_are_not_changed_by_later_steps():
+    model, split, every = a_tiny_model(), a_split(TINY, 30, 1), np.arange(30)
+    engine = an_engine(model)
+    engine.step(split, every)
+    state, copied = model.state_dict(), copy.deepcopy(model)
+    gradients = {name: p.gradient for name, p in model.parameters().items()}
+    before = copy.deepcopy((state, gradients))
+    engine.step(split, every)
+    assert (state["5.weight"] != model.state_dict()["5.weight"]).all()
+    for found in (state, copied.state_dict()):
+        for name, value in found.items():
+            np.testing.assert_array_equal(value, before[0][name])
+    for name, value in gradients.items():
+        np.testing.assert_array_equal(value, before[1][name])
+    # And the other way about: a copy that is trained leaves the model alone.
+    after = model.state_dict()
+    an_engine(copied).step(split, every)
+    for name, value in model.state_dict().items():
+        np.testing.assert_array_equal(value, after[name])
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_kinds_of_images_labels_and_indices(workers, dtype):
+    """The same results to the bit, whatever they are."""
+    split, order = a_split(TINY, 30, 1), np.random.default_rng(0).permutation(30)
+
+    def run(split, order):
+        model = a_tiny_model(dtype)
+        engine = an_engine(model, workers)
+        found = [engine.step(split, order), engine.evaluate(split), engine.step(split, order[:7])]
+        for value in model.state_dict().values():
+            assert value.dtype == dtype
+        return found, [value.tobytes() for value in model.state_dict().values()]
+
+    expected = run(split, order)
+    images, labels = split.images, split.labels
+    read_only = images.copy()
+    read_only.flags.writeable = False
+    for kind in ("uint8", "int8", "int16", "int64", "uint64", ">i4"):
+        assert run(Split(read_only, labels.astype(kind)), order) == expected
+    for kind in ("int8", "uint8", "int16", "uint32", "uint64"):
+        assert run(split, order.astype(kind)) == expected
+    assert run(split, order - 30) == expected  # from the end
+    for strange in (
+        np.repeat(images, 2, axis=0)[::2],
+        np.asfortranarray(images),
+        images[:, :, ::-1].copy()[:, :, ::-1],
+    ):
+        assert not strange.flags.c_contiguous
+        assert run(Split(strange, np.repeat(labels, 2)[::2]), order) == expected
+
+
+def test_labels_of_another_dtype_than_at_first():
+    engine = an_engine(a_tiny_model())
+    split = a_split(TINY, 30, 1)
+    small = Split(split.images, split.labels.astype(np.uint8))
+    assert engine.evaluate(small) == engine.evaluate(split)
+    split.labels[25] = 256  # 0, as one byte
+    assert np.isnan(engine.evaluate(split)[0])
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+@pytest.mark.parametrize("index", [30, -31, 10**6])
+def test_indices_out_of_range(workers, index):
+    split, engine = a_split(TINY, 30, 1), an_engine(a_tiny_model(), workers)
+    for place in (0, 5):
+        indices = np.arange(6)
+        indices[place] = index
+        with pytest.raises(IndexError, match="out of bounds"):
+            engine.step(split, indices)
+    engine.step(split, np.arange(6))
