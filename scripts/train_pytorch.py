@@ -1,4 +1,4 @@
-"""What train.py does by default, in PyTorch: to see that it comes to the same, and how long it takes.
+"""What train.py does by default, in PyTorch: to see that it comes to the same, and how fast.
 
 Network A with PyTorch's own layers and autograd, on the CPU or, with --device cuda, on a GPU; the
 images lie in memory as bytes and are gathered and converted batch by batch, which is several times
@@ -12,6 +12,7 @@ from _command_line import ArgumentParser, check_installation, integer, run, say
 check_installation()
 
 import time
+from functools import partial
 from typing import Any
 
 from npbn import data
@@ -38,6 +39,7 @@ def main() -> None:
         raise NpbnError("this PyTorch finds no GPU")
     torch.manual_seed(arguments.seed)
     dataset = data.load("fashion-mnist")
+    batches: Any = partial(torch.split, split_size_or_sections=256)
     images, labels, test_images, test_labels = (
         torch.tensor(array, device=arguments.device)
         for split in (dataset.train, dataset.test)
@@ -66,7 +68,7 @@ def main() -> None:
     for epoch in range(1, arguments.epochs + 1):
         model.train()
         loss_sum, hits = 0.0, 0
-        for indices in torch.randperm(len(images), device=arguments.device).split(256):
+        for indices in batches(torch.randperm(len(images), device=arguments.device)):
             x, y = batch(indices)
             logits = model(x)
             loss = criterion(logits, y)
@@ -78,7 +80,7 @@ def main() -> None:
         model.eval()
         with torch.inference_mode():
             right: Any = 0
-            for x, y in zip(test_images.split(256), test_labels.split(256), strict=True):
+            for x, y in zip(batches(test_images), batches(test_labels), strict=True):
                 right += (model(x.float().div_(255)).argmax(dim=1) == y).sum()
         train, test = float(hits) / len(images), float(right) / len(test_images)
         say(f"{epoch:5}  {float(loss_sum) / len(images):.4f}     {train:.4f}    {test:.4f}")

@@ -90,8 +90,8 @@ class Engine:
     @contextlib.contextmanager
     def _computing(self) -> Iterator[None]:
         """BLAS on one thread, and NumPy's buffer small; if anything fails, the team goes."""
-        size = np.setbufsize(BUFFER)
         threads = [library.get_num_threads() for library in self._blas]
+        size = np.setbufsize(BUFFER)
         try:
             for library in self._blas:
                 library.set_num_threads(1)

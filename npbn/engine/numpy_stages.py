@@ -372,7 +372,6 @@ class Stage:
         self.total, self.workers = sum(sizes) * values, len(sizes)
         self.counts = np.array([n * values for n in pieces], dtype)
         self.all_counts = np.array([n * values for n in sizes], dtype)
-        self.no_dbias = np.zeros_like(block.bias)
 
     def forward(self) -> None:
         """In training; with batch norm, by the statistics of the batch."""
@@ -401,9 +400,8 @@ class Stage:
         # y is less the mean of its piece, which is not quite that of the batch.
         self.offsets = [piece.found[0] - self.mean for piece in self.pieces]
 
-    def predict(self) -> None:
+    def predict(self, weight: Array, bias: Array) -> None:
         """In prediction, with batch norm folded into weight and bias."""
-        weight, bias = self.block.folded()
         for piece in self.pieces:
             piece.predict(weight, bias)
 
@@ -420,7 +418,7 @@ class Stage:
             self.dbias = _total(piece.found[0] for piece in self.pieces)
         else:
             self._normalize_backward()
-            self.dbias, factor = self.no_dbias, self.factor
+            self.dbias, factor = np.zeros_like(self.dbeta), self.factor
         self.dweight = _total(piece.differentiate(factor) for piece in self.pieces)
 
     def _normalize_backward(self) -> None:

@@ -26,6 +26,10 @@ an array in one go: 3 times as slow as computing on them where they lie.
 """
 
 
+KEPT = 6
+"""Sizes of batches for which the work arrays are kept: most runs have two, and two to predict."""
+
+
 class Shard:
     """What a worker does.
 
@@ -59,20 +63,23 @@ class Shard:
     def predict(self, images: Array, labels: Array) -> tuple[float, int]:
         """The sum of the losses in prediction mode, and how many were right."""
         loss, hits = 0.0, 0
+        folded = [block.folded() for block in self.blocks]
         for start in range(0, len(images), PIECE):
             part = slice(start, start + PIECE)
             n = len(images[part])
             self.stages = self._planned((0,) * self.worker + (n,))
             self._load(images[part])
-            for stage in self.stages:
-                stage.predict()
+            for stage, (weight, bias) in zip(self.stages, folded, strict=True):
+                stage.predict(weight, bias)
             found = self._loss(labels[part], n)
             loss, hits = loss + found[0], hits + found[1]
         return loss, hits
 
     def _planned(self, sizes: tuple[int, ...]) -> list[Stage]:
-        """The stages where the workers have so many examples each; kept."""
+        """The stages where the workers have so many examples each."""
         if sizes not in self._stages:
+            if len(self._stages) == KEPT:
+                self._stages.pop(next(iter(self._stages)))
             n = sizes[self.worker]
             count = -(-n // PIECE)
             pieces = [n // count + (i < n % count) for i in range(count)]
