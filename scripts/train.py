@@ -395,7 +395,7 @@ def resume(arguments: argparse.Namespace) -> Session:
         device = open_device(name, threads or config["threads"])
         options = {"data": arguments.data} if arguments.data else {}
         dataset = load_data(config | options, on_download=say)
-        changes: dict[str, Any] = {} if threads is None else {"workers": count_workers(threads)}
+        changes: dict[str, Any] = {"workers": count_workers(threads or config["workers"])}
         if device.name != "numpy":
             changes["engine"] = "layers"
         state, record = load_training(run, dataset, device, **changes)
