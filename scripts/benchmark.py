@@ -740,11 +740,13 @@ def draw(comparisons: list[dict[str, Any]], title: str) -> bytes:
                     textcoords="offset points",
                     va="center",
                     fontsize=8,
+                    bbox={"facecolor": "white", "linewidth": 0, "pad": 0.5},
                 )
             axes.axvline(1, color="black", linewidth=0.8)
-            axes.margins(x=0.15)
+            axes.margins(x=0.2)
             axes.set_yticks(range(len(titles)), titles)
-            axes.set_title(f"{task}, {heading(comparison)}", fontsize=9)
+            axes.set_title(task)
+        row[0].set_ylabel(heading(comparison))
     figure.supxlabel(
         f"speed as a ratio to {CONTESTANTS[BASELINE]} in the same round: median, smallest, largest",
         fontsize=10,
