@@ -12,6 +12,7 @@
 
 #pragma once
 
+#include <setjmp.h>
 #include <ucontext.h>
 
 #include <algorithm>
@@ -55,15 +56,37 @@ namespace shim {
 constexpr unsigned THREADS_OF_A_BLOCK = 256;
 constexpr size_t STACK = 128 * 1024;
 
-struct Fibre {
+// Where the CPU is. Going elsewhere by swapcontext costs a system call, so that happens only the
+// first time, and where AddressSanitizer wants to hear of it.
+struct Place {
     ucontext_t context;
+    jmp_buf jump;
+    bool begun;
+};
+
+static void go(Place& from, Place& to) {
+#if defined(__SANITIZE_ADDRESS__)
+    swapcontext(&from.context, &to.context);
+#else
+    if (_setjmp(from.jump) == 0) {
+        if (to.begun) {
+            _longjmp(to.jump, 1);
+        }
+        to.begun = true;
+        setcontext(&to.context);
+    }
+#endif
+}
+
+struct Fibre {
+    Place place;
     bool finished;
     int line;  // of the barrier where it waits
 };
 
 static std::vector<Fibre> fibres;
 static std::vector<char> stacks;
-static ucontext_t scheduler;
+static Place scheduler = {{}, {}, true};
 static unsigned running;
 static std::function<void()> body;
 static int skipped_barrier;  // its line; that of none in production
@@ -71,7 +94,7 @@ static int skipped_barrier;  // its line; that of none in production
 void barrier(int line) {
     if (line != skipped_barrier) {
         fibres[running].line = line;
-        swapcontext(&fibres[running].context, &scheduler);
+        go(fibres[running].place, scheduler);
     }
 }
 
@@ -79,7 +102,7 @@ static void run_bodies() {
     for (;;) {
         body();
         fibres[running].finished = true;
-        swapcontext(&fibres[running].context, &scheduler);
+        go(fibres[running].place, scheduler);
     }
 }
 
@@ -87,10 +110,10 @@ static void make_fibres() {
     fibres.assign(THREADS_OF_A_BLOCK, {});
     stacks.resize(THREADS_OF_A_BLOCK * STACK);
     for (unsigned t = 0; t < THREADS_OF_A_BLOCK; ++t) {
-        getcontext(&fibres[t].context);
-        fibres[t].context.uc_stack.ss_sp = stacks.data() + t * STACK;
-        fibres[t].context.uc_stack.ss_size = STACK;
-        makecontext(&fibres[t].context, run_bodies, 0);
+        getcontext(&fibres[t].place.context);
+        fibres[t].place.context.uc_stack.ss_sp = stacks.data() + t * STACK;
+        fibres[t].place.context.uc_stack.ss_size = STACK;
+        makecontext(&fibres[t].place.context, run_bodies, 0);
     }
 }
 
@@ -106,7 +129,7 @@ static bool run_block(std::mt19937& random) {
         for (const unsigned t : order) {
             running = t;
             threadIdx = {t, 0, 0};
-            swapcontext(&scheduler, &fibres[t].context);
+            go(scheduler, fibres[t].place);
         }
         for (const Fibre& fibre : fibres) {
             if (fibre.finished != fibres[0].finished ||
