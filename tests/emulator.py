@@ -15,16 +15,13 @@ import numpy as np
 
 from npbn.engine import launch
 from npbn.engine.launch import Pointer, Program
-from npbn.engine.plan import parameters_of
 
 SHIM = Path(__file__).with_name("engine") / "cuda_shim.h"
 COMPILER = shutil.which("g++")
-SANITIZERS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-g")
+SANITIZERS = ("-O0", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-g")
 
 
-def compiled(
-    directory: Path, names: Iterable[str], *flags: str, source: str | None = None
-) -> Path:
+def compiled(directory: Path, names: Iterable[str], *flags: str, source: str | None = None) -> Path:
     """The library of these kernels, built once for all processes that share the directory."""
     text = launch.SOURCE.read_text() if source is None else source
     entries = "\n".join(
@@ -62,10 +59,11 @@ class Emulator:
         library: from `compiled`.
         programs: that share their arrays.
         skipped_barrier: the line of a __syncthreads that is to be passed over.
+        seed: of the order in which blocks and threads run.
     """
 
     def __init__(
-        self, library: Path, programs: Sequence[Program], *, skipped_barrier: int = 0
+        self, library: Path, programs: Sequence[Program], *, skipped_barrier: int = 0, seed: int = 0
     ) -> None:
         self.library = ctypes.CDLL(str(library))
         self.library.allocate.argtypes = [ctypes.c_size_t]
@@ -73,7 +71,7 @@ class Emulator:
         self.library.release.argtypes = [ctypes.c_void_p]
         self.library.signature.restype = ctypes.c_char_p
         self.skipped_barrier = skipped_barrier
-        self.launched = 0
+        self.seed = seed
         self.arrays: dict[str, np.ndarray] = {}
         self.addresses: dict[str, int] = {}
         for name, spec in largest(programs).items():
@@ -93,20 +91,27 @@ class Emulator:
         self.addresses.clear()
 
     def run(self, program: Program) -> None:
-        """All launches of the program, their arguments checked against the kernels' types."""
+        """All launches of the program, their arguments checked against the kernels' types.
+
+        What other programs have arrays longer for is out of bounds in this one.
+        """
+        for name, spec in program.arrays.items():
+            self.library.limit(
+                *map(ctypes.c_size_t, (self.addresses[name], spec.nbytes, self.arrays[name].nbytes))
+            )
         for step in program.launches:
             signature = self.library.signature(step.kernel.encode())
             assert signature is not None, f"no kernel {step.kernel}"
             self._check(step, signature.decode())
             values = [self._value(argument) for argument in step.arguments]
             addresses = (ctypes.c_void_p * len(values))(*(v.ctypes.data for v in values))
-            self.launched += 1
+            self.seed += 1
             failed = self.library.launch(
                 step.kernel.encode(),
                 (ctypes.c_uint * 3)(*step.grid),
                 ctypes.c_size_t(step.shared),
                 addresses,
-                ctypes.c_uint(self.launched),
+                ctypes.c_uint(self.seed),
                 ctypes.c_int(self.skipped_barrier),
             )
             if failed:

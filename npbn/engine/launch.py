@@ -1,16 +1,17 @@
 """From the plan to a sequence of kernel launches, and the arrays they work on. Knows no device.
 
 A `Program` is all that a training step, or a batch's evaluation, asks of a GPU: which arrays there
-have to be, and which kernels of ``kernels.cu`` are launched on them, one after the other. Nothing in
-it changes from step to step: where the batch begins, and the learning rate, are found by a counter
-in the GPU's memory. So the same sequence can be run again and again, or captured in a graph.
+have to be, and which kernels of ``kernels.cu`` are launched on them, one after the other. Nothing
+in it changes from step to step: where the batch begins, and the learning rate, are found by a
+counter in the GPU's memory. So the same sequence can be run again and again, or captured in a
+graph.
 
 Programs for several batch sizes, and for evaluation, share arrays: those of the same name are the
 same array, as large as the largest of them asks for.
 
-What the host does: it writes ``images`` and ``labels`` once, parameters and moving averages at first,
-``order`` and ``rates`` once an epoch, and 0 to ``step``; after the epoch it reads ``losses`` and
-``hits``, one of each a step.
+What the host does: it writes ``images`` and ``labels`` once, parameters and moving averages at
+first, ``order`` and ``rates`` once an epoch, and 0 to ``step``; after the epoch it reads ``losses``
+and ``hits``, one of each a step.
 """
 
 from __future__ import annotations
@@ -46,6 +47,9 @@ PROCESSORS = 132
 SHARING = 64
 """How many blocks share a channel at most, and a tensor in the optimizer's step."""
 
+MOST_BLOCKS = 65_535
+"""In a grid's second and third axis, in CUDA."""
+
 LONG = 256
 """How many terms of a sum are worth a block of their own."""
 
@@ -75,7 +79,7 @@ class ArraySpec:
 
     @property
     def nbytes(self) -> int:
-        return math.prod(self.shape) * np.dtype(self.dtype).itemsize
+        return int(math.prod(self.shape) * np.dtype(self.dtype).itemsize)
 
 
 @dataclass(frozen=True)
@@ -107,7 +111,7 @@ class Program:
 
 
 def parameter_offsets(blocks: Sequence[Block]) -> dict[str, tuple[int, Any]]:
-    """Where each parameter begins in the arrays that hold all of them: "0.weight" → (offset, it)."""
+    """Each parameter, "0.weight" say: where it begins in the arrays that hold all; and itself."""
     found: dict[str, tuple[int, Any]] = {}
     end = 0
     for i, block in enumerate(blocks):
@@ -154,7 +158,7 @@ def evaluation(
     fixed: bool = False,
     processors: int = PROCESSORS,
 ) -> Program:
-    """Loss and hits in prediction mode on n examples, those of the data set from step · stride on."""
+    """Loss and hits in prediction mode on n examples of the data set, from step · stride on."""
     writer = _Writer(blocks, n, examples, fixed, processors)
     return writer.evaluation(n if stride is None else stride)
 
@@ -170,7 +174,8 @@ def shape_of(block: Block) -> np.void:
         in_features, out_features = block.features
         sizes = in_features, 1, 1, out_features, 1, 1, *(1, 1), *(1, 1), *(0, 0), *(1, 1)
     maximum = isinstance(block, ConvBlock) and type(block.pool) is MaxPool2d
-    return np.array((*sizes, maximum, ACTIVATIONS[type(block.activation)]), SHAPE)[()]
+    shape: np.void = np.void((*sizes, maximum, ACTIVATIONS[type(block.activation)]), SHAPE)
+    return shape
 
 
 class _Block:
@@ -194,7 +199,9 @@ class _Block:
         self.positions = n * s["rows"] * s["columns"]
         self.items = self.positions // (s["window_h"] * s["window_w"])
         self.kernel = s["kernel_h"] * s["kernel_w"]
-        self.plain = block.norm is None and block.activation is None and self.items == self.positions
+        self.plain = (
+            block.norm is None and block.activation is None and self.items == self.positions
+        )
         self.x, self.output = f"x{i}", f"x{i + 1}"
         self.dx, self.doutput = f"dx{i}", f"dx{i + 1}"
         self.y = self.output if self.plain else f"y{i}"
@@ -217,6 +224,8 @@ class _Writer:
         self.launches: list[Launch] = []
         self.pixels = self.blocks[0].pixels // n * self.blocks[0].channels
         self.classes = self.blocks[-1].maps
+        total = sum(owner.data.size for _, owner in self.offsets.values())
+        self._array("parameters", (total,))
         self.partials = 0  # how many numbers of the partial sums' array are taken
 
     def training(
@@ -404,9 +413,8 @@ class _Writer:
         )
 
     def _sgd(self, tensors: list[tuple[int, ...]], momentum: float, weight_decay: float) -> None:
-        total = sum(owner.data.size for _, owner in self.offsets.values())
-        for name in ("parameters", "gradients", "velocities"):
-            self._array(name, (total,), value=0)
+        for name in ("gradients", "velocities"):
+            self._array(name, self.arrays["parameters"].shape, value=0)
         table = np.array(tensors, np.int32)
         name = f"tensors{self.n}"  # the partial sums of other batch sizes are elsewhere
         self._array(name, table.shape, np.int32, table)
@@ -430,6 +438,12 @@ class _Writer:
                     f"{name} would have {math.prod(array.shape):,} numbers; the GPU engine counts "
                     f"up to {2**31 - 1:,}: take smaller batches than {self.n}"
                 )
+        for launch in self.launches:
+            if max(launch.grid[1:]) > MOST_BLOCKS:
+                raise UnsupportedError(
+                    f"{launch.kernel} would need a grid of {launch.grid} blocks; a GPU has at most "
+                    f"{MOST_BLOCKS:,} in the second and third"
+                )
         return Program(self.arrays, tuple(self.launches))
 
     def _array(
@@ -438,7 +452,11 @@ class _Writer:
         self.arrays[name] = ArraySpec(shape, self.dtype if dtype is None else dtype, value)
 
     def _launch(
-        self, kernel: str, grid: tuple[int, int, int], *arguments: Argument, shared: int | None = None
+        self,
+        kernel: str,
+        grid: tuple[int, int, int],
+        *arguments: Argument,
+        shared: int | None = None,
     ) -> None:
         if shared is None:
             shared = THREADS * self.dtype.itemsize  # a number a thread, for block_sum
@@ -494,7 +512,7 @@ class _Writer:
 
     def _tile_bytes(self, tall: int) -> int:
         """Of the two strips that `tile_of_product` has in shared memory."""
-        return DEPTH * ((tall * SIDE + 1) + (SIDE + 1)) * self.dtype.itemsize
+        return int(DEPTH * ((tall * SIDE + 1) + (SIDE + 1)) * self.dtype.itemsize)
 
 
 def _over(number: int, by: int) -> int:

@@ -51,6 +51,11 @@ struct Dim3 {
 static Dim3 threadIdx, blockIdx, gridDim;
 alignas(16) double shared_memory[48 * 1024 / sizeof(double)];  // what a kernel has without asking
 
+// Which deliberate error the kernels have, where a test gave them some.
+extern "C" {
+int mutant_number = 0;
+}
+
 namespace shim {
 
 constexpr unsigned THREADS_OF_A_BLOCK = 256;
@@ -186,6 +191,12 @@ const char* signature(const char* name) {
 // Not NumPy's memory: AddressSanitizer knows where this begins and ends.
 void* allocate(size_t bytes) { return std::malloc(bytes); }
 void release(void* memory) { std::free(memory); }
+
+// Only the first `used` bytes may be accessed from now on.
+void limit(char* memory, size_t used, size_t bytes) {
+    ASAN_UNPOISON_MEMORY_REGION(memory, used);
+    ASAN_POISON_MEMORY_REGION(memory + used, bytes - used);
+}
 
 // 0 if all went well; 1 if the threads of a block did not come to the same barriers.
 int launch(const char* name, const unsigned* grid, size_t shared, void** arguments, unsigned seed,

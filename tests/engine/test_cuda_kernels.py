@@ -3,24 +3,46 @@
 from __future__ import annotations
 
 import copy
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_engine import a_split, models
 
 import emulator
 from emulator import Emulator, compiled
 from npbn import backend, training
 from npbn.engine import launch, plan
 from npbn.engine.plan import parameters_of
+from npbn.layers import (
+    AvgPool2d,
+    BatchNorm,
+    Conv2d,
+    Flatten,
+    Linear,
+    MaxPool2d,
+    ReLU,
+    Sequential,
+    Sigmoid,
+)
 from npbn.models import BLeNet, LeNet
 from npbn.optim import SGD
-from test_engine import a_split, models
 
 NUMPY = backend.get_backend("numpy")
 MANY = 10**6
 """More processors than there is work for: low tiles, and sums in many parts."""
+
+BARRIERS = [
+    number
+    for number, line in enumerate(launch.SOURCE.read_text().splitlines(), 1)
+    if "__syncthreads();" in line
+]
+"""The lines where they are."""
 
 pytestmark = pytest.mark.skipif(
     emulator.COMPILER is None, reason="needs g++ (Debian: g++), which compiles the CUDA kernels"
@@ -45,8 +67,9 @@ def kernel_names(programs) -> set[str]:
 
 @pytest.fixture(scope="session")
 def builds(tmp_path_factory):
-    """A directory that all test processes share."""
-    return tmp_path_factory.getbasetemp().parent
+    """A directory that all processes of this test run share."""
+    directory = tmp_path_factory.getbasetemp()
+    return directory.parent if "PYTEST_XDIST_WORKER" in os.environ else directory
 
 
 def library(builds, *flags, source=None):
@@ -166,3 +189,200 @@ def test_the_networks(builds, network):
         bound=1e-10,
         classes=10,
     )
+
+
+@pytest.mark.parametrize("norm", [True, False])
+@pytest.mark.parametrize("activation", [None, Sigmoid, ReLU])
+@pytest.mark.parametrize("pool", [None, AvgPool2d, MaxPool2d])
+def test_every_combination_of_the_optional_parts(builds, norm, activation, pool):
+    generator = np.random.default_rng(0)
+    layers = [Conv2d(2, 3, 3, generator=generator)]
+    layers += [BatchNorm(3, 4)] * norm
+    layers += [] if activation is None else [activation()]
+    layers += [] if pool is None else [pool((2, 3))]
+    side = (4, 6) if pool is None else (2, 2)
+    layers += [Flatten(), Linear(3 * side[0] * side[1], 3, generator=generator)]
+    compare(
+        library(builds), Sequential(*layers), (2, 6, 8), "float64", batch_sizes=(7, 2), bound=1e-10
+    )
+
+
+def test_sizes_known_to_the_compiler(builds):
+    """The kernels as they are meant to run on a GPU: everything but the batch size is fixed."""
+    model = LeNet(generator=np.random.default_rng(0))
+    compare(
+        library(builds),
+        model,
+        (1, 28, 28),
+        "float64",
+        batch_sizes=(16, 9),
+        bound=1e-10,
+        classes=10,
+        fixed=True,
+    )
+
+
+@pytest.mark.parametrize("processors", [1, MANY])
+def test_float32(builds, processors):
+    """As for the engine on NumPy."""
+    model = LeNet(generator=np.random.default_rng(0))
+    compare(
+        library(builds),
+        model,
+        (1, 28, 28),
+        "float32",
+        batch_sizes=(30,),
+        bound=1e-4,
+        classes=10,
+        processors=processors,
+    )
+
+
+def small_model() -> Sequential:
+    """Every kernel has something to do, and 50 places in a convolution make two strips."""
+    generator = np.random.default_rng(0)
+    return Sequential(
+        *(Conv2d(2, 3, 5, padding=1, generator=generator), BatchNorm(3, 4), Sigmoid()),
+        AvgPool2d((2, 3)),
+        *(Conv2d(3, 2, 2, generator=generator), ReLU(), MaxPool2d((2, 1))),
+        *(Flatten(), Linear(2, 40, generator=generator), BatchNorm(40, 2)),
+        Linear(40, 3, generator=generator),
+    )
+
+
+SMALL = (2, 8, 8)
+"""The shape of its images."""
+
+
+def test_a_label_out_of_range_makes_the_loss_nan(builds):
+    blocks, programs, evaluation = programs_of(small_model(), SMALL, (8,))
+    device = Emulator(library(builds), [*programs.values(), evaluation])
+    split = a_split(SMALL, 60, 1)
+    write(device.arrays, blocks, split)
+    device.arrays["order"][:] = np.arange(60)
+    for label in (-1, 3):
+        device.arrays["labels"][5] = label
+        for program in (evaluation, programs[8]):
+            device.arrays["step"][:] = 0
+            device.arrays["losses"][:] = 0
+            device.arrays["rates"][:] = 0
+            device.run(program)
+            assert np.isnan(device.arrays["losses"][0])
+    device.close()
+
+
+def test_of_equal_maxima_the_first_alone_has_the_gradient(builds):
+    """Images of one grey: every window of the pooling is a tie."""
+    generator = np.random.default_rng(0)
+    model = Sequential(
+        *(Conv2d(1, 2, 3, generator=generator), MaxPool2d(2), Flatten()),
+        Linear(8, 3, generator=generator),
+    )
+    model.to(NUMPY, "float64")
+    blocks, programs, evaluation = programs_of(model, (1, 6, 6), (4,))
+    device = Emulator(library(builds), [*programs.values(), evaluation])
+    split = a_split((1, 6, 6), 60, 1)
+    split.images[...] = 100
+    write(device.arrays, blocks, split)
+    device.arrays["order"][:] = np.arange(60)
+    device.run(programs[4])
+    gradient = device.arrays["dy0"].reshape(4, 2, 2, 2, 2, 2)  # (N, O, rows of windows, 2, ...)
+    assert (gradient[:, :, :, 0, :, 0] != 0).all()
+    assert (gradient[:, :, :, 1] == 0).all() and (gradient[..., 1] == 0).all()
+    device.close()
+
+
+def test_runs_are_identical_to_the_bit(builds):
+    """In whatever order blocks and threads run: those of the emulator differ from run to run."""
+
+    def run(seed: int):
+        model = small_model()
+        blocks, programs, evaluation = programs_of(model, SMALL, (12,), processors=MANY)
+        device = Emulator(library(builds), [*programs.values(), evaluation], seed=seed)
+        write(device.arrays, blocks, a_split(SMALL, 60, 1))
+        device.arrays["order"][:] = np.arange(60)
+        device.arrays["rates"][:] = 0.1
+        for _ in range(3):
+            device.run(programs[12])
+        found = {
+            name: device.arrays[name].copy()
+            for name in ("parameters", "losses", "0.moving_mean", "0.moving_var")
+        }
+        device.close()
+        return found
+
+    right, other = run(0), run(1000)
+    for name, value in right.items():
+        np.testing.assert_array_equal(other[name], value, err_msg=name)
+
+
+@pytest.mark.parametrize("line", BARRIERS)
+def test_a_missing_barrier_is_caught(builds, line):
+    """Every __syncthreads of the source is needed, and without it, results are wrong here."""
+    options = {"batch_sizes": (6, 9), "bound": 1e-10, "processors": MANY}
+    compare(library(builds), small_model(), SMALL, "float64", **options)
+    with pytest.raises(AssertionError):
+        compare(library(builds), small_model(), SMALL, "float64", skipped=line, **options)
+
+
+MUTANTS = {
+    1: ("item < items;", "item < items + (mutant_number == 1);"),
+    2: ("i >= n * pixels", "i >= n * pixels + (mutant_number == 2)"),
+    3: ("p >= s.rows", "p >= s.rows + (mutant_number == 3)"),
+    4: ("k * RIGHT_PITCH", "(k + (mutant_number == 4)) * RIGHT_PITCH"),
+}
+"""Indices that go too far, by number: the text, and what it becomes."""
+
+
+def mutated() -> str:
+    source = launch.SOURCE.read_text()
+    for old, new in MUTANTS.values():
+        assert old in source
+        source = source.replace(old, new)
+    return source
+
+
+def sanitized(builds, source=None, mutant=0) -> subprocess.CompletedProcess:
+    """The small model in a process of its own, by kernels that watch over every access."""
+    names = set()
+    model = small_model()
+    model.to(NUMPY, "float64")
+    for processors in (1, MANY):
+        _, programs, evaluation = programs_of(model, SMALL, (5,), processors=processors)
+        names |= kernel_names([*programs.values(), evaluation])
+    built = compiled(builds, names, *emulator.SANITIZERS, source=source)
+    code = (
+        f"import ctypes, test_cuda_kernels as t; library = {str(built)!r}\n"
+        f"ctypes.c_int.in_dll(ctypes.CDLL(library), 'mutant_number').value = {mutant}\n"
+        "for processors in (1, t.MANY):\n"
+        "    t.compare(library, t.small_model(), t.SMALL, 'float64', batch_sizes=(5, 3), "
+        "bound=1e-10, processors=processors)\n"
+    )
+    runtime = subprocess.run(
+        [emulator.COMPILER, "-print-file-name=libasan.so"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    here = Path(__file__).parent
+    environment = os.environ | {
+        "LD_PRELOAD": runtime.stdout.strip(),
+        "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0",
+        "PYTHONPATH": os.pathsep.join(map(str, (here.parent.parent, here.parent, here))),
+    }
+    return subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True
+    )
+
+
+def test_no_access_out_of_bounds_and_no_undefined_behaviour(builds):
+    process = sanitized(builds)
+    assert process.returncode == 0, process.stderr
+
+
+@pytest.mark.parametrize("mutant", MUTANTS)
+def test_an_index_that_goes_too_far_is_caught(builds, mutant):
+    process = sanitized(builds, mutated(), mutant)
+    assert process.returncode != 0
+    assert "SUMMARY: AddressSanitizer: " in process.stderr, process.stderr
+    assert "kernels.cu:" in process.stderr, process.stderr
