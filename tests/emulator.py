@@ -9,7 +9,6 @@ import shutil
 import subprocess
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -49,6 +48,48 @@ def compiled(directory: Path, names: Iterable[str], *flags: str, source: str | N
     return library
 
 
+class Library:
+    """Compiled kernels, to be launched by name.
+
+    Args:
+        path: from `compiled`.
+        skipped_barrier: the line of a __syncthreads that is to be passed over.
+        seed: of the order in which blocks and threads run.
+    """
+
+    def __init__(self, path: Path, *, skipped_barrier: int = 0, seed: int = 0) -> None:
+        self.functions = ctypes.CDLL(str(path))
+        self.functions.allocate.argtypes = [ctypes.c_size_t]
+        self.functions.allocate.restype = ctypes.c_void_p
+        self.functions.release.argtypes = [ctypes.c_void_p]
+        self.functions.signature.restype = ctypes.c_char_p
+        self.skipped_barrier = skipped_barrier
+        self.seed = seed
+
+    def signature(self, kernel: str) -> list[str]:
+        """The types of its arguments, as the shim writes them."""
+        found = self.functions.signature(kernel.encode())
+        assert found is not None, f"no kernel {kernel}"
+        return found.decode().split()
+
+    def launch(
+        self, kernel: str, grid: Sequence[int], shared: int, arguments: Iterable[np.generic]
+    ) -> None:
+        values = [np.array([argument]) for argument in arguments]
+        assert len(values) == len(self.signature(kernel))
+        self.seed += 1
+        failed = self.functions.launch(
+            kernel.encode(),
+            (ctypes.c_uint * 3)(*grid),
+            ctypes.c_size_t(shared),
+            (ctypes.c_void_p * len(values))(*(value.ctypes.data for value in values)),
+            ctypes.c_uint(self.seed),
+            ctypes.c_int(self.skipped_barrier),
+        )
+        if failed:
+            raise RuntimeError(f"{kernel}: a barrier that not all threads came to")
+
+
 class Emulator:
     """A device: a program's arrays, and its launches one after the other.
 
@@ -58,24 +99,15 @@ class Emulator:
     Args:
         library: from `compiled`.
         programs: that share their arrays.
-        skipped_barrier: the line of a __syncthreads that is to be passed over.
-        seed: of the order in which blocks and threads run.
+        options: of a `Library`.
     """
 
-    def __init__(
-        self, library: Path, programs: Sequence[Program], *, skipped_barrier: int = 0, seed: int = 0
-    ) -> None:
-        self.library = ctypes.CDLL(str(library))
-        self.library.allocate.argtypes = [ctypes.c_size_t]
-        self.library.allocate.restype = ctypes.c_void_p
-        self.library.release.argtypes = [ctypes.c_void_p]
-        self.library.signature.restype = ctypes.c_char_p
-        self.skipped_barrier = skipped_barrier
-        self.seed = seed
+    def __init__(self, library: Path, programs: Sequence[Program], **options: int) -> None:
+        self.library = Library(library, **options)
         self.arrays: dict[str, np.ndarray] = {}
         self.addresses: dict[str, int] = {}
-        for name, spec in largest(programs).items():
-            address = self.library.allocate(spec.nbytes)
+        for name, spec in launch.largest(programs).items():
+            address = self.library.functions.allocate(spec.nbytes)
             memory = (ctypes.c_char * spec.nbytes).from_address(address)
             array = np.frombuffer(memory, np.uint8)
             array.fill(0xFF)
@@ -86,7 +118,7 @@ class Emulator:
 
     def close(self) -> None:
         for address in self.addresses.values():
-            self.library.release(address)
+            self.library.functions.release(address)
         self.arrays.clear()
         self.addresses.clear()
 
@@ -96,57 +128,31 @@ class Emulator:
         What other programs have arrays longer for is out of bounds in this one.
         """
         for name, spec in program.arrays.items():
-            self.library.limit(
-                *map(ctypes.c_size_t, (self.addresses[name], spec.nbytes, self.arrays[name].nbytes))
-            )
+            sizes = (self.addresses[name], spec.nbytes, self.arrays[name].nbytes)
+            self.library.functions.limit(*map(ctypes.c_size_t, sizes))
         for step in program.launches:
-            signature = self.library.signature(step.kernel.encode())
-            assert signature is not None, f"no kernel {step.kernel}"
-            self._check(step, signature.decode())
+            self._check(step)
             values = [self._value(argument) for argument in step.arguments]
-            addresses = (ctypes.c_void_p * len(values))(*(v.ctypes.data for v in values))
-            self.seed += 1
-            failed = self.library.launch(
-                step.kernel.encode(),
-                (ctypes.c_uint * 3)(*step.grid),
-                ctypes.c_size_t(step.shared),
-                addresses,
-                ctypes.c_uint(self.seed),
-                ctypes.c_int(self.skipped_barrier),
-            )
-            if failed:
-                raise RuntimeError(f"{step.kernel}: a barrier that not all threads came to")
+            self.library.launch(step.kernel, step.grid, step.shared, values)
 
-    def _value(self, argument: Any) -> np.ndarray:
-        """The bytes that the kernel gets."""
+    def _value(self, argument: launch.Argument) -> np.generic:
+        """What the kernel gets."""
         if argument is None:
-            return np.zeros(1, np.uint64)
+            return np.uint64(0)
         if isinstance(argument, Pointer):
             offset = argument.offset * self.arrays[argument.array].itemsize
-            return np.array([self.addresses[argument.array] + offset], np.uint64)
-        return np.array([argument])
+            return np.uint64(self.addresses[argument.array] + offset)
+        return argument
 
-    def _check(self, step: launch.Launch, signature: str) -> None:
+    def _check(self, step: launch.Launch) -> None:
         """The arguments' types are the kernel's; null goes for any pointer."""
         codes = {"float32": "f", "float64": "d", "int32": "i", "uint8": "b"}
-        expected = signature.split()
-        assert len(expected) == len(step.arguments), (step.kernel, signature)
-        for code, argument in zip(expected, step.arguments, strict=True):
+        for code, argument in zip(self.library.signature(step.kernel), step.arguments, strict=True):
             if argument is None:
-                assert code[0] == "*", (step.kernel, signature)
+                assert code[0] == "*", step
             elif isinstance(argument, Pointer):
                 name = self.arrays[argument.array].dtype.name
                 structure = argument.array.startswith("tensors")
-                assert code == "*" + ("s" if structure else codes[name]), (step.kernel, argument)
+                assert code == "*" + ("s" if structure else codes[name]), (step, argument)
             elif code != "s":
-                assert code == codes[argument.dtype.name], (step.kernel, argument)
-
-
-def largest(programs: Sequence[Program]) -> dict[str, launch.ArraySpec]:
-    """The arrays of all programs, each as large as any of them wants it."""
-    found: dict[str, launch.ArraySpec] = {}
-    for program in programs:
-        for name, spec in program.arrays.items():
-            if name not in found or spec.nbytes > found[name].nbytes:
-                found[name] = spec
-    return found
+                assert code == codes[argument.dtype.name], (step, argument)

@@ -9,7 +9,7 @@ graph.
 Programs for several batch sizes, and for evaluation, share arrays: those of the same name are the
 same array, as large as the largest of them asks for.
 
-What the host does: it writes ``images`` and ``labels`` once, parameters and moving averages at
+What the host does: it writes images and labels once, parameters and moving averages at
 first, ``order`` and ``rates`` once an epoch, and 0 to ``step``; after the epoch it reads ``losses``
 and ``hits``, one of each a step.
 """
@@ -17,7 +17,7 @@ and ``hits``, one of each a step.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -127,6 +127,7 @@ def training(
     n: int,
     *,
     examples: int,
+    data: str = "train",
     stride: int | None = None,
     momentum: float = 0.0,
     weight_decay: float = 0.0,
@@ -138,14 +139,15 @@ def training(
 
     Args:
         blocks: the plan.
-        examples: of the data set.
+        examples: of the data set, in the arrays ``{data}.images`` and ``{data}.labels``.
+        data: a name for it.
         stride: from one step's examples in ``order`` to those of the next; n unless given.
         momentum, weight_decay, decay_all: as `npbn.optim.SGD` has them.
         fixed: whether kernels are compiled for the sizes of this model.
         processors: for how many the work is divided. The order of sums depends on it, so results
             do, in their last bits.
     """
-    writer = _Writer(blocks, n, examples, fixed, processors)
+    writer = _Writer(blocks, n, examples, data, fixed, processors)
     return writer.training(n if stride is None else stride, momentum, weight_decay, decay_all)
 
 
@@ -154,13 +156,24 @@ def evaluation(
     n: int,
     *,
     examples: int,
+    data: str = "test",
     stride: int | None = None,
     fixed: bool = False,
     processors: int = PROCESSORS,
 ) -> Program:
     """Loss and hits in prediction mode on n examples of the data set, from step · stride on."""
-    writer = _Writer(blocks, n, examples, fixed, processors)
+    writer = _Writer(blocks, n, examples, data, fixed, processors)
     return writer.evaluation(n if stride is None else stride)
+
+
+def largest(programs: Iterable[Program]) -> dict[str, ArraySpec]:
+    """The arrays of all programs, each as large as any of them wants it."""
+    found: dict[str, ArraySpec] = {}
+    for program in programs:
+        for name, spec in program.arrays.items():
+            if name not in found or spec.nbytes > found[name].nbytes:
+                found[name] = spec
+    return found
 
 
 def shape_of(block: Block) -> np.void:
@@ -213,9 +226,16 @@ class _Writer:
     """Writes down one program."""
 
     def __init__(
-        self, blocks: Sequence[Block], n: int, examples: int, fixed: bool, processors: int
+        self,
+        blocks: Sequence[Block],
+        n: int,
+        examples: int,
+        data: str,
+        fixed: bool,
+        processors: int,
     ) -> None:
-        self.n, self.examples, self.processors, self.fixed = n, examples, processors, fixed
+        self.n, self.examples, self.data = n, examples, data
+        self.fixed, self.processors = fixed, processors
         self.blocks = [_Block(block, i, n) for i, block in enumerate(blocks)]
         self.dtype = np.dtype(blocks[0].layer.weight.data.dtype)
         self.real = {"float32": "float", "float64": "double"}[self.dtype.name]
@@ -254,8 +274,9 @@ class _Writer:
 
     def _gather(self, stride: int, order: Argument) -> None:
         self._array("step", (1,), np.int32, 0)
-        self._array("images", (self.examples, self.pixels), np.uint8)
-        self._array("labels", (self.examples,), np.int32)
+        images, labels = f"{self.data}.images", f"{self.data}.labels"
+        self._array(images, (self.examples, self.pixels), np.uint8)
+        self._array(labels, (self.examples,), np.int32)
         self._array(self.blocks[0].x, (self.n, self.pixels))
         self._array("batch_labels", (self.n,), np.int32)
         self._launch(
@@ -264,7 +285,7 @@ class _Writer:
             *map(np.int32, (self.n, self.pixels, stride)),
             *map(Pointer, ("step",)),
             order,
-            *map(Pointer, ("images", "labels", self.blocks[0].x, "batch_labels")),
+            *map(Pointer, (images, labels, self.blocks[0].x, "batch_labels")),
         )
 
     def _forward(self, b: _Block, training: bool) -> None:
@@ -433,7 +454,7 @@ class _Writer:
 
     def _program(self) -> Program:
         for name, array in self.arrays.items():
-            if math.prod(array.shape) >= 2**31 and name != "images":
+            if math.prod(array.shape) >= 2**31 and not name.endswith(".images"):
                 raise UnsupportedError(
                     f"{name} would have {math.prod(array.shape):,} numbers; the GPU engine counts "
                     f"up to {2**31 - 1:,}: take smaller batches than {self.n}"

@@ -58,18 +58,11 @@ def programs_of(model, shape, batch_sizes, **options):
         n: launch.training(blocks, n, examples=60, stride=stride, **sizes, **options)
         for n in batch_sizes
     }
-    return blocks, found, launch.evaluation(blocks, 20, examples=60, **sizes)
+    return blocks, found, launch.evaluation(blocks, 20, examples=60, data="train", **sizes)
 
 
 def kernel_names(programs) -> set[str]:
     return {step.kernel for program in programs for step in program.launches}
-
-
-@pytest.fixture(scope="session")
-def builds(tmp_path_factory):
-    """A directory that all processes of this test run share."""
-    directory = tmp_path_factory.getbasetemp()
-    return directory.parent if "PYTEST_XDIST_WORKER" in os.environ else directory
 
 
 def library(builds, *flags, source=None):
@@ -132,8 +125,8 @@ def compare(library, model, shape, dtype, *, batch_sizes, bound, classes=3, skip
 
 def write(arrays, blocks, split) -> None:
     """What the host writes to the device before the first step."""
-    arrays["images"][:] = split.images.reshape(len(split), -1)
-    arrays["labels"][:] = split.labels
+    arrays["train.images"][:] = split.images.reshape(len(split), -1)
+    arrays["train.labels"][:] = split.labels
     for offset, parameter in launch.parameter_offsets(blocks).values():
         arrays["parameters"][offset : offset + parameter.data.size] = parameter.data.ravel()
     for i, block in enumerate(blocks):
@@ -261,7 +254,7 @@ def test_a_label_out_of_range_makes_the_loss_nan(builds):
     write(device.arrays, blocks, split)
     device.arrays["order"][:] = np.arange(60)
     for label in (-1, 3):
-        device.arrays["labels"][5] = label
+        device.arrays["train.labels"][5] = label
         for program in (evaluation, programs[8]):
             device.arrays["step"][:] = 0
             device.arrays["losses"][:] = 0
@@ -342,21 +335,21 @@ def mutated() -> str:
     return source
 
 
-def sanitized(builds, source=None, mutant=0) -> subprocess.CompletedProcess:
+def sanitized(builds, processors, source=None, mutant=0) -> subprocess.CompletedProcess:
     """The small model in a process of its own, by kernels that watch over every access."""
     names = set()
     model = small_model()
     model.to(NUMPY, "float64")
-    for processors in (1, MANY):
-        _, programs, evaluation = programs_of(model, SMALL, (5,), processors=processors)
+    for number in processors:
+        _, programs, evaluation = programs_of(model, SMALL, (5, 3), processors=number)
         names |= kernel_names([*programs.values(), evaluation])
     built = compiled(builds, names, *emulator.SANITIZERS, source=source)
     code = (
         f"import ctypes, test_cuda_kernels as t; library = {str(built)!r}\n"
         f"ctypes.c_int.in_dll(ctypes.CDLL(library), 'mutant_number').value = {mutant}\n"
-        "for processors in (1, t.MANY):\n"
+        f"for number in {processors}:\n"
         "    t.compare(library, t.small_model(), t.SMALL, 'float64', batch_sizes=(5, 3), "
-        "bound=1e-10, processors=processors)\n"
+        "bound=1e-10, processors=number)\n"
     )
     runtime = subprocess.run(
         [emulator.COMPILER, "-print-file-name=libasan.so"],
@@ -376,13 +369,13 @@ def sanitized(builds, source=None, mutant=0) -> subprocess.CompletedProcess:
 
 
 def test_no_access_out_of_bounds_and_no_undefined_behaviour(builds):
-    process = sanitized(builds)
+    process = sanitized(builds, (1, MANY))
     assert process.returncode == 0, process.stderr
 
 
 @pytest.mark.parametrize("mutant", MUTANTS)
 def test_an_index_that_goes_too_far_is_caught(builds, mutant):
-    process = sanitized(builds, mutated(), mutant)
+    process = sanitized(builds, (MANY,), mutated(), mutant)
     assert process.returncode != 0
     assert "SUMMARY: AddressSanitizer: " in process.stderr, process.stderr
     assert "kernels.cu:" in process.stderr, process.stderr

@@ -72,7 +72,14 @@ def test_what_holds_for_every_program(drawn, n, processors, fixed):
 def test_programs_of_one_model_share_what_outlives_a_step():
     blocks = plan(LeNet(), (1, 28, 28))
     large, small = (launch.training(blocks, n, examples=1000).arrays for n in (256, 100))
-    for name in ("parameters", "gradients", "velocities", "0.moving_mean", "images", "losses"):
+    for name in (
+        "parameters",
+        "gradients",
+        "velocities",
+        "0.moving_mean",
+        "train.images",
+        "losses",
+    ):
         assert large[name] == small[name]
 
 
