@@ -1,14 +1,15 @@
 // The kernels of a training step and of an evaluation; `npbn/engine/launch.py` says in what order.
 //
 // What they compute is written down in `npbn/functional`, with its derivation; the names of the
-// formulas there are used here. One source serves three compilers: NVRTC for the GPU, g++ behind
-// `tests/engine/cuda_shim.h` for the tests, and both in float and in double (`real`).
+// formulas there are used here. `real` is float or double. NVRTC compiles this file for the GPU, and
+// g++, behind `tests/engine/cuda_shim.h`, for tests without one.
 //
 // Arrays. Images and feature maps lie in memory as (N, C, H, W), matrices as (N, D). A linear layer
 // is a convolution of images of one pixel, D channels, by a kernel of 1 × 1; there is no other code
 // for it. No pooling is the average of windows of 1 × 1.
 //
-// Launches. Every block has THREADS threads in one dimension. No kernel allocates, waits for the
+// Launches. A block is CUDA's here; those of the plan are called stages. Every block has THREADS
+// threads in one dimension. No kernel allocates, waits for the
 // host, or depends on a number that the host has to read first: a sequence of launches can be
 // captured in a CUDA graph and replayed. What changes from step to step is a counter in memory.
 //
@@ -23,7 +24,7 @@ constexpr int THREADS = 256;
 constexpr int SIDE = 16;   // of the square that a block's threads form in a matrix product
 constexpr int DEPTH = 32;  // how much of the summed axis a product has in shared memory at a time
 
-// The sizes of a block of the plan, known when the program runs.
+// The sizes of a stage, known when the program runs.
 struct Shape {
     int channels, height, width;                                               // of x: (C, H, W)
     int maps, rows, columns;                                                   // of y: (O, H', W')

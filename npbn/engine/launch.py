@@ -211,7 +211,6 @@ class _Block:
         self.pixels = n * s["height"] * s["width"]
         self.positions = n * s["rows"] * s["columns"]
         self.items = self.positions // (s["window_h"] * s["window_w"])
-        self.kernel = s["kernel_h"] * s["kernel_w"]
         self.plain = (
             block.norm is None and block.activation is None and self.items == self.positions
         )

@@ -17,6 +17,7 @@ from test_engine import a_split, models
 import emulator
 from emulator import Emulator, compiled
 from npbn import backend, training
+from npbn import functional as F
 from npbn.engine import launch, plan
 from npbn.engine.plan import parameters_of
 from npbn.layers import (
@@ -247,6 +248,30 @@ SMALL = (2, 8, 8)
 """The shape of its images."""
 
 
+def test_a_hundred_losses_in_float32(builds):
+    model = small_model()
+    expected = copy.deepcopy(model)
+    split = a_split(SMALL, 60, 1)
+    blocks, programs, _ = programs_of(model, SMALL, (20,), momentum=0.9)
+    device = Emulator(library(builds), programs.values())
+    write(device.arrays, blocks, split)
+    device.arrays["order"][:] = np.arange(60)
+    device.arrays["rates"][:] = 0.1
+    optimizer = SGD(expected.parameters(), 0.1, momentum=0.9)
+    losses = []
+    for _ in range(34):
+        device.arrays["step"][:] = 0
+        for x, labels in split.batches(20, "float32"):
+            device.run(programs[20])
+            loss, cache = F.softmax_cross_entropy(expected.forward(x), labels)
+            expected.backward(F.softmax_cross_entropy_backward(cache))
+            optimizer.step()
+            losses.append(float(loss))
+        np.testing.assert_allclose(device.arrays["losses"][:3], losses[-3:], atol=2e-3)
+    assert losses[-1] < losses[0] - 0.1
+    device.close()
+
+
 def test_a_label_out_of_range_makes_the_loss_nan(builds):
     blocks, programs, evaluation = programs_of(small_model(), SMALL, (8,))
     device = Emulator(library(builds), [*programs.values(), evaluation])
@@ -261,6 +286,19 @@ def test_a_label_out_of_range_makes_the_loss_nan(builds):
             device.arrays["rates"][:] = 0
             device.run(program)
             assert np.isnan(device.arrays["losses"][0])
+    device.close()
+
+
+def test_of_equal_logits_the_first_counts(builds):
+    model = Sequential(Flatten(), Linear(4, 3, bias=False))
+    model.layers[1].weight.data[...] = 0
+    model.to(NUMPY, "float64")
+    blocks, _, evaluation = programs_of(model, (1, 2, 2), (20,))
+    device = Emulator(library(builds), [evaluation])
+    split = a_split((1, 2, 2), 60, 1)
+    write(device.arrays, blocks, split)
+    device.run(evaluation)
+    assert device.arrays["hits"][0] == np.count_nonzero(split.labels[:20] == 0) > 0
     device.close()
 
 
