@@ -1,17 +1,17 @@
 // The kernels of a training step and of an evaluation; `npbn/engine/launch.py` says in what order.
 //
 // What they compute is written down in `npbn/functional`, with its derivation; the names of the
-// formulas there are used here. `real` is float or double. NVRTC compiles this file for the GPU, and
-// g++, behind `tests/engine/cuda_shim.h`, for tests without one.
+// formulas there are used here. `real` is float or double. NVRTC compiles this file for the GPU,
+// and g++, behind `tests/engine/cuda_shim.h`, for tests without one.
 //
 // Arrays. Images and feature maps lie in memory as (N, C, H, W), matrices as (N, D). A linear layer
 // is a convolution of images of one pixel, D channels, by a kernel of 1 × 1; there is no other code
 // for it. No pooling is the average of windows of 1 × 1.
 //
 // Launches. A block is CUDA's here; those of the plan are called stages. Every block has THREADS
-// threads in one dimension. No kernel allocates, waits for the
-// host, or depends on a number that the host has to read first: a sequence of launches can be
-// captured in a CUDA graph and replayed. What changes from step to step is a counter in memory.
+// threads in one dimension. No kernel allocates, waits for the host, or depends on a number that
+// the host has to read first: a sequence of launches can be captured in a CUDA graph and replayed.
+// What changes from step to step is a counter in memory.
 //
 // Reproducibility. Every sum is taken in an order that the launch fixes: of a thread's own terms
 // from first to last, of a block's by a tree, of several blocks' partial sums by the kernel that
@@ -26,12 +26,12 @@ constexpr int DEPTH = 32;  // how much of the summed axis a product has in share
 
 // The sizes of a stage, known when the program runs.
 struct Shape {
-    int channels, height, width;                                               // of x: (C, H, W)
-    int maps, rows, columns;                                                   // of y: (O, H', W')
-    int kernel_h, kernel_w, stride_h, stride_w, padding_h, padding_w;          // from x to y
-    int window_h, window_w;                                                    // pooling, side by side
-    int maximum;                                                               // pooling by it, or 0
-    int activation;                                                            // see below
+    int channels, height, width;                                       // of x: (C, H, W)
+    int maps, rows, columns;                                           // of y: (O, H', W')
+    int kernel_h, kernel_w, stride_h, stride_w, padding_h, padding_w;  // from x to y
+    int window_h, window_w;                                            // pooling, side by side
+    int maximum;                                                       // pooling by it, or 0
+    int activation;                                                    // see below
 };
 
 // The same sizes, known to the compiler: divisions by them become multiplications, and loops over
@@ -50,7 +50,8 @@ struct Fixed {
 constexpr int SIGMOID = 1, RELU = 2;  // activations; 0 is none
 
 // A parameter tensor, for `sgd`: where it is in the arrays that hold all parameters; where its
-// gradient's partial sums are, and how many (0: the gradient is there already); weight decay or not.
+// gradient's partial sums are, and how many (0: the gradient is there already); weight decay or
+// not.
 struct Tensor {
     int offset, size, partial_offset, partials, decays;
 };
@@ -116,8 +117,8 @@ __device__ Product<Left, Right> product_of(int rows, int columns, int begin, int
 
 // A block's tile of a product: Σ_k left(row, k) right(k, column).
 //
-// The tile has M·SIDE rows from `first_row` on and SIDE columns from `first_column` on. Thread t has
-// the rows t % SIDE, SIDE further, and so on, M of them, of column t / SIDE. Strips of the two
+// The tile has M·SIDE rows from `first_row` on and SIDE columns from `first_column` on. Thread t
+// has the rows t % SIDE, SIDE further, and so on, M of them, of column t / SIDE. Strips of the two
 // matrices, DEPTH in k, are brought to shared memory together, where SIDE threads read each number;
 // what is outside of the matrices is 0 there.
 template <typename real, int M, typename Left, typename Right>
@@ -163,8 +164,8 @@ __device__ int index_of_output(S s, int position, int o) {
     return (position / area * s.maps + o) * area + position % area;
 }
 
-// What the kernel sees of a padded image x: `position` (n, p, q) of the output, `place` (c, i, j) in
-// the kernel.
+// What the kernel sees of a padded image x: `position` (n, p, q) of the output, `place` (c, i, j)
+// in the kernel.
 template <typename real, typename S>
 __device__ real input_at(S s, const real* x, int position, int place) {
     const int q = position % s.columns, p = position / s.columns % s.rows;
@@ -242,9 +243,10 @@ __global__ void gather(int n, int pixels, int stride, const int* step, const int
     }
 }
 
-// Convolution, `functional.conv2d`: y[n,o,p,q] = b[o] + Σ_cij w[o,c,i,j] x[n, c, p·s+i-pad, q·s+j-pad]
-// or, where images are one pixel large, `functional.linear`. A product of two matrices, of which the
-// left one, (n,p,q) × (c,i,j), is never built ("implicit GEMM").
+// Convolution, `functional.conv2d`:
+//   y[n,o,p,q] = b[o] + Σ_cij w[o,c,i,j] x[n, c, p·s+i-pad, q·s+j-pad]
+// or, where images are one pixel large, `functional.linear`. A product of two matrices, of which
+// the left one, (n,p,q) × (c,i,j), is never built ("implicit GEMM").
 //
 // With it, unless null, the statistics that batch norm needs of y, as far as a block knows them:
 // statistics[0, tile, o] is the mean, [1, tile, o] the sum of the squares about it, over the tile's
@@ -300,15 +302,16 @@ __global__ void affine(S s, int n, const real* x, const real* weight, const real
 //   μ = Σ_t m_t μ_t / m,   m v = Σ_t (q_t + m_t (μ_t - μ)²)
 // (Chan, Golub and LeVeque, "Updating formulae and a pairwise algorithm for computing sample
 // variances", 1979, (2.1b) for several parts). A channel's first block leaves μ and v in `mean` and
-// `var`, and moves the moving averages. In prediction, statistics are null, and mean and var are read:
-// the moving averages.
+// `var`, and moves the moving averages. In prediction, statistics are null, and mean and var are
+// read: the moving averages.
 //
 // Launch: grid (blocks that share a channel, channels); a thread takes every so many-th pooled
 // output. Moves y and the statistics in, the output out.
 template <typename real, typename S>
 __global__ void activate(S s, int n, const real* y, const real* gamma, const real* beta, real eps,
-                         const real* statistics, int tiles, int tile_rows, real momentum, real* mean,
-                         real* var, real* moving_mean, real* moving_var, real* output) {
+                         const real* statistics, int tiles, int tile_rows, real momentum,
+                         real* mean, real* var, real* moving_mean, real* moving_var,
+                         real* output) {
     const int o = blockIdx.y;
     real mu = 0, v = 0;
     if (statistics != nullptr) {
@@ -355,11 +358,12 @@ __global__ void activate(S s, int n, const real* y, const real* gamma, const rea
     }
 }
 
-// Softmax cross-entropy, `functional.softmax_cross_entropy` and its backward, and what the host wants
-// to know of the step: losses[*step] is the mean loss, NaN if a label is out of range, hits[*step] how
-// often the largest logit (the first of equal ones) was the label's. Then the step is counted.
+// Softmax cross-entropy, `functional.softmax_cross_entropy` and its backward, and what the host
+// wants to know of the step: losses[*step] is the mean loss, NaN if a label is out of range,
+// hits[*step] how often the largest logit (the first of equal ones) was the label's. Then the step
+// is counted.
 // dlogits[n,k] = (p[n,k] - [k = label]) / n; not asked for where it is null.
-// Launch: a single block; a thread takes every THREADS-th example. Moves the logits in and dlogits out.
+// Launch: a single block; a thread takes every THREADS-th example. Moves the logits in, dlogits out.
 template <typename real>
 __global__ void cross_entropy(int n, int classes, const real* logits, const int* labels,
                               real* dlogits, int* step, real* losses, int* hits) {
@@ -403,8 +407,8 @@ __global__ void cross_entropy(int n, int classes, const real* logits, const int*
 // by what batch norm gave (or, without it, by y). Pooling and activation are computed anew from y.
 // Of windows' equal maxima the first, in reading order, has the gradient.
 //
-// With it, for each of the blocks that share a channel, sums[0, block, o] = Σ dz (those of dβ; without
-// batch norm, of the bias's gradient) and sums[1, block, o] = Σ dz (y - μ) (those of s·dγ).
+// With it, for each of the blocks that share a channel, sums[0, block, o] = Σ dz (those of dβ;
+// without batch norm, of the bias's gradient) and sums[1, block, o] = Σ dz (y - μ) (those of s·dγ).
 //
 // dz may be doutput itself where there is no pooling.
 // Launch: as `activate`. Moves y and doutput in, dz out.
@@ -414,7 +418,8 @@ __global__ void activate_backward(S s, int n, const real* y, const real* doutput
                                   real* dz, real* sums) {
     const int o = blockIdx.y;
     const bool norm = gamma != nullptr;
-    const Normalization<real> normalized(gamma, beta, norm ? mean[o] : 0, norm ? var[o] : 0, eps, o);
+    const real mu = norm ? mean[o] : real(0), v = norm ? var[o] : real(0);
+    const Normalization<real> normalized(gamma, beta, mu, v, eps, o);
     const int items = n * (s.rows / s.window_h) * (s.columns / s.window_w);
     const real share = real(1) / (s.maximum ? 1 : s.window_h * s.window_w);
     real sum = 0, dot = 0;
@@ -442,7 +447,7 @@ __global__ void activate_backward(S s, int n, const real* y, const real* doutput
                 const bool reached = !s.maximum || at == chosen;
                 const real d = reached ? g * slope(s.activation, a) : real(0);
                 sum += d;
-                dot += d * (y[at] - normalized.mean);
+                dot += d * (y[at] - mu);
                 dz[at] = d;
             }
         }
@@ -487,8 +492,8 @@ __global__ void batch_norm_backward(S s, int n, const real* y, const real* gamma
 
 // The gradient by the weight, `functional.conv2d_backward` (`linear_backward`):
 //   dw[o,c,i,j] = Σ_npq dy[n,o,p,q] x[n, c, p·s+i-pad, q·s+j-pad]
-// The sum over (n,p,q) is long and the result small: part b of the grid's third axis adds up `share`
-// of its terms, and leaves partials[b, o, c, i, j], which `sgd` adds up.
+// The sum over (n,p,q) is long and the result small: part b of the grid's third axis adds up
+// `share` of its terms, and leaves partials[b, o, c, i, j], which `sgd` adds up.
 // Launch: grid (tiles of places, tiles of maps, parts). Moves x and dy in, the partial sums out.
 template <typename real, int M, typename S>
 __global__ void affine_backward_weight(S s, int n, int share, const real* x, const real* dy,

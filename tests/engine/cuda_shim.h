@@ -1,11 +1,11 @@
-// Enough of CUDA for g++ to compile npbn/engine/kernels.cu, and to run it on the CPU: to the letter,
-// one thread after the other, and on the watch for what a GPU would silently get wrong.
+// Enough of CUDA for g++ to compile npbn/engine/kernels.cu, and to run it on the CPU: to the
+// letter, one thread after the other, and on the watch for what a GPU would silently get wrong.
 //
 // Every thread of a block is a fibre with a stack of its own, which runs until it comes to
 // __syncthreads. Once all have come there, they go on, in another order. So what a thread reads
-// before others have written it, for want of a barrier, is wrong here, too. Shared memory is full of
-// NaN when a block begins, and what is behind it is out of bounds to AddressSanitizer. Blocks run in
-// a shuffled order.
+// before others have written it, for want of a barrier, is wrong here, too. Shared memory is full
+// of NaN when a block begins, and what is behind it is out of bounds to AddressSanitizer. Blocks
+// run in a shuffled order.
 //
 // What is not modelled: the GPU's weak ordering of memory, threads that really run at once, the
 // rounding of its exp and log, -ftz.
@@ -168,7 +168,8 @@ std::string code() {
 
 template <typename... A, size_t... I>
 Kernel unpacking(void (*kernel)(A...), std::index_sequence<I...>) {
-    return {[=](void** arguments) { kernel(*static_cast<A*>(arguments[I])...); }, ((code<A>() + " ") + ...)};
+    return {[=](void** arguments) { kernel(*static_cast<A*>(arguments[I])...); },
+            ((code<A>() + " ") + ...)};
 }
 
 struct Register {

@@ -46,7 +46,7 @@ BARRIERS = [
 """The lines where they are."""
 
 pytestmark = pytest.mark.skipif(
-    emulator.COMPILER is None, reason="needs g++ (Debian: g++), which compiles the CUDA kernels"
+    emulator.COMPILER is None, reason="needs g++ on Linux, which compiles the CUDA kernels"
 )
 
 

@@ -23,7 +23,7 @@ from npbn.optim import SGD, StepDecay
 NUMPY = backend.get_backend("numpy")
 
 pytestmark = pytest.mark.skipif(
-    emulator.COMPILER is None, reason="needs g++ (Debian: g++), which compiles the CUDA kernels"
+    emulator.COMPILER is None, reason="needs g++ on Linux, which compiles the CUDA kernels"
 )
 
 
