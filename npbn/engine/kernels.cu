@@ -574,6 +574,7 @@ __global__ void sgd(const Tensor* tensors, const real* partials, const int* step
     for (int i = blockIdx.x * THREADS + threadIdx.x; i < t.size; i += gridDim.x * THREADS) {
         const int at = t.offset + i;
         real g = t.partials == 0 ? gradients[at] : real(0);
+#pragma unroll 16  // so many loads under way at a time; what they bring is still added in order
         for (int b = 0; b < t.partials; ++b) {
             g += partials[t.partial_offset + b * t.size + i];
         }

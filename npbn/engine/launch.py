@@ -44,8 +44,8 @@ TENSOR_FIELDS = ("offset", "size", "partial_offset", "partials", "decays")
 PROCESSORS = 132
 """Streaming multiprocessors of an H100 or H200: so many blocks at least should be under way."""
 
-SHARING = 64
-"""How many blocks share a channel at most, and a tensor in the optimizer's step."""
+BLOCKS_OF_A_PROCESSOR = 4
+"""How many blocks of threads that share out an array's numbers there are for each processor."""
 
 MOST_BLOCKS = 65_535
 """In a grid's second and third axis, in CUDA."""
@@ -218,7 +218,6 @@ class _Block:
         self.dx, self.doutput = f"dx{i}", f"dx{i + 1}"
         self.y = self.output if self.plain else f"y{i}"
         self.dy = self.doutput if self.plain else f"dy{i}"
-        self.sharing = min(_blocks(self.items), SHARING)
 
 
 class _Writer:
@@ -280,7 +279,7 @@ class _Writer:
         self._array("batch_labels", (self.n,), np.int32)
         self._launch(
             f"gather<{self.real}>",
-            (_blocks(self.n * self.pixels), 1, 1),
+            (_over(self.n * self.pixels, THREADS), 1, 1),
             *map(np.int32, (self.n, self.pixels, stride)),
             *map(Pointer, ("step",)),
             order,
@@ -313,7 +312,7 @@ class _Writer:
         self._array(b.output, (b.items * b.maps,))
         self._launch(
             self._name("activate", b),
-            (b.sharing, b.maps, 1),
+            (self._sharing(b.items, b.maps), b.maps, 1),
             self._shape(b),
             np.int32(self.n),
             Pointer(b.y),
@@ -351,11 +350,12 @@ class _Writer:
         """The block's tensors, for `_sgd`."""
         norm = b.block.norm
         mean, var, _, _ = self._averages(b, training=True)
-        sums = self._partial_sums(2 * b.sharing * b.maps)
+        sharing = self._sharing(b.items, b.maps)
+        sums = self._partial_sums(2 * sharing * b.maps)
         self._array(b.dy, (b.positions * b.maps,))
         self._launch(
             self._name("activate_backward", b),
-            (b.sharing, b.maps, 1),
+            (sharing, b.maps, 1),
             self._shape(b),
             np.int32(self.n),
             Pointer(b.y),
@@ -369,7 +369,7 @@ class _Writer:
         if norm is not None:
             self._launch(
                 self._name("batch_norm_backward", b),
-                (min(_blocks(b.positions), SHARING), b.maps, 1),
+                (self._sharing(b.positions, b.maps), b.maps, 1),
                 self._shape(b),
                 np.int32(self.n),
                 Pointer(b.y),
@@ -378,7 +378,7 @@ class _Writer:
                 mean,
                 var,
                 sums,
-                np.int32(b.sharing),
+                np.int32(sharing),
                 Pointer(b.dy),
                 self._parameter(b, "gamma", "gradients"),
                 self._parameter(b, "beta", "gradients"),
@@ -394,7 +394,7 @@ class _Writer:
             if name == "weight":
                 place, count = partials.offset, parts
             elif name == "bias" and norm is None:  # batch norm takes a bias back: its gradient is 0
-                place, count = sums.offset, b.sharing
+                place, count = sums.offset, sharing
             yield offset, owner.data.size, place, count, int(decay_all or name == "weight")
 
     def _backward_weight(self, b: _Block) -> tuple[int, Pointer]:
@@ -442,7 +442,7 @@ class _Writer:
         largest = max(size for _, size, *_ in tensors)
         self._launch(
             f"sgd<{self.real}>",
-            (min(_blocks(largest), 4 * SHARING), len(tensors), 1),
+            (self._sharing(largest, len(tensors)), len(tensors), 1),
             *map(Pointer, (name, "partials", "step", "rates")),
             self._real(momentum),
             self._real(weight_decay),
@@ -521,6 +521,11 @@ class _Writer:
         self.partials += count
         return Pointer("partials", self.partials - count)
 
+    def _sharing(self, numbers: int, channels: int) -> int:
+        """How many blocks share the numbers of a channel: no more than have something to do."""
+        most = _over(BLOCKS_OF_A_PROCESSOR * self.processors, channels)
+        return min(_over(numbers, THREADS), most)
+
     def _tiles(self, rows: int, columns: int, parts: int = 1) -> tuple[int, tuple[int, int, int]]:
         """M of a product's tiles, M·SIDE rows high, and the grid of tiles.
 
@@ -538,7 +543,3 @@ class _Writer:
 def _over(number: int, by: int) -> int:
     """The quotient, rounded up."""
     return -(-number // by)
-
-
-def _blocks(threads: int) -> int:
-    return _over(threads, THREADS)
