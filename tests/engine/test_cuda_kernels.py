@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from test_engine import a_split, models
 
@@ -155,7 +155,6 @@ def check_parameters(arrays, blocks, expected, bound) -> None:
                 assert error <= bound * max(1, np.abs(value).max()), (i, name)
 
 
-@settings(max_examples=20)
 @given(
     drawn=models(),
     batch_sizes=st.lists(st.integers(2, 12), min_size=1, max_size=3),
