@@ -102,3 +102,10 @@ def runs(tmp_path_factory) -> Path:
         process = run("train.py", *common, *options, "--run", name, cwd=directory)
         assert process.returncode == 0, process.stderr
     return directory
+
+
+@pytest.fixture(scope="session")
+def builds(tmp_path_factory) -> Path:
+    """A directory for compiled kernels, which all processes of this test run share."""
+    directory = tmp_path_factory.getbasetemp()
+    return directory.parent if "PYTEST_XDIST_WORKER" in os.environ else directory

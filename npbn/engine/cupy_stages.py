@@ -1,0 +1,247 @@
+"""The engine on a GPU: the programs of `npbn.engine.launch`, captured in CUDA graphs by CuPy.
+
+Not yet tried on a GPU. Its kernels and launch sequences run on the CPU in ``tests/engine``; so does
+this module, on a stand-in for the few functions of CuPy that it calls.
+
+Data sets, parameters and all that a step works on stay in the GPU's memory. An epoch is a sequence
+of graph launches, each of them many steps, and one wait for the GPU at its end.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+
+from npbn.data import Split
+from npbn.engine import launch
+from npbn.engine.launch import Launch, Pointer, Program
+from npbn.engine.plan import parameters_of, plan
+from npbn.errors import BackendError
+from npbn.layers import Sequential
+from npbn.optim import SGD
+
+STEPS_OF_A_GRAPH = 32
+
+EVALUATED_AT_ONCE = 2048
+"""Examples."""
+
+
+class CupyEngine:
+    """A model with its optimizer and its data on a GPU, planned for one batch size.
+
+    Parameters, gradients, velocities and moving averages are those of the layers and the optimizer:
+    these get views of the engine's arrays.
+
+    Args:
+        model: on CuPy.
+        optimizer: of its parameters.
+        train, test: the data; of one image size.
+        batch_size: a last batch may be smaller.
+
+    Raises:
+        UnsupportedError: the model has a layer for which there is no stage.
+        BackendError: the GPU has too little memory, or the kernels do not compile.
+    """
+
+    def __init__(
+        self, model: Sequential, optimizer: SGD, train: Split, test: Split, *, batch_size: int
+    ) -> None:
+        import cupy
+
+        self.cupy, self.optimizer = cupy, optimizer
+        self.batch_size = min(batch_size, len(train))
+        self.blocks = plan(model, tuple(train.images.shape[1:]))
+        self.test_size = len(test)
+        self.programs = self._write_programs(len(train))
+        # Not the one that layers use: no graph is captured there. It waits for that one, though.
+        self.stream = cupy.cuda.Stream()
+        with self.stream:
+            self.arrays = self._allocate()
+            for name, split in (("train", train), ("test", test)):
+                images = cupy.asarray(split.images).reshape(len(split), -1)
+                self.arrays[f"{name}.images"][...] = images
+                self.arrays[f"{name}.labels"][...] = cupy.asarray(split.labels).astype(np.int32)
+            self._kernels = self._compile()
+            self._graphs: dict[tuple[str, int], Any] = {}
+            self._views = self._find_views()
+        self.stream.synchronize()
+
+    def train(self, order: np.ndarray) -> tuple[np.ndarray, int]:
+        """A pass over these training examples, in this order, a step of the optimizer a batch.
+
+        Returns:
+            The mean loss of each step, and how many examples were right.
+        """
+        batches, rest = divmod(len(order), self.batch_size)
+        steps = batches + (rest > 0)
+        if rest and f"train{rest}" not in self.programs:
+            raise ValueError(
+                f"expected batches of {self.batch_size}, and of as many as the data set leaves "
+                f"over, got {len(order)} examples"
+            )
+        first = self.optimizer.steps
+        rates = [float(self.optimizer.schedule(first + i)) for i in range(steps)]
+        with self.stream:
+            self._adopt()
+            self._write("order", order)
+            self._write("rates", rates)
+            self._run(f"train{self.batch_size}", batches)
+            self._run(f"train{rest}", int(rest > 0))
+            found = self._read(steps)
+        self.optimizer.steps += steps
+        return found
+
+    def evaluate(self) -> tuple[float, int]:
+        """Mean loss on the test data in prediction mode, and how many were right."""
+        size = min(EVALUATED_AT_ONCE, self.test_size)
+        batches, rest = divmod(self.test_size, size)
+        with self.stream:
+            self._adopt()
+            self._run(f"test{size}", batches)
+            self._run(f"test{rest}", int(rest > 0))
+            losses, hits = self._read(batches + (rest > 0))
+        sizes = [size] * batches + [rest] * (rest > 0)
+        total = math.fsum(n * float(loss) for n, loss in zip(sizes, losses, strict=True))
+        return total / self.test_size, hits
+
+    # How it is set up.
+
+    def _write_programs(self, examples: int) -> dict[str, Program]:
+        """By name and batch size; those of 0 have nothing to do and are not there."""
+        batch, test_batch = self.batch_size, min(EVALUATED_AT_ONCE, self.test_size)
+        programs = {}
+        for n in {batch, examples % batch} - {0}:
+            programs[f"train{n}"] = launch.training(
+                self.blocks,
+                n,
+                examples=examples,
+                stride=batch,
+                momentum=self.optimizer.momentum,
+                weight_decay=self.optimizer.weight_decay,
+                decay_all=self.optimizer.decay_all,
+                fixed=True,
+            )
+        for n in {test_batch, self.test_size % test_batch} - {0}:
+            programs[f"test{n}"] = launch.evaluation(
+                self.blocks, n, examples=self.test_size, stride=test_batch, fixed=True
+            )
+        return programs
+
+    def _allocate(self) -> dict[str, Any]:
+        specs = launch.largest(self.programs.values())
+        try:
+            arrays = {name: self.cupy.empty(s.shape, s.dtype) for name, s in specs.items()}
+        except self.cupy.cuda.memory.OutOfMemoryError:
+            needed = math.ceil(sum(spec.nbytes for spec in specs.values()) / 2**20)
+            raise BackendError(
+                f"the GPU has less free memory than the {needed:,} MiB that batches of "
+                f"{self.batch_size} need: take smaller ones, or see in nvidia-smi who else uses it"
+            ) from None
+        for name, spec in specs.items():
+            if spec.value is not None:
+                arrays[name][...] = self.cupy.asarray(spec.value)
+        return arrays
+
+    def _compile(self) -> dict[str, Any]:
+        names = {step.kernel for program in self.programs.values() for step in program.launches}
+        module = self.cupy.RawModule(
+            code=launch.SOURCE.read_text(),
+            options=("--std=c++17",),
+            name_expressions=tuple(sorted(names)),
+        )
+        try:
+            kernels = {name: module.get_function(name) for name in names}
+        except self.cupy.cuda.compiler.CompileException as error:
+            raise BackendError(f"the GPU engine's kernels do not compile: {error}") from None
+        for kernel in kernels.values():
+            _ = (
+                kernel.attributes
+            )  # so it is loaded now: that would not do while a graph is captured
+        return kernels
+
+    def _find_views(self) -> list[tuple[Any, str, str, Any]]:
+        """Of the arrays, what layers and optimizer are to have: owner, attribute, name, view."""
+        names = {id(parameter): name for name, parameter in self.optimizer.parameters.items()}
+        views = []
+        for offset, parameter in launch.parameter_offsets(self.blocks).values():
+            for array, owner, attribute in (
+                ("parameters", parameter, "data"),
+                ("gradients", parameter, "gradient"),
+                ("velocities", self.optimizer, "velocity"),
+            ):
+                view = self.arrays[array][offset : offset + parameter.data.size]
+                name = names[id(parameter)]
+                views.append((owner, attribute, name, view.reshape(parameter.data.shape)))
+        for i, block in enumerate(self.blocks):
+            for name, owner, attribute in parameters_of(block):
+                if attribute != "data":
+                    view = self.arrays[f"{i}.{name}"].reshape(getattr(owner, attribute).shape)
+                    views.append((owner, attribute, name, view))
+        return views
+
+    # What is done again and again; on the engine's stream.
+
+    def _adopt(self) -> None:
+        """Take over what others have put into the layers and the optimizer; begin at step 0."""
+        for owner, attribute, name, view in self._views:
+            value = getattr(owner, attribute)
+            if attribute == "velocity":
+                velocities, value = value, value.get(name)
+                if value is not view:
+                    view[...] = 0 if value is None else value
+                if self.optimizer.momentum:
+                    velocities[name] = view
+            elif value is not view:
+                # What layers found for a gradient is not used: all are computed anew, but for those
+                # of biases before a batch norm, which are 0 here and rounding errors there.
+                view[...] = 0 if attribute == "gradient" else value
+                setattr(owner, attribute, view)
+        self._write("step", [0])
+
+    def _write(self, name: str, values: Any) -> None:
+        array = self.arrays[name]
+        array[: len(values)] = self.cupy.asarray(np.asarray(values, array.dtype))
+
+    def _read(self, steps: int) -> tuple[np.ndarray, int]:
+        """Losses and hits; waits for the GPU."""
+        losses = self.cupy.asnumpy(self.arrays["losses"][:steps])
+        return losses, int(self.cupy.asnumpy(self.arrays["hits"][:steps]).sum())
+
+    def _run(self, name: str, times: int) -> None:
+        many, single = divmod(times, STEPS_OF_A_GRAPH)
+        for repeats, count in ((STEPS_OF_A_GRAPH, many), (1, single)):
+            for _ in range(count):
+                self._graph(name, repeats).launch(self.stream)
+
+    def _graph(self, name: str, repeats: int) -> Any:
+        """The program so many times; captured when it is first asked for."""
+        if (name, repeats) not in self._graphs:
+            program = self.programs[name]
+            calls = [self._bound(step) for step in program.launches]
+            self.stream.begin_capture()
+            for _ in range(repeats):
+                for kernel, grid, arguments, shared in calls:
+                    kernel(grid, (launch.THREADS,), arguments, shared_mem=shared)
+            self._graphs[name, repeats] = self.stream.end_capture()
+        return self._graphs[name, repeats]
+
+    def _bound(self, step: Launch) -> tuple[Any, tuple[int, int, int], tuple[Any, ...], int]:
+        """A launch with addresses for names."""
+        arguments = tuple(map(self._value, step.arguments))
+        return self._kernels[step.kernel], step.grid, arguments, step.shared
+
+    def _value(self, argument: launch.Argument) -> np.generic:
+        address = 0
+        if isinstance(argument, Pointer):
+            array = self.arrays[argument.array]
+            address = _address(array) + argument.offset * array.itemsize
+        elif argument is not None:
+            return argument
+        pointer: np.generic = np.uint64(address)
+        return pointer
+
+
+def _address(array: Any) -> int:
+    return int(array.data.ptr)

@@ -1,0 +1,418 @@
+"""The GPU engine's kernels on the CPU, launched as on a GPU, against the layers."""
+
+from __future__ import annotations
+
+import copy
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from test_engine import a_split, models
+
+import emulator
+from emulator import Emulator, compiled
+from npbn import backend, training
+from npbn import functional as F
+from npbn.engine import launch, plan
+from npbn.engine.plan import parameters_of
+from npbn.layers import (
+    AvgPool2d,
+    BatchNorm,
+    Conv2d,
+    Flatten,
+    Linear,
+    MaxPool2d,
+    ReLU,
+    Sequential,
+    Sigmoid,
+)
+from npbn.models import BLeNet, LeNet
+from npbn.optim import SGD
+
+NUMPY = backend.get_backend("numpy")
+MANY = 10**6
+"""More processors than there is work for: low tiles, and sums in many parts."""
+
+BARRIERS = [
+    number
+    for number, line in enumerate(launch.SOURCE.read_text().splitlines(), 1)
+    if "__syncthreads();" in line
+]
+"""The lines where they are."""
+
+pytestmark = pytest.mark.skipif(
+    emulator.COMPILER is None, reason="needs g++ on Linux, which compiles the CUDA kernels"
+)
+
+
+def programs_of(model, shape, batch_sizes, **options):
+    """One for each size of a batch, and one that evaluates 40 examples in tens and twelves."""
+    blocks = plan(model, shape)
+    stride = max(batch_sizes)
+    sizes = {"fixed": options.pop("fixed", False), "processors": options.pop("processors", 132)}
+    found = {
+        n: launch.training(blocks, n, examples=60, stride=stride, **sizes, **options)
+        for n in batch_sizes
+    }
+    return blocks, found, launch.evaluation(blocks, 20, examples=60, data="train", **sizes)
+
+
+def kernel_names(programs) -> set[str]:
+    return {step.kernel for program in programs for step in program.launches}
+
+
+def library(builds, *flags, source=None):
+    """All kernels for sizes known when they run; those of LeNet for sizes known before, too."""
+    names = set()
+    for dtype in ("float32", "float64"):
+        for processors in (1, MANY):
+            model = LeNet()
+            model.to(NUMPY, dtype)
+            _, programs, evaluation = programs_of(model, (1, 28, 28), (4,), processors=processors)
+            names |= kernel_names([*programs.values(), evaluation])
+    model.to(NUMPY, "float64")
+    _, programs, evaluation = programs_of(model, (1, 28, 28), (9, 16), fixed=True)
+    names |= kernel_names([*programs.values(), evaluation])
+    return compiled(builds, names, *flags, source=source)
+
+
+def compare(library, model, shape, dtype, *, batch_sizes, bound, classes=3, skipped=0, **options):
+    """Some steps both ways: losses, hits, gradients, parameters and moving averages."""
+    model.to(NUMPY, dtype)
+    expected = copy.deepcopy(model)
+    split = a_split(shape, 60, 1, classes)
+    optimizer = {k: options[k] for k in ("momentum", "weight_decay", "decay_all") if k in options}
+    run = training.Training(
+        expected,
+        SGD(expected.parameters(), 0.1, **optimizer),
+        split,
+        split,
+        batch_size=8,
+        generator=np.random.default_rng(0),
+        backend=NUMPY,
+        dtype=dtype,
+    )
+    blocks, programs, evaluation = programs_of(model, shape, batch_sizes, **options)
+    device = Emulator(library, [*programs.values(), evaluation], skipped_barrier=skipped)
+    arrays = device.arrays
+    write(arrays, blocks, split)
+    order = np.random.default_rng(2).permutation(60)
+    stride = max(batch_sizes)
+    arrays["order"][:] = order
+    arrays["rates"][: len(batch_sizes)] = 0.1
+    try:
+        for step, n in enumerate(batch_sizes):
+            device.run(programs[n])
+            right_loss, right_hits = run.step(order[step * stride : step * stride + n])
+            loss = float(arrays["losses"][step])
+            assert abs(loss - float(right_loss)) <= bound * max(1, abs(float(right_loss)))
+            assert arrays["hits"][step] == right_hits
+            check_parameters(arrays, blocks, plan(expected, shape), bound)
+        arrays["step"][:] = 0
+        for _ in range(3):
+            device.run(evaluation)
+        metrics = training.evaluate(expected, split, backend=NUMPY, dtype=dtype)
+        loss = arrays["losses"][:3].mean()
+        assert abs(loss - metrics.loss) <= bound * max(1, abs(loss))
+        assert arrays["hits"][:3].sum() == round(metrics.accuracy * 60)
+    finally:
+        device.close()
+
+
+def write(arrays, blocks, split) -> None:
+    """What the host writes to the device before the first step."""
+    arrays["train.images"][:] = split.images.reshape(len(split), -1)
+    arrays["train.labels"][:] = split.labels
+    for offset, parameter in launch.parameter_offsets(blocks).values():
+        arrays["parameters"][offset : offset + parameter.data.size] = parameter.data.ravel()
+    for i, block in enumerate(blocks):
+        for name, owner, attribute in parameters_of(block):
+            if attribute != "data":
+                arrays[f"{i}.{name}"][:] = getattr(owner, attribute).ravel()
+
+
+def check_parameters(arrays, blocks, expected, bound) -> None:
+    """Gradients within the bound of the largest one; parameters and moving averages of theirs."""
+    offsets, right = launch.parameter_offsets(blocks), launch.parameter_offsets(expected)
+    scale = max(np.abs(parameter.gradient).max() for _, parameter in right.values())
+    for name, (offset, parameter) in right.items():
+        assert offsets[name][0] == offset
+        part = slice(offset, offset + parameter.data.size)
+        error = np.abs(arrays["gradients"][part] - parameter.gradient.ravel()).max()
+        assert error <= bound * scale, (name, error / scale)
+        error = np.abs(arrays["parameters"][part] - parameter.data.ravel()).max()
+        assert error <= bound * max(1, np.abs(parameter.data).max()), name
+    for i, block in enumerate(expected):
+        for name, owner, attribute in parameters_of(block):
+            if attribute != "data":
+                value = getattr(owner, attribute).ravel()
+                error = np.abs(arrays[f"{i}.{name}"] - value).max()
+                assert error <= bound * max(1, np.abs(value).max()), (i, name)
+
+
+@given(
+    drawn=models(),
+    batch_sizes=st.lists(st.integers(2, 12), min_size=1, max_size=3),
+    processors=st.sampled_from([1, 4, MANY]),
+    momentum=st.sampled_from([0.0, 0.9]),
+    weight_decay=st.sampled_from([0.0, 0.1]),
+    decay_all=st.booleans(),
+)
+def test_equal_to_the_layers(builds, drawn, batch_sizes, **options):
+    model, shape = drawn
+    compare(
+        library(builds), model, shape, "float64", batch_sizes=batch_sizes, bound=1e-10, **options
+    )
+
+
+@pytest.mark.parametrize("network", [LeNet, BLeNet])
+def test_the_networks(builds, network):
+    model = network(generator=np.random.default_rng(0))
+    compare(
+        library(builds),
+        model,
+        (1, 28, 28),
+        "float64",
+        batch_sizes=(16, 9),
+        bound=1e-10,
+        classes=10,
+    )
+
+
+@pytest.mark.parametrize("norm", [True, False])
+@pytest.mark.parametrize("activation", [None, Sigmoid, ReLU])
+@pytest.mark.parametrize("pool", [None, AvgPool2d, MaxPool2d])
+def test_every_combination_of_the_optional_parts(builds, norm, activation, pool):
+    generator = np.random.default_rng(0)
+    layers = [Conv2d(2, 3, 3, generator=generator)]
+    layers += [BatchNorm(3, 4)] * norm
+    layers += [] if activation is None else [activation()]
+    layers += [] if pool is None else [pool((2, 3))]
+    side = (4, 6) if pool is None else (2, 2)
+    layers += [Flatten(), Linear(3 * side[0] * side[1], 3, generator=generator)]
+    compare(
+        library(builds), Sequential(*layers), (2, 6, 8), "float64", batch_sizes=(7, 2), bound=1e-10
+    )
+
+
+def test_sizes_known_to_the_compiler(builds):
+    """The kernels as they are meant to run on a GPU: everything but the batch size is fixed."""
+    model = LeNet(generator=np.random.default_rng(0))
+    compare(
+        library(builds),
+        model,
+        (1, 28, 28),
+        "float64",
+        batch_sizes=(16, 9),
+        bound=1e-10,
+        classes=10,
+        fixed=True,
+    )
+
+
+@pytest.mark.parametrize("processors", [1, MANY])
+def test_float32(builds, processors):
+    """As for the engine on NumPy."""
+    model = LeNet(generator=np.random.default_rng(0))
+    compare(
+        library(builds),
+        model,
+        (1, 28, 28),
+        "float32",
+        batch_sizes=(30,),
+        bound=1e-4,
+        classes=10,
+        processors=processors,
+    )
+
+
+def small_model() -> Sequential:
+    """Every kernel has something to do, and 50 places in a convolution make two strips."""
+    generator = np.random.default_rng(0)
+    return Sequential(
+        *(Conv2d(2, 3, 5, padding=1, generator=generator), BatchNorm(3, 4), Sigmoid()),
+        AvgPool2d((2, 3)),
+        *(Conv2d(3, 2, 2, generator=generator), ReLU(), MaxPool2d((2, 1))),
+        *(Flatten(), Linear(2, 40, generator=generator), BatchNorm(40, 2)),
+        Linear(40, 3, generator=generator),
+    )
+
+
+SMALL = (2, 8, 8)
+"""The shape of its images."""
+
+
+def test_a_hundred_losses_in_float32(builds):
+    model = small_model()
+    expected = copy.deepcopy(model)
+    split = a_split(SMALL, 60, 1)
+    blocks, programs, _ = programs_of(model, SMALL, (20,), momentum=0.9)
+    device = Emulator(library(builds), programs.values())
+    write(device.arrays, blocks, split)
+    device.arrays["order"][:] = np.arange(60)
+    device.arrays["rates"][:] = 0.1
+    optimizer = SGD(expected.parameters(), 0.1, momentum=0.9)
+    losses = []
+    for _ in range(34):
+        device.arrays["step"][:] = 0
+        for x, labels in split.batches(20, "float32"):
+            device.run(programs[20])
+            loss, cache = F.softmax_cross_entropy(expected.forward(x), labels)
+            expected.backward(F.softmax_cross_entropy_backward(cache))
+            optimizer.step()
+            losses.append(float(loss))
+        np.testing.assert_allclose(device.arrays["losses"][:3], losses[-3:], atol=2e-3)
+    assert losses[-1] < losses[0] - 0.1
+    device.close()
+
+
+def test_a_label_out_of_range_makes_the_loss_nan(builds):
+    blocks, programs, evaluation = programs_of(small_model(), SMALL, (8,))
+    device = Emulator(library(builds), [*programs.values(), evaluation])
+    split = a_split(SMALL, 60, 1)
+    write(device.arrays, blocks, split)
+    device.arrays["order"][:] = np.arange(60)
+    for label in (-1, 3):
+        device.arrays["train.labels"][5] = label
+        for program in (evaluation, programs[8]):
+            device.arrays["step"][:] = 0
+            device.arrays["losses"][:] = 0
+            device.arrays["rates"][:] = 0
+            device.run(program)
+            assert np.isnan(device.arrays["losses"][0])
+    device.close()
+
+
+def test_of_equal_logits_the_first_counts(builds):
+    model = Sequential(Flatten(), Linear(4, 3, bias=False))
+    model.layers[1].weight.data[...] = 0
+    model.to(NUMPY, "float64")
+    blocks, _, evaluation = programs_of(model, (1, 2, 2), (20,))
+    device = Emulator(library(builds), [evaluation])
+    split = a_split((1, 2, 2), 60, 1)
+    write(device.arrays, blocks, split)
+    device.run(evaluation)
+    assert device.arrays["hits"][0] == np.count_nonzero(split.labels[:20] == 0) > 0
+    device.close()
+
+
+def test_of_equal_maxima_the_first_alone_has_the_gradient(builds):
+    """Images of one grey: every window of the pooling is a tie."""
+    generator = np.random.default_rng(0)
+    model = Sequential(
+        *(Conv2d(1, 2, 3, generator=generator), MaxPool2d(2), Flatten()),
+        Linear(8, 3, generator=generator),
+    )
+    model.to(NUMPY, "float64")
+    blocks, programs, evaluation = programs_of(model, (1, 6, 6), (4,))
+    device = Emulator(library(builds), [*programs.values(), evaluation])
+    split = a_split((1, 6, 6), 60, 1)
+    split.images[...] = 100
+    write(device.arrays, blocks, split)
+    device.arrays["order"][:] = np.arange(60)
+    device.run(programs[4])
+    gradient = device.arrays["dy0"].reshape(4, 2, 2, 2, 2, 2)  # (N, O, rows of windows, 2, ...)
+    assert (gradient[:, :, :, 0, :, 0] != 0).all()
+    assert (gradient[:, :, :, 1] == 0).all() and (gradient[..., 1] == 0).all()
+    device.close()
+
+
+def test_runs_are_identical_to_the_bit(builds):
+    """In whatever order blocks and threads run: those of the emulator differ from run to run."""
+
+    def run(seed: int):
+        model = small_model()
+        blocks, programs, evaluation = programs_of(model, SMALL, (12,), processors=MANY)
+        device = Emulator(library(builds), [*programs.values(), evaluation], seed=seed)
+        write(device.arrays, blocks, a_split(SMALL, 60, 1))
+        device.arrays["order"][:] = np.arange(60)
+        device.arrays["rates"][:] = 0.1
+        for _ in range(3):
+            device.run(programs[12])
+        found = {
+            name: device.arrays[name].copy()
+            for name in ("parameters", "losses", "0.moving_mean", "0.moving_var")
+        }
+        device.close()
+        return found
+
+    right, other = run(0), run(1000)
+    for name, value in right.items():
+        np.testing.assert_array_equal(other[name], value, err_msg=name)
+
+
+@pytest.mark.parametrize("line", BARRIERS)
+def test_a_missing_barrier_is_caught(builds, line):
+    """Every __syncthreads of the source is needed, and without it, results are wrong here."""
+    options = {"batch_sizes": (6, 9), "bound": 1e-10, "processors": MANY}
+    compare(library(builds), small_model(), SMALL, "float64", **options)
+    with pytest.raises(AssertionError):
+        compare(library(builds), small_model(), SMALL, "float64", skipped=line, **options)
+
+
+MUTANTS = {
+    1: ("item < items;", "item < items + (mutant_number == 1);"),
+    2: ("i >= n * pixels", "i >= n * pixels + (mutant_number == 2)"),
+    3: ("p >= s.rows", "p >= s.rows + (mutant_number == 3)"),
+    4: ("k * RIGHT_PITCH", "(k + (mutant_number == 4)) * RIGHT_PITCH"),
+}
+"""Indices that go too far, by number: the text, and what it becomes."""
+
+
+def mutated() -> str:
+    source = launch.SOURCE.read_text()
+    for old, new in MUTANTS.values():
+        assert old in source
+        source = source.replace(old, new)
+    return source
+
+
+def sanitized(builds, processors, source=None, mutant=0) -> subprocess.CompletedProcess:
+    """The small model in a process of its own, by kernels that watch over every access."""
+    names = set()
+    model = small_model()
+    model.to(NUMPY, "float64")
+    for number in processors:
+        _, programs, evaluation = programs_of(model, SMALL, (5, 3), processors=number)
+        names |= kernel_names([*programs.values(), evaluation])
+    built = compiled(builds, names, *emulator.SANITIZERS, source=source)
+    code = (
+        f"import ctypes, test_cuda_kernels as t; library = {str(built)!r}\n"
+        f"ctypes.c_int.in_dll(ctypes.CDLL(library), 'mutant_number').value = {mutant}\n"
+        f"for number in {processors}:\n"
+        "    t.compare(library, t.small_model(), t.SMALL, 'float64', batch_sizes=(5, 3), "
+        "bound=1e-10, processors=number)\n"
+    )
+    runtime = subprocess.run(
+        [emulator.COMPILER, "-print-file-name=libasan.so"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    here = Path(__file__).parent
+    environment = os.environ | {
+        "LD_PRELOAD": runtime.stdout.strip(),
+        "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0",
+        "PYTHONPATH": os.pathsep.join(map(str, (here.parent.parent, here.parent, here))),
+    }
+    return subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True
+    )
+
+
+def test_no_access_out_of_bounds_and_no_undefined_behaviour(builds):
+    process = sanitized(builds, (1, MANY))
+    assert process.returncode == 0, process.stderr
+
+
+@pytest.mark.parametrize("mutant", MUTANTS)
+def test_an_index_that_goes_too_far_is_caught(builds, mutant):
+    process = sanitized(builds, (MANY,), mutated(), mutant)
+    assert process.returncode != 0
+    assert "SUMMARY: AddressSanitizer: " in process.stderr, process.stderr
+    assert "kernels.cu:" in process.stderr, process.stderr

@@ -1,0 +1,115 @@
+"""Launch sequences and their arrays, without any device."""
+
+from __future__ import annotations
+
+import configparser
+import itertools
+import re
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from test_engine import models
+
+from npbn.engine import launch, plan
+from npbn.engine.launch import Pointer, Program
+from npbn.errors import UnsupportedError
+from npbn.layers import Conv2d, Flatten, Linear, Sequential
+from npbn.models import LeNet
+
+
+def names(program: Program) -> list[str]:
+    return [step.kernel.split("<")[0] for step in program.launches]
+
+
+def test_the_sequence_for_lenet():
+    blocks = plan(LeNet(), (1, 28, 28))
+    forward = ["affine", "activate"] * 4 + ["affine"]
+    linear = ["activate_backward", "affine_backward_weight", "affine_backward_input"]
+    normalized = ["activate_backward", "batch_norm_backward", *linear[1:]]
+    assert names(launch.training(blocks, 256, examples=1000)) == [
+        *("gather", *forward, "cross_entropy"),
+        *(*linear, *normalized * 4)[:-1],  # nobody asks for the gradient by the images
+        "sgd",
+    ]
+    assert names(launch.evaluation(blocks, 256, examples=1000)) == [
+        *("gather", *forward, "cross_entropy")
+    ]
+
+
+@given(
+    drawn=models(),
+    n=st.integers(1, 300),
+    processors=st.sampled_from([1, launch.PROCESSORS, 10**6]),
+    fixed=st.booleans(),
+)
+def test_what_holds_for_every_program(drawn, n, processors, fixed):
+    model, shape = drawn
+    blocks = plan(model, shape)
+    options = {"examples": 1000, "processors": processors, "fixed": fixed}
+    program = launch.training(blocks, n, **options)
+    for each in (program, launch.evaluation(blocks, n, **options)):
+        for step in each.launches:
+            assert min(step.grid) >= 1 and step.shared <= 48 * 1024
+            for argument in step.arguments:
+                if isinstance(argument, Pointer):
+                    spec = each.arrays[argument.array]
+                    assert 0 <= argument.offset < max(1, np.prod(spec.shape))
+
+    # Every parameter once, one after the other; no number of the partial sums in two of them.
+    (table,) = (spec.value for name, spec in program.arrays.items() if name.startswith("tensors"))
+    tensors = sorted(map(tuple, table))
+    ends = [offset + size for offset, size, *_ in tensors]
+    assert [offset for offset, *_ in tensors] == [0, *ends[:-1]]
+    assert program.arrays["parameters"].shape == (ends[-1],)
+    assert ends[-1] == sum(p.data.size for p in model.parameters().values())
+    taken = sorted((start, start + size * parts) for _, size, start, parts, _ in tensors if parts)
+    assert all(end <= start for (_, end), (start, _) in itertools.pairwise(taken))
+    assert taken[-1][1] <= program.arrays["partials"].shape[0]
+
+
+def test_programs_of_one_model_share_what_outlives_a_step():
+    blocks = plan(LeNet(), (1, 28, 28))
+    large, small = (launch.training(blocks, n, examples=1000).arrays for n in (256, 100))
+    for name in (
+        "parameters",
+        "gradients",
+        "velocities",
+        "0.moving_mean",
+        "train.images",
+        "losses",
+    ):
+        assert large[name] == small[name]
+
+
+def test_sizes_are_those_of_the_kernels():
+    """The numbers that launch.py and kernels.cu have in common."""
+    source = launch.SOURCE.read_text()
+    for name in ("THREADS", "SIDE", "DEPTH", "SIGMOID", "RELU"):
+        (value,) = re.findall(rf"\b{name} = (\d+)", source)
+        python = {"SIGMOID": 1, "RELU": 2}.get(name) or getattr(launch, name)
+        assert int(value) == python
+    for structure, fields in (("Shape", launch.SHAPE_FIELDS), ("Tensor", launch.TENSOR_FIELDS)):
+        (body,) = re.findall(rf"struct {structure} {{(.*?)}};", source, re.DOTALL)
+        body = re.sub(r"//.*", "", body)
+        assert tuple(re.findall(r"\w+(?=[,;])", body)) == fields
+
+
+@pytest.mark.parametrize(
+    ("layers", "shape", "n", "message"),
+    [
+        ((Conv2d(1, 8, 3), Flatten(), Linear(8 * 98 * 98, 1)), (1, 100, 100), 30_000, "x1 would"),
+        ((Flatten(), Linear(4, 70_000 * 16)), (1, 2, 2), 2, r"affine<float, 4, Shape> would need"),
+    ],
+)
+def test_what_is_too_large_is_refused(layers, shape, n, message):
+    with pytest.raises(UnsupportedError, match=message):
+        launch.training(plan(Sequential(*layers), shape), n, examples=10)
+
+
+def test_the_source_is_part_of_the_package():
+    assert launch.SOURCE.is_file()
+    settings = configparser.ConfigParser()
+    settings.read(launch.SOURCE.parents[2] / "setup.cfg")
+    assert settings["options.package_data"]["npbn.engine"] == launch.SOURCE.name
