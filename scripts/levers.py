@@ -71,7 +71,6 @@ LEVERS: dict[str, tuple[Patch, ...]] = {
     "sums by matrix products": ((Piece, "_sum", plain_sum), (Piece, "_dot", plain_dot)),
     "a small buffer for NumPy": ((engine, "BUFFER", 8192),),
     "arrays that begin at different lines": ((numpy_stages, "work_array", fresh),),
-    "rows that begin at different lines": ((numpy_stages, "work_rows", numpy_stages.work_array),),
     "sigmoid by tanh": (
         (Block, "halved", False),
         (Piece, "_apply_activation", exponential_sigmoid),

@@ -59,12 +59,6 @@ def work_array(shape: tuple[int, ...], dtype: Any) -> Array:
     return array
 
 
-def work_rows(shape: tuple[int, ...], dtype: Any) -> Array:
-    """A `work_array` with a line between its rows, the last axis, for the same reason."""
-    *rows, values = shape
-    return work_array((*rows, values + LINE // np.dtype(dtype).itemsize), dtype)[..., :values]
-
-
 class Piece(ABC):
     """Some examples of a block: arrays, and what is done with them.
 
@@ -243,7 +237,7 @@ class ConvPiece(Piece):
         self.padded.fill(0)
         inside = (slice(ph, ph + height), slice(None), slice(pw, pw + width))
         self.x = self.padded[inside]
-        self.unfolded = work_rows(((rows - 1) * sh + kh, channels, kw, values), dtype)
+        self.unfolded = work_array(((rows - 1) * sh + kh, channels, kw, values), dtype)
         seen = (*self.unfolded.shape[:3], columns, n)
 
         def seen_by_columns(padded: Array) -> Array:
@@ -273,7 +267,7 @@ class ConvPiece(Piece):
         if not first:
             self.dpadded = work_array(self.padded.shape, dtype)
             self.dx = self.dpadded[inside]
-            self.dunfolded = work_rows(self.unfolded.shape, dtype)
+            self.dunfolded = work_array(self.unfolded.shape, dtype)
             self.dseen_by_columns = seen_by_columns(self.dpadded)
             self._plan_dx(rows, values)
 
