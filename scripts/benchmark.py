@@ -365,15 +365,16 @@ def torch_contestant(arguments: argparse.Namespace) -> Contestant:
             for array in random_data(arguments)
         )
         before = copy.deepcopy(model.state_dict())
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
+        cuda: Any = torch.cuda  # some of which has no types
+        stream = cuda.Stream()
+        stream.wait_stream(cuda.current_stream())
+        with cuda.stream(stream):
             for _ in range(3):  # to warm up
                 step(batch_images, batch_labels)
-        torch.cuda.current_stream().wait_stream(stream)
+        cuda.current_stream().wait_stream(stream)
         optimizer.zero_grad()  # so that the graph has gradients of its own
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        graph = cuda.CUDAGraph()
+        with cuda.graph(graph):
             loss = step(batch_images, batch_labels)
         model.load_state_dict(before)  # copied to where the graph works
 
