@@ -138,12 +138,15 @@ def check_card(setting: Setting) -> Finding:
 
 
 def check_step(setting: Setting, name: str, dtype: str) -> Finding:
-    """A step by the engine against one by the layers on the CPU."""
+    """A step by the engine against one by the layers on the CPU, and evaluation after it."""
+    cpu = backend.get_backend("numpy")
     model, engine = setting.engine(setting.few, name, dtype)
-    layers = setting.layers(setting.few, backend.get_backend("numpy"), name, dtype)
+    layers = setting.layers(setting.few, cpu, name, dtype)
     batch = np.random.default_rng(setting.seed).permutation(setting.few)[: setting.batch_size]
     losses, _ = engine.train(batch)
     loss, _ = layers.step(batch)
+    tested = setting.split(setting.tested, cpu, 2)
+    right_test = training.evaluate(layers.model, tested, backend=cpu, dtype=dtype)
     found, right = (
         {name: to_numpy(p.gradient) for name, p in m.parameters().items()}
         for m in (model, layers.model)
@@ -152,10 +155,12 @@ def check_step(setting: Setting, name: str, dtype: str) -> Finding:
         "gradients": difference(found, right),
         "state": difference(model.state_dict(), layers.model.state_dict()),
         "loss": abs(float(losses[0]) - float(loss)),
+        "test_loss": abs(engine.evaluate()[0] - right_test.loss),
     }
     text = (
         "largest error of the gradients {gradients:.1e}, of parameters and averages {state:.1e}, "
-        f"of the loss {{loss:.1e}} (bound {BOUNDS[dtype]:.0e})"
+        f"of the loss {{loss:.1e}}, of the loss on test data {{test_loss:.1e}} "
+        f"(bound {BOUNDS[dtype]:.0e})"
     )
     ok = all(error <= BOUNDS[dtype] for error in numbers.values())  # NaN is not
     return Finding(ok, text.format(**numbers), numbers)
