@@ -8,6 +8,7 @@ check_installation()
 
 import argparse
 import contextlib
+import copy
 import datetime
 import importlib.util
 import itertools
@@ -35,6 +36,7 @@ from npbn import backend, optim, plots
 from npbn import functional as F
 from npbn.data import Split
 from npbn.engine import Engine
+from npbn.engine.cupy_stages import CupyEngine
 from npbn.errors import NpbnError
 from npbn.functional._arrays import Array
 from npbn.layers import AvgPool2d, BatchNorm, Conv2d, Flatten, Linear, Sequential, Sigmoid
@@ -47,11 +49,12 @@ largest value behind them. scripts/README.md says more.
 
 contestants:
   layers          npbn's layers
-  engine          npbn's engine
+  engine          npbn's engine; on a GPU, the GPU engine
   eager           PyTorch as it comes; always there, for the ratios
   eager-malloc    the same, with the C library's memory allocator set as npbn's programs set it
-  compile         PyTorch with torch.compile, which needs a C++ compiler
+  compile         PyTorch with torch.compile, which needs a C++ compiler; on a GPU, max-autotune
   compile-malloc  the same, with that allocator
+  graph           PyTorch eager, the training step captured with torch.cuda.graph; on a GPU only
   by-hand         PyTorch eager, with batch norm written in elementary operations
   jax             JAX, the whole step in jax.jit
 
@@ -60,6 +63,7 @@ examples:
   python scripts/benchmark.py --contestants layers engine
   python scripts/benchmark.py --model wide --batch-size 32 256 4096 --threads 1 2
   python scripts/benchmark.py --backend cupy       on a GPU, against PyTorch there
+  python scripts/benchmark.py --backend cupy --batch-size 64 256 1024 8192 --json gpu.json
   python scripts/benchmark.py --quick --json results.json --chart results.png
   python scripts/benchmark.py --array-api-cost
 
@@ -75,12 +79,16 @@ CONTESTANTS = {
     "eager-malloc": "PyTorch eager, malloc tuned",
     "compile": "torch.compile",
     "compile-malloc": "torch.compile, malloc tuned",
+    "graph": "torch.cuda.graph",
     "by-hand": "PyTorch, hand-written BN",
     "jax": "JAX jit",
 }
 BASELINE = "eager"
-NEEDED_TO_COUNT = ("eager", "eager-malloc", "compile", "compile-malloc")
-CPU_ONLY = ("engine", "eager-malloc", "compile-malloc", "jax")
+NEEDED_TO_COUNT = {
+    "numpy": ("eager", "eager-malloc", "compile", "compile-malloc"),
+    "cupy": ("eager", "compile", "graph"),
+}
+ELSEWHERE = {"numpy": ("graph",), "cupy": ("eager-malloc", "compile-malloc", "jax")}
 TUNED_MALLOC = {  # glibc's names for what npbn.backend.keep_freed_memory sets
     "MALLOC_MMAP_MAX_": "0",
     "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1),
@@ -129,7 +137,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--quick",
         action="store_true",
-        help="3 rounds with 1,000 images in place of 10,000, to see whether it works",
+        help="3 rounds with 1,000 images in place of 10,000 (on a GPU, 60,000), to see whether it "
+        "works",
     )
     parser.add_argument("--json", metavar="FILE", help="write every value there, too")
     parser.add_argument("--chart", metavar="FILE.png", help="draw the ratios there, too")
@@ -141,10 +150,12 @@ def parse_arguments() -> argparse.Namespace:
     )
 
     arguments = parser.parse_args()
-    # 10,000 is as many as Fashion-MNIST has for testing.
-    arguments.images, arguments.calls = (1_000, 5) if arguments.quick else (10_000, 40)
+    # As many as Fashion-MNIST has for testing; on a GPU, which is through with those in
+    # milliseconds, as many as it has for training.
+    arguments.images = 10_000 if arguments.backend == "numpy" else 60_000
+    arguments.calls = 40
     if arguments.quick:
-        arguments.rounds = 3
+        arguments.images, arguments.calls, arguments.rounds = 1_000, 5, 3
     if max(arguments.batch_size) > arguments.images:
         parser.error(f"expected batches of at most {arguments.images:,} images")
     if arguments.array_api_cost:
@@ -183,6 +194,8 @@ class Contestant:
     """Numbers of images → what `step` takes, made from pixels that are bytes."""
     synchronize: Callable[[], object]
     """Waits for the device."""
+    whole_pass: bool = False
+    """`step` and `hits` take many batches in one call, and return the sum of what they found."""
 
 
 def npbn_contestant(arguments: argparse.Namespace) -> Contestant:
@@ -254,6 +267,30 @@ def engine_contestant(arguments: argparse.Namespace) -> Contestant:
     )
 
 
+def gpu_engine_contestant(arguments: argparse.Namespace) -> Contestant:
+    """As the engine on the CPU; and it always evaluates all images, in parts of its own."""
+    device = backend.get_backend("cupy")
+    model = npbn_model(arguments)
+    model.to(device)
+    split = Split(*random_pixels(arguments)).to(device)
+    optimizer = optim.SGD(model.parameters(), LEARNING_RATE)
+    engine = CupyEngine(model, optimizer, split, split, batch_size=arguments.batch_size)
+    generator = np.random.default_rng(arguments.seed)
+    launches = len(engine.programs[f"train{arguments.batch_size}"].launches)
+    return Contestant(
+        f"npbn {npbn.__version__}, {launches} kernel launches a step, {device.description}",
+        model,
+        np.arange(arguments.images),
+        np.arange(arguments.images),  # not used: the labels are in the engine
+        lambda numbers, _: np.sum(engine.train(numbers)[0]),
+        lambda _, __: engine.evaluate()[1],
+        lambda: generator.permutation(arguments.images),
+        lambda numbers: (numbers, None),
+        engine.stream.synchronize,
+        whole_pass=True,
+    )
+
+
 def torch_contestant(arguments: argparse.Namespace) -> Contestant:
     import torch
     from torch import nn
@@ -311,7 +348,8 @@ def torch_contestant(arguments: argparse.Namespace) -> Contestant:
     optimizer = torch.optim.SGD(model.parameters(), lr=LEARNING_RATE)
     criterion = nn.CrossEntropyLoss()
     if arguments.worker.startswith("compile"):
-        model = torch.compile(model, dynamic=False)  # for each shape anew, and so the fastest
+        # For each shape anew, and so the fastest.
+        model = torch.compile(model, dynamic=False, mode="max-autotune" if on_gpu else None)
 
     def step(images: Any, labels: Any) -> Any:
         optimizer.zero_grad()
@@ -319,6 +357,34 @@ def torch_contestant(arguments: argparse.Namespace) -> Contestant:
         loss.backward()
         optimizer.step()
         return loss.detach()
+
+    def captured(step: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
+        """The step as a CUDA graph, captured as PyTorch's manual has it."""
+        batch_images, batch_labels = (
+            torch.from_numpy(array[: arguments.batch_size]).to(device)
+            for array in random_data(arguments)
+        )
+        before = copy.deepcopy(model.state_dict())
+        cuda: Any = torch.cuda  # some of which has no types
+        stream = cuda.Stream()
+        stream.wait_stream(cuda.current_stream())
+        with cuda.stream(stream):
+            for _ in range(3):  # to warm up
+                step(batch_images, batch_labels)
+        cuda.current_stream().wait_stream(stream)
+        optimizer.zero_grad()  # so that the graph has gradients of its own
+        graph = cuda.CUDAGraph()
+        with cuda.graph(graph):
+            loss = step(batch_images, batch_labels)
+        model.load_state_dict(before)  # copied to where the graph works
+
+        def replay(images: Any, labels: Any) -> Any:
+            batch_images.copy_(images)
+            batch_labels.copy_(labels)
+            graph.replay()
+            return loss
+
+        return replay
 
     def hits(images: Any, labels: Any) -> Any:
         with torch.inference_mode():
@@ -331,13 +397,20 @@ def torch_contestant(arguments: argparse.Namespace) -> Contestant:
         return pixels.index_select(0, numbers).float().div_(255), all_labels[numbers]
 
     images, labels = (torch.from_numpy(array).to(device) for array in random_data(arguments))
-    where = torch.cuda.get_device_name() if on_gpu else backend.cpu_name()
+    description = f"PyTorch {torch.__version__} ({torch.get_num_threads()} threads)"
+    if on_gpu:
+        tf32 = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+        description += ", TF32 {} in convolutions, {} in matrix products, on {}".format(
+            *("on" if allowed else "off" for allowed in tf32), torch.cuda.get_device_name()
+        )
+    else:
+        description += f" on {backend.cpu_name()}"
     return Contestant(
-        f"PyTorch {torch.__version__} ({torch.get_num_threads()} threads) on {where}",
+        description,
         model,
         images,
         labels,
-        step,
+        captured(step) if arguments.worker == "graph" else step,
         hits,
         lambda: torch.randperm(arguments.images, generator=generator, device=device),
         gather,
@@ -461,7 +534,8 @@ def random_data(arguments: argparse.Namespace) -> tuple[np.ndarray, np.ndarray]:
 
 def prepared(arguments: argparse.Namespace) -> Contestant:
     """The contestant that this worker is, after its first training step."""
-    prepare = {"layers": npbn_contestant, "engine": engine_contestant, "jax": jax_contestant}
+    engine = engine_contestant if arguments.backend == "numpy" else gpu_engine_contestant
+    prepare = {"layers": npbn_contestant, "engine": engine, "jax": jax_contestant}
     try:
         contestant = prepare.get(arguments.worker, torch_contestant)(arguments)
         contestant.model.train()
@@ -507,6 +581,9 @@ def measure(contestant: Contestant, task: str, batch_size: int) -> dict[str, flo
 
     for _ in results(batches[:1]):
         pass  # not counted: until now the caches held another contestant's data
+    examples = batches[-1].stop
+    if contestant.whole_pass:
+        batches = [slice(0, examples)]
     contestant.synchronize()
     started = time.perf_counter()
     total: Any = 0
@@ -514,7 +591,6 @@ def measure(contestant: Contestant, task: str, batch_size: int) -> dict[str, flo
         total = total + result
     contestant.synchronize()
     seconds = time.perf_counter() - started
-    examples = sum(batch.stop - batch.start for batch in batches)
     return {"examples_per_second": examples / seconds, "sum": float(total)}
 
 
@@ -601,6 +677,9 @@ def compare(arguments: argparse.Namespace) -> list[dict[str, Any]]:
         say(heading(vars(one)))
         results = compare_one(one)
         print_results(results)
+        if one.backend == "cupy":
+            say("")
+            say(f"Microseconds a step: {microseconds(results, batch_size)}.")
         comparisons.append({"threads": threads, "batch_size": batch_size, "results": results})
     say("")
     baseline = CONTESTANTS[BASELINE]
@@ -610,15 +689,17 @@ def compare(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     say("")
     absent = [
         CONTESTANTS[name]
-        for name in NEEDED_TO_COUNT
+        for name in NEEDED_TO_COUNT[arguments.backend]
         if not all(CONTESTANTS[name] in comparison["results"] for comparison in comparisons)
     ]
     if arguments.quick:
         say("This run does not count: it was a quick one.")
     elif absent:
         say(f"This run does not count: without {'; '.join(absent)}.")
-    else:
+    elif arguments.backend == "numpy":
         say("This run counts: PyTorch eager and torch.compile took part, with malloc tuned, too.")
+    else:
+        say("This run counts: PyTorch eager, torch.compile and torch.cuda.graph took part.")
     return comparisons
 
 
@@ -635,8 +716,9 @@ def compare_one(arguments: argparse.Namespace) -> dict[str, dict[str, Any]]:
         for name, title in CONTESTANTS.items():
             if name not in (*arguments.contestants, BASELINE):
                 continue
-            if name in CPU_ONLY and arguments.backend != "numpy":
-                say(f"left out: {title}: this is for the CPU only")
+            if name in ELSEWHERE[arguments.backend]:
+                where = "a GPU" if arguments.backend == "numpy" else "the CPU"
+                say(f"left out: {title}: this is for {where} only")
                 continue
             if name.endswith("-malloc") and platform.libc_ver()[0] != "glibc":
                 say(f"left out: {title}: the C library is not glibc")
@@ -706,6 +788,15 @@ def print_results(results: Mapping[str, Mapping[str, Any]]) -> None:
         others.append([title, *found, f"{seconds:.1f}", f"{size / 1e6:,.0f}"])
     print_table(speeds)
     print_table(others)
+
+
+def microseconds(results: Mapping[str, Mapping[str, Any]], batch_size: int) -> str:
+    """Of a training step, by contestant."""
+    times = {
+        title: batch_size / statistics.median(result["train"]) * 1e6
+        for title, result in results.items()
+    }
+    return ", ".join(f"{title} {time:,.1f}" for title, time in times.items())
 
 
 def ratios(results: Mapping[str, Mapping[str, Any]], title: str, task: str) -> list[float]:

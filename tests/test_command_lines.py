@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from commands import SCRIPTS
 
-NAMES = ("train", "check_gradients", "benchmark", "accuracy")
+NAMES = ("train", "check_gradients", "check_gpu", "benchmark", "accuracy")
 MODULES = {}
 interrupt = signal.getsignal(signal.SIGINT)
 sys.path.insert(0, str(SCRIPTS))
