@@ -5,11 +5,15 @@ this module, on a stand-in for the few functions of CuPy that it calls.
 
 Data sets, parameters and all that a step works on stay in the GPU's memory. An epoch is a sequence
 of graph launches, each of them many steps, and one wait for the GPU at its end.
+
+The engine's stream and the default one, which layers compute on, wait for each other, as CUDA's
+legacy default stream does by itself: so arrays go from one to the other without a word.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -72,7 +76,19 @@ class CupyEngine:
         """A pass over these training examples, in this order, a step of the optimizer a batch.
 
         Returns:
-            The mean loss of each step, and how many examples were right.
+            The mean loss of each step, and how many examples were right; waits for the GPU.
+        """
+        for _ in self.steps(order):
+            pass
+        with self.stream:
+            return self._read(-(-len(order) // self.batch_size))
+
+    def steps(self, order: np.ndarray) -> Iterator[tuple[int, Any, Any]]:
+        """The same, a launch at a time, of which none is waited for.
+
+        Yields:
+            Of each launch: how many examples, their mean loss and how many were right; the last two
+            on the GPU.
         """
         batches, rest = divmod(len(order), self.batch_size)
         steps = batches + (rest > 0)
@@ -87,11 +103,11 @@ class CupyEngine:
             self._adopt()
             self._write("order", order)
             self._write("rates", rates)
-            self._run(f"train{self.batch_size}", batches)
-            self._run(f"train{rest}", int(rest > 0))
-            found = self._read(steps)
-        self.optimizer.steps += steps
-        return found
+        for start in range(0, batches, STEPS_OF_A_GRAPH):
+            end = min(start + STEPS_OF_A_GRAPH, batches)
+            yield self._launch(self.batch_size, start, end)
+        if rest:
+            yield self._launch(rest, batches, steps)
 
     def evaluate(self) -> tuple[float, int]:
         """Mean loss on the test data in prediction mode, and how many were right."""
@@ -203,6 +219,15 @@ class CupyEngine:
     def _write(self, name: str, values: Any) -> None:
         array = self.arrays[name]
         array[: len(values)] = self.cupy.asarray(np.asarray(values, array.dtype))
+
+    def _launch(self, size: int, start: int, end: int) -> tuple[int, Any, Any]:
+        """These steps, on batches of this size."""
+        with self.stream:
+            self._run(f"train{size}", end - start)
+            loss = self.arrays["losses"][start:end].mean(dtype=np.float64)
+            hits = self.arrays["hits"][start:end].sum()
+        self.optimizer.steps += end - start
+        return size * (end - start), loss, hits
 
     def _read(self, steps: int) -> tuple[np.ndarray, int]:
         """Losses and hits; waits for the GPU."""
