@@ -6,6 +6,7 @@ import dataclasses
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import ClassVar
 
 import numpy as np
 
@@ -30,16 +31,34 @@ class CUDADriverError(RuntimeError):
 
 
 class Stream:
-    """Of one kind of work, launches, and at once; while a graph is captured, into it."""
+    """Of one kind of work, launches, and at once; while a graph is captured, into it.
+
+    Attributes:
+        current: where work goes; the first is the default.
+        seen: up to which of its calls of `record` each other stream has been waited for.
+    """
+
+    current: ClassVar[list[Stream]] = []
 
     def __init__(self) -> None:
         self.captured = None
+        self.recorded = 0
+        self.seen: dict[Stream, int] = {}
 
     def __enter__(self):
+        Stream.current.append(self)
         return self
 
     def __exit__(self, *error) -> None:
-        pass
+        assert Stream.current.pop() is self
+
+    def record(self):
+        self.recorded += 1
+        return self, self.recorded
+
+    def wait_event(self, event) -> None:
+        stream, count = event
+        self.seen[stream] = count
 
     def synchronize(self) -> None:
         assert self.captured is None
@@ -49,7 +68,15 @@ class Stream:
 
     def end_capture(self):
         calls, self.captured = self.captured, None
-        return SimpleNamespace(launch=lambda stream: [call() for call in calls], calls=calls)
+
+        def launch(stream):
+            assert Stream.current[-1] is stream is self
+            return [call() for call in calls]
+
+        return SimpleNamespace(launch=launch, calls=calls)
+
+
+Stream.current.append(Stream())
 
 
 def stand_in(builds: Path) -> SimpleNamespace:
@@ -89,6 +116,7 @@ def stand_in(builds: Path) -> SimpleNamespace:
         RawModule=module,
         cuda=SimpleNamespace(
             Stream=stream,
+            get_current_stream=lambda: Stream.current[-1],
             memory=SimpleNamespace(OutOfMemoryError=MemoryError),
             compiler=SimpleNamespace(CompileException=CompileError),
             runtime=SimpleNamespace(CUDARuntimeError=CUDARuntimeError),

@@ -5,13 +5,11 @@ this module, on a stand-in for the few functions of CuPy that it calls.
 
 Data sets, parameters and all that a step works on stay in the GPU's memory. An epoch is a sequence
 of graph launches, each of them many steps, and one wait for the GPU at its end.
-
-The engine's stream and the default one, which layers compute on, wait for each other, as CUDA's
-legacy default stream does by itself: so arrays go from one to the other without a word.
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -59,9 +57,8 @@ class CupyEngine:
         self.blocks = plan(model, tuple(train.images.shape[1:]))
         self.test_size = len(test)
         self.programs = self._write_programs(len(train))
-        # Not the one that layers use: no graph is captured there. It waits for that one, though.
-        self.stream = cupy.cuda.Stream()
-        with self.stream:
+        self.stream = cupy.cuda.Stream()  # not the one that layers use: no graph is captured there
+        with self._computing():
             self.arrays = self._allocate()
             for name, split in (("train", train), ("test", test)):
                 images = cupy.asarray(split.images).reshape(len(split), -1)
@@ -80,7 +77,7 @@ class CupyEngine:
         """
         for _ in self.steps(order):
             pass
-        with self.stream:
+        with self._computing():
             return self._read(-(-len(order) // self.batch_size))
 
     def steps(self, order: np.ndarray) -> Iterator[tuple[int, Any, Any]]:
@@ -99,7 +96,7 @@ class CupyEngine:
             )
         first = self.optimizer.steps
         rates = [float(self.optimizer.schedule(first + i)) for i in range(steps)]
-        with self.stream:
+        with self._computing():
             self._adopt()
             self._write("order", order)
             self._write("rates", rates)
@@ -113,7 +110,7 @@ class CupyEngine:
         """Mean loss on the test data in prediction mode, and how many were right."""
         size = min(EVALUATED_AT_ONCE, self.test_size)
         batches, rest = divmod(self.test_size, size)
-        with self.stream:
+        with self._computing():
             self._adopt()
             self._run(f"test{size}", batches)
             self._run(f"test{rest}", int(rest > 0))
@@ -197,6 +194,18 @@ class CupyEngine:
                     views.append((owner, attribute, name, view))
         return views
 
+    @contextlib.contextmanager
+    def _computing(self) -> Iterator[None]:
+        """On the engine's stream, which waits for the one that layers use, and that one for it.
+
+        CUDA's default stream does so by itself, but it need not be that one.
+        """
+        outside = self.cupy.cuda.get_current_stream()
+        self.stream.wait_event(outside.record())
+        with self.stream:
+            yield
+        outside.wait_event(self.stream.record())
+
     # What is done again and again; on the engine's stream.
 
     def _adopt(self) -> None:
@@ -222,7 +231,7 @@ class CupyEngine:
 
     def _launch(self, size: int, start: int, end: int) -> tuple[int, Any, Any]:
         """These steps, on batches of this size."""
-        with self.stream:
+        with self._computing():
             self._run(f"train{size}", end - start)
             loss = self.arrays["losses"][start:end].mean(dtype=np.float64)
             hits = self.arrays["hits"][start:end].sum()

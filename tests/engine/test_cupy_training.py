@@ -165,6 +165,21 @@ def test_an_epoch_waits_for_the_device_at_its_end_alone(cupy, monkeypatch):
     ]
 
 
+def test_the_two_streams_wait_for_each_other():
+    """The engine's for what was asked of the default one before, and that one for the engine's."""
+    state = a_training()
+    inside, (outside,) = state.engine.stream, cupy_stand_in.Stream.current
+
+    def check(_):
+        assert inside.recorded == outside.seen[inside]
+        assert outside.recorded == inside.seen[outside]
+        assert cupy_stand_in.Stream.current == [outside]
+
+    before = outside.recorded
+    state.run(1, on_batch=check, on_epoch=check)
+    assert outside.recorded - before == 1 + 4 + 1  # to begin, for each launch, and to evaluate
+
+
 @pytest.mark.filterwarnings("ignore:overflow|invalid:RuntimeWarning")
 def test_a_loss_that_is_not_finite_ends_the_run_and_is_located():
     state, expected = a_training(lr=1e200), a_training(lr=1e200, layers=True)
