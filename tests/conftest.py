@@ -18,10 +18,8 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, settings
 
-import cupy_stand_in
 from commands import Trainer, run
 from npbn import backend, data
-from npbn.engine import cupy_stages
 from npbn.errors import BackendError
 
 # No deadline: a slow machine is no failure. print_blob: a failure can be replayed by pasting.
@@ -117,6 +115,9 @@ def builds(tmp_path_factory) -> Path:
 @pytest.fixture
 def cupy(builds, monkeypatch):
     """The stand-in for it, which the GPU engine takes."""
+    import cupy_stand_in  # which only Linux can
+    from npbn.engine import cupy_stages
+
     module = cupy_stand_in.stand_in(builds)
     monkeypatch.setattr(cupy_stages, "_address", cupy_stand_in.address)
     monkeypatch.setitem(sys.modules, "cupy", module)

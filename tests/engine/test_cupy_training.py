@@ -100,10 +100,11 @@ def test_it_trains_as_the_layers_do(examples, options, sizes, precise_bn):
         a_training(examples=examples, layers=layers, precise_bn=precise_bn)
         for layers in (True, False)
     )
-    state.model.eval()  # the loop has to switch to training
+    state.model.eval()
     seen: list[int] = []
     wanted, found = run(expected, **options), run(state, on_batch=seen.append, **options)
     assert seen == sizes
+    assert state.model.training  # for whoever looks with the layers
     np.testing.assert_allclose(losses(found), losses(wanted), rtol=1e-9)
     assert found == wanted
     assert_alike(expected, state, rtol=1e-9, atol=1e-10)
