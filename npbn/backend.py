@@ -6,9 +6,11 @@ arrays from and to the host, waiting for the device, and a line that says what i
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import platform
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,6 +56,28 @@ class Backend:
             import cupy
 
             cupy.cuda.get_current_stream().synchronize()
+
+    @contextlib.contextmanager
+    def explaining_failures(self) -> Iterator[None]:
+        """Inside, an error of the GPU's own becomes a `BackendError`.
+
+        A GPU computes later than it is asked to, so it may show anywhere: at a launch, or where
+        somebody waits for a result.
+        """
+        if self.name != "cupy":
+            yield
+            return
+        import cupy
+
+        failures = cupy.cuda.runtime.CUDARuntimeError, cupy.cuda.driver.CUDADriverError
+        try:
+            yield
+        except failures as error:
+            raise BackendError(
+                f"the GPU failed: {_one_line(error)}; if nvidia-smi no longer lists it, it was "
+                "lost or reset; --resume goes on from the last checkpoint, once it is back or with "
+                "--backend numpy"
+            ) from None
 
 
 def get_backend(name: str = "auto") -> Backend:

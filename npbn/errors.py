@@ -8,7 +8,7 @@ class NpbnError(Exception):
 
 
 class BackendError(NpbnError):
-    """The array library asked for cannot be used on this machine."""
+    """The array library asked for cannot be used on this machine, or its device failed."""
 
 
 class DataError(NpbnError):

@@ -16,6 +16,7 @@ from npbn import inspection
 from npbn.backend import Backend, to_numpy
 from npbn.data import Split
 from npbn.engine import Engine
+from npbn.engine.cupy_stages import CupyEngine
 from npbn.errors import NonFiniteError
 from npbn.functional._arrays import Array, common_library
 from npbn.layers import Layer, Sequential, modes_kept
@@ -152,7 +153,7 @@ class Training:
             batches. Nobody else may draw from it as long as training goes on.
         dtype: of the model's arrays.
         engine: what trains and evaluates in place of the layers, planned for ``model`` and
-            ``optimizer``.
+            ``optimizer``; one for the GPU, for the data and ``batch_size``, too.
         precise_bn: before each evaluation, replace batch norm's moving averages by the statistics
             of the training split (`npbn.inspection.precise_statistics`).
 
@@ -177,7 +178,7 @@ class Training:
         generator: np.random.Generator,
         backend: Backend,
         dtype: Any = "float32",
-        engine: Engine | None = None,
+        engine: Engine | CupyEngine | None = None,
         precise_bn: bool = False,
     ) -> None:
         if batch_size < 1:
@@ -221,39 +222,46 @@ class Training:
             max_steps: of the optimizer, likewise; it may cut the last epoch short.
             eval_every: how many epochs to an evaluation; the last epoch is evaluated, too.
             target_accuracy: test accuracy that is enough.
-            on_batch: called after each batch with the number of its examples; must not wait for
-                the device.
+            on_batch: called with the number of its examples after each batch, or after as many as
+                a GPU's engine launches at a time; must not wait for the device.
             on_epoch: called after each epoch with what it found.
 
         Raises:
             NonFiniteError: loss, or a test loss, is NaN or infinite. The state is spoilt then.
+            BackendError: the GPU failed. There is no state any more.
         """
-        while (
-            self.epoch < epochs and self.optimizer.steps < max_steps and self.best < target_accuracy
-        ):
-            for examples in self._steps(max_steps):
-                if on_batch is not None:
-                    on_batch(examples)
-            assert self._totals is not None
-            train = self._totals.metrics()
-            self.epoch, self.batch, self._totals = self.epoch + 1, 0, None
-            self._generator_state = self.generator.bit_generator.state
-            steps = self.optimizer.steps
-            test = None
-            if self.epoch % eval_every == 0 or self.epoch == epochs or steps >= max_steps:
-                test = self._evaluate()
-            if not math.isfinite(train.loss + (0.0 if test is None else test.loss)):
-                raise NonFiniteError(f"in epoch {self.epoch}, the loss became NaN or infinite")
-            if test is not None:
-                self.best = max(self.best, test.accuracy)
-            lr = self.optimizer.schedule(steps - 1)
-            skipped = left_out(len(self.train), self.batch_size)
-            if on_epoch is not None:
-                on_epoch(Epoch(self.epoch, steps, lr, train, test, skipped))
+        with self.backend.explaining_failures():
+            while (
+                self.epoch < epochs
+                and self.optimizer.steps < max_steps
+                and self.best < target_accuracy
+            ):
+                for examples in self._steps(max_steps):
+                    if on_batch is not None:
+                        on_batch(examples)
+                assert self._totals is not None
+                train = self._totals.metrics()
+                self.epoch, self.batch, self._totals = self.epoch + 1, 0, None
+                self._generator_state = self.generator.bit_generator.state
+                steps = self.optimizer.steps
+                test = None
+                if self.epoch % eval_every == 0 or self.epoch == epochs or steps >= max_steps:
+                    test = self._evaluate()
+                if not math.isfinite(train.loss + (0.0 if test is None else test.loss)):
+                    raise NonFiniteError(f"in epoch {self.epoch}, the loss became NaN or infinite")
+                if test is not None:
+                    self.best = max(self.best, test.accuracy)
+                lr = self.optimizer.schedule(steps - 1)
+                skipped = left_out(len(self.train), self.batch_size)
+                if on_epoch is not None:
+                    on_epoch(Epoch(self.epoch, steps, lr, train, test, skipped))
 
     def step(self, indices: Array) -> tuple[Any, Any]:
-        """One step of the optimizer on these training examples: mean loss, and how many hits."""
-        if self.engine is not None:
+        """One step of the optimizer on these training examples: mean loss, and how many hits.
+
+        By the layers, where the engine is one that takes many steps at a time.
+        """
+        if isinstance(self.engine, Engine):
             return self.engine.step(self.train, indices)
         x, labels = self._batch(indices)
         logits = self.model.forward(x)
@@ -328,30 +336,44 @@ class Training:
             self.optimizer.step()
         return "no step of the epoch: the parameters after it, or batch norm's moving averages"
 
-    def _batches(self) -> Iterator[Array]:
-        """Which examples are in those batches of the epoch under way that are not done yet."""
+    def _order(self) -> np.ndarray:
+        """The examples of those batches of the epoch under way that are not done yet."""
         self.generator.bit_generator.state = self._generator_state
         order = self.generator.permutation(len(self.train))
-        order = order[: len(order) - left_out(len(order), self.batch_size)]
-        left = self.backend.asarray(order)
-        for start in range(self.batch * self.batch_size, len(order), self.batch_size):
-            yield left[start : min(start + self.batch_size, len(order))]
+        end = len(order) - left_out(len(order), self.batch_size)
+        return order[self.batch * self.batch_size : end]
+
+    def _batches(self) -> Iterator[Array]:
+        """The same, a batch at a time, on the device."""
+        order = self.backend.asarray(self._order())
+        count = order.shape[0]
+        for start in range(0, count, self.batch_size):
+            yield order[start : min(start + self.batch_size, count)]
 
     def _batch(self, indices: Array) -> tuple[Array, Array]:
         return next(self.train.batches(indices.shape[0], self.dtype, order=indices))
 
     def _steps(self, max_steps: float) -> Iterator[int]:
-        """Train to the end of the epoch; the number of examples of each batch."""
+        """Train to the end of the epoch; how many examples at a time."""
         self.model.train()
         if self._totals is None:
             self._totals = _Totals(self.backend)
+        for n, loss, hits in self._results(max_steps):
+            self._totals.add(n, loss, hits)
+            self.batch += -(-n // self.batch_size)  # several, perhaps, and the last one smaller
+            yield n
+
+    def _results(self, max_steps: float) -> Iterator[tuple[int, Any, Any]]:
+        """The same; examples, mean loss and hits of each batch, or of each launch on a GPU."""
+        if isinstance(self.engine, CupyEngine):
+            order = self._order()
+            most = (max_steps - self.optimizer.steps) * self.engine.batch_size
+            yield from self.engine.steps(order[: min(most, len(order))])
+            return
         for indices in self._batches():
             if self.optimizer.steps >= max_steps:
                 break
-            n = int(indices.shape[0])
-            self._totals.add(n, *self.step(indices))
-            self.batch += 1
-            yield n
+            yield int(indices.shape[0]), *self.step(indices)
 
     def _evaluate(self) -> Metrics:
         if self.precise_bn:
@@ -361,5 +383,9 @@ class Training:
         if self.engine is None:
             return evaluate(self.model, self.test, backend=self.backend, dtype=self.dtype)
         totals = _Totals(self.backend)
-        totals.add(len(self.test), *self.engine.evaluate(self.test))
+        if isinstance(self.engine, CupyEngine):
+            found = self.engine.evaluate()
+        else:
+            found = self.engine.evaluate(self.test)
+        totals.add(len(self.test), *found)
         return totals.metrics()

@@ -11,7 +11,8 @@ import numpy as np
 from npbn import data, layers, models, optim, training
 from npbn.backend import Backend, get_backend
 from npbn.engine import Engine
-from npbn.errors import CheckpointError, NpbnError, UnsupportedError
+from npbn.engine.cupy_stages import CupyEngine
+from npbn.errors import CheckpointError, NpbnError
 from npbn.runs import Run
 
 ACTIVATIONS = {"sigmoid": layers.Sigmoid, "relu": layers.ReLU}
@@ -71,17 +72,18 @@ def build_training(
         momentum=config["momentum"],
         weight_decay=config["weight_decay"],
     )
-    shape = dataset.train.images.shape[1:]
-    engine = None
+    train, test = dataset.train.to(device), dataset.test.to(device)
+    engine: Engine | CupyEngine | None = None
     if config["engine"] == "compiled":
-        if device.name != "numpy":
-            raise UnsupportedError("it computes on the CPU, with --backend numpy")
-        engine = Engine(model, optimizer, shape, workers=config["workers"])
+        if device.name == "cupy":
+            engine = CupyEngine(model, optimizer, train, test, batch_size=config["batch_size"])
+        else:
+            engine = Engine(model, optimizer, train.images.shape[1:], workers=config["workers"])
     return training.Training(
         model,
         optimizer,
-        dataset.train.to(device),
-        dataset.test.to(device),
+        train,
+        test,
         batch_size=config["batch_size"],
         generator=generator,
         backend=device,

@@ -35,6 +35,7 @@ from _experiment import (
 )
 from _pictures import draw_run
 from npbn import backend, data, inspection, plots, training, verify
+from npbn.engine.cupy_stages import CupyEngine
 from npbn.errors import CheckpointError, NonFiniteError, NpbnError, UnsupportedError
 from npbn.runs import Run
 
@@ -78,8 +79,8 @@ def parse_arguments() -> argparse.Namespace:
         "--engine",
         choices=("auto", "layers", "compiled"),
         default="auto",
-        help="layers, the textbook; compiled, the same planned into fused stages, on the CPU "
-        "alone; or auto, compiled where it can be (default: auto)",
+        help="layers, the textbook; compiled, the same planned into fused stages; or auto, "
+        "compiled where it can be (default: auto)",
     )
     where.add_argument(
         "--threads",
@@ -286,9 +287,12 @@ class Session:
     @property
     def by(self) -> str:
         """What computes."""
-        if self.state.engine is None:
+        engine = self.state.engine
+        if engine is None:
             return "by the layers"
-        workers = self.state.engine.workers
+        if isinstance(engine, CupyEngine):
+            return "by the engine on the GPU"
+        workers = engine.workers
         return f"by the engine with {workers} worker{'s' * (workers > 1)}"
 
     def record(self, epoch: training.Epoch | None) -> dict[str, Any]:
@@ -373,7 +377,7 @@ def begin(
             return build_training(config, dataset, device)
         except UnsupportedError as error:
             raise NpbnError(f"--engine {asked}: {error}; --engine layers can do it") from None
-    config["engine"] = "compiled" if device.name == "numpy" else "layers"
+    config["engine"] = "compiled"
     try:
         return build_training(config, dataset, device)
     except UnsupportedError as error:
@@ -396,8 +400,6 @@ def resume(arguments: argparse.Namespace) -> Session:
         options = {"data": arguments.data} if arguments.data else {}
         dataset = load_data(config | options, on_download=say)
         changes: dict[str, Any] = {"workers": count_workers(threads or config["workers"])}
-        if device.name != "numpy":
-            changes["engine"] = "layers"
         state, record = load_training(run, dataset, device, **changes)
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 
 # Before NumPy comes, and for all programs that the tests start: threads that wait for one another
 # beside another busy process cost more than they gain.
@@ -109,3 +110,15 @@ def builds(tmp_path_factory) -> Path:
     """A directory for compiled kernels, which all processes of this test run share."""
     directory = tmp_path_factory.getbasetemp()
     return directory.parent if "PYTEST_XDIST_WORKER" in os.environ else directory
+
+
+@pytest.fixture
+def cupy(builds, monkeypatch):
+    """The stand-in for it, which the GPU engine takes."""
+    import cupy_stand_in  # which only Linux can
+    from npbn.engine import cupy_stages
+
+    module = cupy_stand_in.stand_in(builds)
+    monkeypatch.setattr(cupy_stages, "_address", cupy_stand_in.address)
+    monkeypatch.setitem(sys.modules, "cupy", module)
+    return module

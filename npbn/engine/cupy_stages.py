@@ -9,7 +9,9 @@ of graph launches, each of them many steps, and one wait for the GPU at its end.
 
 from __future__ import annotations
 
+import contextlib
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -55,9 +57,8 @@ class CupyEngine:
         self.blocks = plan(model, tuple(train.images.shape[1:]))
         self.test_size = len(test)
         self.programs = self._write_programs(len(train))
-        # Not the one that layers use: no graph is captured there. It waits for that one, though.
-        self.stream = cupy.cuda.Stream()
-        with self.stream:
+        self.stream = cupy.cuda.Stream()  # not the one that layers use: no graph is captured there
+        with self._computing():
             self.arrays = self._allocate()
             for name, split in (("train", train), ("test", test)):
                 images = cupy.asarray(split.images).reshape(len(split), -1)
@@ -72,7 +73,19 @@ class CupyEngine:
         """A pass over these training examples, in this order, a step of the optimizer a batch.
 
         Returns:
-            The mean loss of each step, and how many examples were right.
+            The mean loss of each step, and how many examples were right; waits for the GPU.
+        """
+        for _ in self.steps(order):
+            pass
+        with self._computing():
+            return self._read(-(-len(order) // self.batch_size))
+
+    def steps(self, order: np.ndarray) -> Iterator[tuple[int, Any, Any]]:
+        """The same, a launch at a time, of which none is waited for.
+
+        Yields:
+            Of each launch: how many examples, their mean loss and how many were right; the last two
+            on the GPU.
         """
         batches, rest = divmod(len(order), self.batch_size)
         steps = batches + (rest > 0)
@@ -83,21 +96,21 @@ class CupyEngine:
             )
         first = self.optimizer.steps
         rates = [float(self.optimizer.schedule(first + i)) for i in range(steps)]
-        with self.stream:
+        with self._computing():
             self._adopt()
             self._write("order", order)
             self._write("rates", rates)
-            self._run(f"train{self.batch_size}", batches)
-            self._run(f"train{rest}", int(rest > 0))
-            found = self._read(steps)
-        self.optimizer.steps += steps
-        return found
+        for start in range(0, batches, STEPS_OF_A_GRAPH):
+            end = min(start + STEPS_OF_A_GRAPH, batches)
+            yield self._launch(self.batch_size, start, end)
+        if rest:
+            yield self._launch(rest, batches, steps)
 
     def evaluate(self) -> tuple[float, int]:
         """Mean loss on the test data in prediction mode, and how many were right."""
         size = min(EVALUATED_AT_ONCE, self.test_size)
         batches, rest = divmod(self.test_size, size)
-        with self.stream:
+        with self._computing():
             self._adopt()
             self._run(f"test{size}", batches)
             self._run(f"test{rest}", int(rest > 0))
@@ -181,6 +194,18 @@ class CupyEngine:
                     views.append((owner, attribute, name, view))
         return views
 
+    @contextlib.contextmanager
+    def _computing(self) -> Iterator[None]:
+        """On the engine's stream, which waits for the one that layers use, and that one for it.
+
+        CUDA's default stream does so by itself, but it need not be that one.
+        """
+        outside = self.cupy.cuda.get_current_stream()
+        self.stream.wait_event(outside.record())
+        with self.stream:
+            yield
+        outside.wait_event(self.stream.record())
+
     # What is done again and again; on the engine's stream.
 
     def _adopt(self) -> None:
@@ -203,6 +228,15 @@ class CupyEngine:
     def _write(self, name: str, values: Any) -> None:
         array = self.arrays[name]
         array[: len(values)] = self.cupy.asarray(np.asarray(values, array.dtype))
+
+    def _launch(self, size: int, start: int, end: int) -> tuple[int, Any, Any]:
+        """These steps, on batches of this size."""
+        with self._computing():
+            self._run(f"train{size}", end - start)
+            loss = self.arrays["losses"][start:end].mean(dtype=np.float64)
+            hits = self.arrays["hits"][start:end].sum()
+        self.optimizer.steps += end - start
+        return size * (end - start), loss, hits
 
     def _read(self, steps: int) -> tuple[np.ndarray, int]:
         """Losses and hits; waits for the GPU."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import re
-import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,7 +12,7 @@ from test_cuda_kernels import SMALL, small_model
 from test_engine import a_split
 
 import emulator
-from emulator import Library, compiled
+from cupy_stand_in import CompileError
 from npbn import backend, training
 from npbn.engine import cupy_stages
 from npbn.engine.cupy_stages import CupyEngine
@@ -25,81 +24,6 @@ NUMPY = backend.get_backend("numpy")
 pytestmark = pytest.mark.skipif(
     emulator.COMPILER is None, reason="needs g++ on Linux, which compiles the CUDA kernels"
 )
-
-
-class CompileError(Exception):
-    """As cupy.cuda.compiler.CompileException."""
-
-
-class Stream:
-    """Of one kind of work, launches, and at once; while a graph is captured, into it."""
-
-    def __init__(self) -> None:
-        self.captured = None
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *error) -> None:
-        pass
-
-    def synchronize(self) -> None:
-        assert self.captured is None
-
-    def begin_capture(self) -> None:
-        self.captured = []
-
-    def end_capture(self):
-        calls, self.captured = self.captured, None
-        return SimpleNamespace(launch=lambda stream: [call() for call in calls], calls=calls)
-
-
-@pytest.fixture
-def cupy(builds, monkeypatch):
-    """Enough of it."""
-    streams = []
-
-    def stream():
-        streams.append(Stream())
-        return streams[-1]
-
-    def module(code, options, name_expressions):
-        assert options == ("--std=c++17",)
-        library = Library(compiled(builds, name_expressions, source=code))
-
-        def function(name):
-            def kernel(grid, block, arguments, shared_mem):
-                assert block == (256,)
-                assert all(isinstance(argument, np.generic) for argument in arguments)
-                assert streams[-1].captured is not None
-                streams[-1].captured.append(
-                    lambda: library.launch(name, grid, shared_mem, arguments)
-                )
-
-            kernel.attributes = {}
-            return kernel
-
-        return SimpleNamespace(get_function=function)
-
-    def empty(shape, dtype):
-        array = np.empty(shape, dtype)
-        array.view(np.uint8).fill(0xFF)
-        return array
-
-    monkeypatch.setattr(cupy_stages, "_address", lambda array: array.ctypes.data)
-    fake = SimpleNamespace(
-        empty=empty,
-        asarray=np.asarray,
-        asnumpy=np.array,
-        RawModule=module,
-        cuda=SimpleNamespace(
-            Stream=stream,
-            memory=SimpleNamespace(OutOfMemoryError=MemoryError),
-            compiler=SimpleNamespace(CompileException=CompileError),
-        ),
-    )
-    monkeypatch.setitem(sys.modules, "cupy", fake)
-    return fake
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
