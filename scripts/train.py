@@ -80,7 +80,7 @@ def parse_arguments() -> argparse.Namespace:
         choices=("auto", "layers", "compiled"),
         default="auto",
         help="layers, the textbook; compiled, the same planned into fused stages; or auto, "
-        "compiled where it can be (default: auto)",
+        "compiled on the CPU where it can be, layers on a GPU (default: auto)",
     )
     where.add_argument(
         "--threads",
@@ -377,7 +377,8 @@ def begin(
             return build_training(config, dataset, device)
         except UnsupportedError as error:
             raise NpbnError(f"--engine {asked}: {error}; --engine layers can do it") from None
-    config["engine"] = "compiled"
+    # The GPU's has not run on one yet: it is there for those who ask for it.
+    config["engine"] = "layers" if device.name == "cupy" else "compiled"
     try:
         return build_training(config, dataset, device)
     except UnsupportedError as error:
@@ -400,6 +401,8 @@ def resume(arguments: argparse.Namespace) -> Session:
         options = {"data": arguments.data} if arguments.data else {}
         dataset = load_data(config | options, on_download=say)
         changes: dict[str, Any] = {"workers": count_workers(threads or config["workers"])}
+        if device.name == "cupy" != config["backend"]:
+            changes["engine"] = "layers"
         state, record = load_training(run, dataset, device, **changes)
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(

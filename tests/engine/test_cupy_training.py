@@ -262,6 +262,7 @@ cupy_stages.plan = plan
 
 COMMON = ("--dataset", "digits", "--limit-train", "11", "--batch-size", "4", "--lr", "0.1")
 COMMON += ("--momentum", "0.9", "--epochs", "2", "--eval-every", "2")
+COMPILED = (*COMMON, "--engine", "compiled")
 
 
 def test_the_program_trains_by_it_and_goes_on_to_the_bit(builds, trainer, tmp_path):
@@ -271,13 +272,13 @@ def test_the_program_trains_by_it_and_goes_on_to_the_bit(builds, trainer, tmp_pa
     def train(*options, prelude=""):
         return trainer(*options, cwd=tmp_path, prelude=gpu + prelude)
 
-    whole = train(*COMMON, "--backend", "cupy", "--run", "whole")
+    whole = train(*COMPILED, "--backend", "cupy", "--run", "whole")
     assert whole.returncode == 0, whole.stderr
     assert "float32, by the engine on the GPU\n" in whole.stdout
-    stopped = train(*COMMON, "--run", "stopped", prelude=INTERRUPT)  # auto: it takes the GPU
+    stopped = train(*COMPILED, "--run", "stopped", prelude=INTERRUPT)
     assert stopped.returncode == 130, stopped.stderr
     assert "stopped after step 5; to go on: --resume stopped\n" in stopped.stdout
-    failed = train(*COMMON, "--run", "failed", "--engine", "compiled", prelude=FAIL)
+    failed = train(*COMPILED, "--run", "failed", prelude=FAIL)
     assert_refused(failed, "the GPU failed: CUDARuntimeError: cudaErrorUnknown; ", "--resume goes")
     for name, where in (("stopped", "epoch 1, batch 2"), ("failed", "epoch 1, batch 0")):
         resumed = train("--resume", name)
@@ -293,7 +294,7 @@ def test_the_program_trains_by_it_and_goes_on_to_the_bit(builds, trainer, tmp_pa
 
 def test_a_run_goes_from_the_gpu_to_the_cpu_and_back(builds, trainer, tmp_path):
     gpu = GPU.format(builds=str(builds))
-    stopped = trainer(*COMMON, "--run", "run", cwd=tmp_path, prelude=gpu + INTERRUPT)
+    stopped = trainer(*COMPILED, "--run", "run", cwd=tmp_path, prelude=gpu + INTERRUPT)
     assert stopped.returncode == 130, stopped.stderr
     shutil.copytree(tmp_path / "run", tmp_path / "other")
     here = trainer(
@@ -312,11 +313,10 @@ def test_a_run_goes_from_the_gpu_to_the_cpu_and_back(builds, trainer, tmp_path):
         assert one == pytest.approx(other, rel=1e-4), part
 
 
-def test_what_it_has_no_stage_for_is_left_to_the_layers(builds, trainer, tmp_path):
-    prelude = GPU.format(builds=str(builds)) + UNSUPPORTED
-    process = trainer(*COMMON, cwd=tmp_path, prelude=prelude)
+def test_it_computes_where_it_is_asked_for_and_can(builds, trainer, tmp_path):
+    gpu = GPU.format(builds=str(builds))
+    process = trainer(*COMMON, cwd=tmp_path, prelude=gpu)
     assert process.returncode == 0, process.stderr
-    assert "note: by the layers, because: layer 3 (Sigmoid()): there is no stage" in process.stdout
-    assert "float32, by the layers\n" in process.stdout
-    process = trainer(*COMMON, "--engine", "compiled", "--run", "2", cwd=tmp_path, prelude=prelude)
+    assert "float32, by the layers\n" in process.stdout  # until it has run on a GPU
+    process = trainer(*COMPILED, "--run", "2", cwd=tmp_path, prelude=gpu + UNSUPPORTED)
     assert_refused(process, "--engine compiled: layer 3 (Sigmoid()): there is no stage for it")

@@ -10,7 +10,6 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from test_cuda_kernels import SMALL, small_model
-from test_cupy_stages import cupy  # noqa: F401
 
 import emulator
 from commands import assert_refused, run
@@ -52,7 +51,6 @@ without_gpu = pytest.mark.skipif(GPU, reason="there is a GPU")
 def card(request, monkeypatch):
     """The stand-in with what it lacks: a card, and memory, of which ``used`` bytes are in use."""
     fake = request.getfixturevalue("cupy")
-    fake.ndarray = type("ndarray", (), {})  # which no array here is
     memory = SimpleNamespace(used=1000)
     properties = {"multiProcessorCount": 132, "totalGlobalMem": 10**9}
     fake.cuda.Device = lambda: SimpleNamespace(id=0, compute_capability="90")
