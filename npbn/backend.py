@@ -72,6 +72,11 @@ class Backend:
         failures = cupy.cuda.runtime.CUDARuntimeError, cupy.cuda.driver.CUDADriverError
         try:
             yield
+        except cupy.cuda.memory.OutOfMemoryError as error:
+            raise BackendError(
+                f"the GPU has too little free memory: {_one_line(error)}; take smaller batches, or "
+                "see in nvidia-smi who else uses it"
+            ) from None
         except failures as error:
             raise BackendError(
                 f"the GPU failed: {_one_line(error)}; if nvidia-smi no longer lists it, it was "

@@ -347,7 +347,8 @@ def start(arguments: argparse.Namespace) -> Session:
         "channels": channels,
         "side": side,
     }
-    state = begin(config, dataset, device)
+    with device.explaining_failures():
+        state = begin(config, dataset, device)
     session = Session(Run(path, config), state, dataset, device, resumed=False)
     session.describe()
     if arguments.check_gradients:
@@ -356,13 +357,14 @@ def start(arguments: argparse.Namespace) -> Session:
         "command": shlex.join(sys.argv),
         "started": now.isoformat(timespec="seconds"),
     }
-    session.run = Run.create(
-        path,
-        config,
-        environment,
-        (session.record(None), *session.state.state()),
-        overwrite=arguments.overwrite,
-    )
+    with device.explaining_failures():
+        session.run = Run.create(
+            path,
+            config,
+            environment,
+            (session.record(None), *session.state.state()),
+            overwrite=arguments.overwrite,
+        )
     say(f"run: {path}")
     return session
 
@@ -403,7 +405,8 @@ def resume(arguments: argparse.Namespace) -> Session:
         changes: dict[str, Any] = {"workers": count_workers(threads or config["workers"])}
         if device.name == "cupy" != config["backend"]:
             changes["engine"] = "layers"
-        state, record = load_training(run, dataset, device, **changes)
+        with device.explaining_failures():
+            state, record = load_training(run, dataset, device, **changes)
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(
             f"{run.path / 'config.json'} is of another version of npbn: {error}"

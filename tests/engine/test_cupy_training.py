@@ -320,3 +320,23 @@ def test_it_computes_where_it_is_asked_for_and_can(builds, trainer, tmp_path):
     assert "float32, by the layers\n" in process.stdout  # until it has run on a GPU
     process = trainer(*COMPILED, "--run", "2", cwd=tmp_path, prelude=gpu + UNSUPPORTED)
     assert_refused(process, "--engine compiled: layer 3 (Sigmoid()): there is no stage for it")
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        ("cupy_stand_in.CUDARuntimeError('lost')", "the GPU failed: CUDARuntimeError: lost; "),
+        ("MemoryError('of 3 GiB')", "the GPU has too little free memory: MemoryError: of 3 GiB; "),
+    ],
+)
+def test_failures_before_the_first_step_are_one_line(error, said, builds, trainer, tmp_path):
+    fails = f"def fail(*_): raise {error}\n"
+    where = {
+        "build": "cupy_stages.CupyEngine._find_views = fail\n",
+        "record": "import npbn.inspection\nnpbn.inspection.histograms = fail\n",
+    }
+    for name, patch in where.items():
+        prelude = GPU.format(builds=str(builds)) + fails + patch
+        process = trainer(*COMPILED, "--run", name, cwd=tmp_path, prelude=prelude)
+        assert_refused(process, said)
+        assert not (tmp_path / name).exists()
