@@ -96,7 +96,7 @@ class Engine:
             for library in self._blas:
                 library.set_num_threads(1)
             yield
-        except BaseException:
+        except BaseException:  # Ctrl-C, too, leaves the others in the middle of something
             if self._team is not None:
                 self._team.dissolve()
                 self._team = None

@@ -1,7 +1,7 @@
 r"""The engine's stages on NumPy: the work arrays of one worker, and the passes over them.
 
-A worker has its part of the batch in pieces of a few examples, so that what a pass needs is still
-in the core's cache when the next one begins. `Stage` is one block of the plan for all of them: it
+A worker has its part of the batch in pieces, so that a large batch does not fall out of the cache
+between one pass and the next. `Stage` is one block of the plan for all of them: it
 knows the few numbers a feature that batch norm needs of the whole batch. `ConvPiece` and
 `LinearPiece` are its arrays.
 

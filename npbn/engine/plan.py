@@ -99,10 +99,6 @@ class LinearBlock(Block):
         out_features, in_features = self.layer.weight.data.shape
         return in_features, out_features
 
-    @property
-    def output(self) -> tuple[int]:
-        return (self.features[1],)
-
 
 def plan(model: Sequential, input_shape: tuple[int, ...]) -> list[Block]:
     """The blocks of a model.

@@ -15,7 +15,7 @@ from npbn.engine.plan import Block, ConvBlock, parameters_of
 from npbn.engine.team import Layout
 
 PIECE = 256
-"""Examples of a piece: what a pass over them needs fits a core's cache."""
+"""Examples of a piece: more fall out of the cache, fewer are more calls of NumPy."""
 
 
 BUFFER = 512

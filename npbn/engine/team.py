@@ -249,7 +249,7 @@ class Team:
         try:
             for number, worker in enumerate(self._workers, 1):
                 worker.send("set up", 0, setup, number, whole, files=[fd])
-        except BaseException:
+        except BaseException:  # Ctrl-C, too: the others may have half a message
             self.dissolve()
             raise
         finally:
@@ -336,6 +336,6 @@ def serve(fd: int) -> None:
                     continue
                 meeting.count = count
                 answer = getattr(does, method)(*arguments)
-            except Exception:
+            except Exception:  # whatever it is, the first process is to say it
                 answer = _Failure(traceback.format_exc())
             channel.send(pickle.dumps(answer, protocol=5))

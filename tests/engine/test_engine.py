@@ -528,3 +528,10 @@ def test_indices_out_of_range(workers, index):
         with pytest.raises(IndexError, match="out of bounds"):
             engine.step(split, indices)
     engine.step(split, np.arange(6))
+
+
+@pytest.mark.parametrize("workers", [0, -1])
+def test_there_is_at_least_one_worker(workers):
+    model = LeNet(generator=np.random.default_rng(0))
+    with pytest.raises(ValueError, match=f"expected at least 1 worker, got {workers}"):
+        Engine(model, SGD(model.parameters(), 1.0), (1, 28, 28), workers=workers)
