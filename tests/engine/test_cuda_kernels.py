@@ -51,7 +51,7 @@ pytestmark = pytest.mark.skipif(
 
 
 def programs_of(model, shape, batch_sizes, **options):
-    """One for each size of a batch, and one that evaluates 40 examples in tens and twelves."""
+    """One for each size of a batch, and one that evaluates 60 examples, 25 at a time."""
     blocks = plan(model, shape)
     stride = max(batch_sizes)
     sizes = {"fixed": options.pop("fixed", False), "processors": options.pop("processors", 132)}
@@ -59,7 +59,7 @@ def programs_of(model, shape, batch_sizes, **options):
         n: launch.training(blocks, n, examples=60, stride=stride, **sizes, **options)
         for n in batch_sizes
     }
-    return blocks, found, launch.evaluation(blocks, 20, examples=60, data="train", **sizes)
+    return blocks, found, launch.evaluation(blocks, 25, examples=60, **sizes)
 
 
 def kernel_names(programs) -> set[str]:
@@ -69,15 +69,11 @@ def kernel_names(programs) -> set[str]:
 def library(builds, *flags, source=None):
     """All kernels for sizes known when they run; those of LeNet for sizes known before, too."""
     names = set()
-    for dtype in ("float32", "float64"):
-        for processors in (1, MANY):
-            model = LeNet()
-            model.to(NUMPY, dtype)
-            _, programs, evaluation = programs_of(model, (1, 28, 28), (4,), processors=processors)
-            names |= kernel_names([*programs.values(), evaluation])
-    model.to(NUMPY, "float64")
-    _, programs, evaluation = programs_of(model, (1, 28, 28), (9, 16), fixed=True)
-    names |= kernel_names([*programs.values(), evaluation])
+    for dtype, fixed in (("float32", False), ("float64", False), ("float64", True)):
+        model = LeNet()
+        model.to(NUMPY, dtype)
+        _, programs, evaluation = programs_of(model, (1, 28, 28), (9, 16), fixed=fixed)
+        names |= kernel_names([*programs.values(), evaluation])
     return compiled(builds, names, *flags, source=source)
 
 
@@ -109,25 +105,25 @@ def compare(library, model, shape, dtype, *, batch_sizes, bound, classes=3, skip
         for step, n in enumerate(batch_sizes):
             device.run(programs[n])
             right_loss, right_hits = run.step(order[step * stride : step * stride + n])
-            loss = float(arrays["losses"][step])
+            loss = float(arrays["train.losses"][step].sum())
             assert abs(loss - float(right_loss)) <= bound * max(1, abs(float(right_loss)))
-            assert arrays["hits"][step] == right_hits
+            assert arrays["train.hits"][step].sum() == right_hits
             check_parameters(arrays, blocks, plan(expected, shape), bound)
-        arrays["step"][:] = 0
-        for _ in range(3):
-            device.run(evaluation)
+        device.run(evaluation)
         metrics = training.evaluate(expected, split, backend=NUMPY, dtype=dtype)
-        loss = arrays["losses"][:3].mean()
+        loss = np.average(arrays["test.losses"].sum(1), weights=(25, 25, 10))
         assert abs(loss - metrics.loss) <= bound * max(1, abs(loss))
-        assert arrays["hits"][:3].sum() == round(metrics.accuracy * 60)
+        assert arrays["test.hits"].sum() == round(metrics.accuracy * 60)
     finally:
         device.close()
 
 
 def write(arrays, blocks, split) -> None:
     """What the host writes to the device before the first step."""
-    arrays["train.images"][:] = split.images.reshape(len(split), -1)
-    arrays["train.labels"][:] = split.labels
+    for data in ("train", "test"):
+        if f"{data}.images" in arrays:
+            arrays[f"{data}.images"][:] = split.images.reshape(len(split), -1)
+            arrays[f"{data}.labels"][:] = split.labels
     for offset, parameter in launch.parameter_offsets(blocks).values():
         arrays["parameters"][offset : offset + parameter.data.size] = parameter.data.ravel()
     for i, block in enumerate(blocks):
@@ -243,8 +239,17 @@ def small_model() -> Sequential:
     )
 
 
+def wide_model() -> Sequential:
+    """Sums over more than a strip of a product, and more of a kernel's rows than threads."""
+    generator = np.random.default_rng(0)
+    return Sequential(
+        *(Conv2d(2, 60, 5, generator=generator), BatchNorm(60, 4), AvgPool2d(2), Flatten()),
+        Linear(240, 3, generator=generator),
+    )
+
+
 SMALL = (2, 8, 8)
-"""The shape of its images."""
+"""The shape of their images."""
 
 
 def test_a_hundred_losses_in_float32(builds):
@@ -266,7 +271,8 @@ def test_a_hundred_losses_in_float32(builds):
             expected.backward(F.softmax_cross_entropy_backward(cache))
             optimizer.step()
             losses.append(float(loss))
-        np.testing.assert_allclose(device.arrays["losses"][:3], losses[-3:], atol=2e-3)
+        found = device.arrays["train.losses"][:3].sum(1)
+        np.testing.assert_allclose(found, losses[-3:], atol=2e-3)
     assert losses[-1] < losses[0] - 0.1
     device.close()
 
@@ -278,13 +284,12 @@ def test_a_label_out_of_range_makes_the_loss_nan(builds):
     write(device.arrays, blocks, split)
     device.arrays["order"][:] = np.arange(60)
     for label in (-1, 3):
-        device.arrays["train.labels"][5] = label
-        for program in (evaluation, programs[8]):
+        for data, program in (("train", programs[8]), ("test", evaluation)):
+            device.arrays[f"{data}.labels"][5] = label
             device.arrays["step"][:] = 0
-            device.arrays["losses"][:] = 0
             device.arrays["rates"][:] = 0
             device.run(program)
-            assert np.isnan(device.arrays["losses"][0])
+            assert np.isnan(device.arrays[f"{data}.losses"][0].sum())
     device.close()
 
 
@@ -297,7 +302,7 @@ def test_of_equal_logits_the_first_counts(builds):
     split = a_split((1, 2, 2), 60, 1)
     write(device.arrays, blocks, split)
     device.run(evaluation)
-    assert device.arrays["hits"][0] == np.count_nonzero(split.labels[:20] == 0) > 0
+    assert device.arrays["test.hits"].sum() == np.count_nonzero(split.labels == 0) > 0
     device.close()
 
 
@@ -316,7 +321,7 @@ def test_of_equal_maxima_the_first_alone_has_the_gradient(builds):
     write(device.arrays, blocks, split)
     device.arrays["order"][:] = np.arange(60)
     device.run(programs[4])
-    gradient = device.arrays["dy0"].reshape(4, 2, 2, 2, 2, 2)  # (N, O, rows of windows, 2, ...)
+    gradient = device.arrays["dz0"].reshape(4, 2, 2, 2, 2, 2)  # (N, O, rows of windows, 2, ...)
     assert (gradient[:, :, :, 0, :, 0] != 0).all()
     assert (gradient[:, :, :, 1] == 0).all() and (gradient[..., 1] == 0).all()
     device.close()
@@ -336,7 +341,7 @@ def test_runs_are_identical_to_the_bit(builds):
             device.run(programs[12])
         found = {
             name: device.arrays[name].copy()
-            for name in ("parameters", "losses", "0.moving_mean", "0.moving_var")
+            for name in ("parameters", "train.losses", "0.moving_mean", "0.moving_var")
         }
         device.close()
         return found
@@ -346,20 +351,33 @@ def test_runs_are_identical_to_the_bit(builds):
         np.testing.assert_array_equal(other[name], value, err_msg=name)
 
 
+def compare_everywhere(library, **options):
+    """Models and divisions of the work that between them need every barrier."""
+    for model, processors in ((small_model, MANY), (small_model, 4), (wide_model, 4)):
+        sizes = {"batch_sizes": (6, 9), "bound": 1e-10, "processors": processors}
+        compare(library, model(), SMALL, "float64", **sizes, **options)
+
+
+def test_weights_of_a_few_channels_at_a_time(builds, monkeypatch):
+    monkeypatch.setattr(launch, "WEIGHTS_AT_A_TIME", 1)
+    compare_everywhere(library(builds))
+
+
 @pytest.mark.parametrize("line", BARRIERS)
-def test_a_missing_barrier_is_caught(builds, line):
+def test_a_missing_barrier_is_caught(builds, monkeypatch, line):
     """Every __syncthreads of the source is needed, and without it, results are wrong here."""
-    options = {"batch_sizes": (6, 9), "bound": 1e-10, "processors": MANY}
-    compare(library(builds), small_model(), SMALL, "float64", **options)
+    monkeypatch.setattr(launch, "WEIGHTS_AT_A_TIME", 1)
     with pytest.raises(AssertionError):
-        compare(library(builds), small_model(), SMALL, "float64", skipped=line, **options)
+        compare_everywhere(library(builds), skipped=line)
 
 
 MUTANTS = {
-    1: ("item < items;", "item < items + (mutant_number == 1);"),
-    2: ("i >= n * pixels", "i >= n * pixels + (mutant_number == 2)"),
-    3: ("p >= s.rows", "p >= s.rows + (mutant_number == 3)"),
-    4: ("k * RIGHT_PITCH", "(k + (mutant_number == 4)) * RIGHT_PITCH"),
+    1: ("y[e * s.maps * area + t] = out[t];", "y[e * s.maps * area + t + (mutant_number == 1)] = 0;"),
+    2: ("row < count && o < s.maps", "row < count && o < s.maps + (mutant_number == 2)"),
+    3: ("o < p.maps ? norm.parts : 0", "o < p.maps ? norm.parts + (mutant_number == 3) : 0"),
+    4: ("r < s.rows && q < s.columns", "r < s.rows + (mutant_number == 4) && q < s.columns"),
+    5: ("k < inputs)", "k < inputs + (mutant_number == 5))"),
+    6: ("at < size", "at < size + (mutant_number == 6)"),
 }
 """Indices that go too far, by number: the text, and what it becomes."""
 
