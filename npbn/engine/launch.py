@@ -30,6 +30,9 @@ from npbn.layers import MaxPool2d, ReLU, Sigmoid
 
 SOURCE = Path(__file__).with_name("kernels.cu")
 
+OPTIONS = ("--std=c++17", "--prec-div=false", "--prec-sqrt=false")
+"""Of the compiler: a quotient or root of floats may be two units of rounding off: no call for it."""
+
 # As in kernels.cu.
 THREADS, SIDE, DEPTH, VECTOR = 256, 16, 128, 4
 ROWS, MAPS, TAPS, WIDTH = 4, 2, 5, 32
@@ -572,8 +575,8 @@ class _Writer:
         name, norm = stage.name, stage.norm
         if norm is None:
             return Structure("Norm", {})
-        values = {"gamma": self._parameter(stage, "gamma"), "beta": self._parameter(stage, "beta")}
-        values |= {"eps": norm.eps, "momentum": norm.momentum}
+        values: dict[str, Any] = {"eps": norm.eps, "momentum": norm.momentum}
+        values |= {kind: self._parameter(stage, kind) for kind in ("gamma", "beta")}
         for moving in ("moving_mean", "moving_var"):
             values[moving] = self._array(f"{name}.{moving}", (stage.maps,))
         if not self.train:

@@ -372,7 +372,10 @@ def test_a_missing_barrier_is_caught(builds, monkeypatch, line):
 
 
 MUTANTS = {
-    1: ("y[e * s.maps * area + t] = out[t];", "y[e * s.maps * area + t + (mutant_number == 1)] = 0;"),
+    1: (
+        "y[e * s.maps * area + t] = out[t];",
+        "y[e * s.maps * area + t + (mutant_number == 1)] = 0;",
+    ),
     2: ("row < count && o < s.maps", "row < count && o < s.maps + (mutant_number == 2)"),
     3: ("o < p.maps ? norm.parts : 0", "o < p.maps ? norm.parts + (mutant_number == 3) : 0"),
     4: ("r < s.rows && q < s.columns", "r < s.rows + (mutant_number == 4) && q < s.columns"),
