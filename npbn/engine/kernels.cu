@@ -578,14 +578,14 @@ __device__ constexpr int columns_read(int columns, int stride, int kernel) {
 }
 
 // The sum that convolution and its backward by the input are:
-//   out[o,p,q] = start(o) + Σ_cij w(o,c,i,j) in[c, p·stride_h + i, q·stride_w + j]
+//   out[o,p,q] = bias(o) + Σ_cij w(o,c,i,j) in[c, p·stride_h + i, q·stride_w + j]
 // `in` and `out` are in shared memory, and so is a strip of the weights at a time, those of
 // `strip` channels, with a map's neighbours beside it. A thread computes ROWS outputs, one below the
 // other, in MAPS maps: each number it reads is then used several times.
-template <typename real, typename Start, typename Weight>
+template <typename real, typename Bias, typename Weight>
 __device__ __forceinline__ void correlate(int channels, const real* in, int maps, int rows,
                                           int columns, int kernel_h, int kernel_w, int stride_h,
-                                          int stride_w, Start start, Weight weight, int strip,
+                                          int stride_w, Bias bias, Weight weight, int strip,
                                           real* weights, real* out) {
     using Pair = Vector<real, MAPS>;
     const int pitch = pitch_of(columns_read(columns, stride_w, kernel_w));
@@ -609,10 +609,8 @@ __device__ __forceinline__ void correlate(int channels, const real* in, int maps
             for (int m = 0; m < MAPS; ++m) {
                 const int o = group * MAPS + m;
                 for (int r = 0; r < ROWS; ++r) {
-                    const bool inside = o < maps && p + r < rows;
-                    sums[m][r] = !inside      ? real(0)
-                                 : first == 0 ? start(o)
-                                              : out[(o * rows + p + r) * columns + q];
+                    const bool begun = first > 0 && o < maps && p + r < rows;
+                    sums[m][r] = begun ? out[(o * rows + p + r) * columns + q] : real(0);
                 }
             }
             const real* corner = in + first * plane + p * stride_h * pitch + q * stride_w;
@@ -633,9 +631,10 @@ __device__ __forceinline__ void correlate(int channels, const real* in, int maps
             }
             for (int m = 0; m < MAPS; ++m) {
                 const int o = group * MAPS + m;
+                const real last = first + count == channels && o < maps ? bias(o) : real(0);
                 for (int r = 0; r < ROWS; ++r) {
                     if (o < maps && p + r < rows) {
-                        out[(o * rows + p + r) * columns + q] = sums[m][r];
+                        out[(o * rows + p + r) * columns + q] = sums[m][r] + last;
                     }
                 }
             }

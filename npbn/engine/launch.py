@@ -31,7 +31,7 @@ from npbn.layers import MaxPool2d, ReLU, Sigmoid
 SOURCE = Path(__file__).with_name("kernels.cu")
 
 OPTIONS = ("--std=c++17", "--prec-div=false", "--prec-sqrt=false")
-"""Of the compiler: a quotient or root of floats may be two units of rounding off: no call for it."""
+"""Of the compiler: a quotient or root of floats may be two units of rounding off, for speed."""
 
 # As in kernels.cu.
 THREADS, SIDE, DEPTH, VECTOR = 256, 16, 128, 4

@@ -277,6 +277,43 @@ def test_a_hundred_losses_in_float32(builds):
     device.close()
 
 
+def test_a_variance_far_from_zero_in_float32(builds):
+    """A mean of 1e4, a deviation of about 1e-2: a float32 of that size has steps of 1e-3.
+
+    Batch norm and its gradients from the very y that the convolution gave, in float64. The bound is
+    a few roundings of a sum of 18 × 16 terms, shared out; without the second centring, or means in
+    single precision, errors are over a thousand times as large.
+    """
+    model = Sequential(
+        *(Conv2d(2, 3, 3, generator=np.random.default_rng(0)), BatchNorm(3, 4), Flatten()),
+        Linear(108, 3, generator=np.random.default_rng(1)),
+    )
+    model.layers[0].weight.data[...] *= 0.04
+    model.layers[0].bias.data[...] = 1e4
+    blocks, programs, _ = programs_of(model, SMALL, (18,))
+    device = Emulator(library(builds), programs.values())
+    arrays = device.arrays
+    write(arrays, blocks, a_split(SMALL, 60, 1))
+    arrays["order"][:] = np.arange(60)
+    arrays["rates"][:] = 0
+    device.run(programs[18])
+    y, x, dz = (arrays[name].reshape(18, 3, 36).astype(np.float64) for name in ("y0", "x1", "dz0"))
+    centred = y - y.mean((0, 2), keepdims=True)
+    root = np.sqrt(centred.var((0, 2)) + 1e-5)
+    assert 5e-3 < centred.std() < 5e-2
+    right = centred / root[:, None]
+    dgamma = (dz * right).sum((0, 2))
+    offset, _ = launch.parameter_offsets(blocks)["0.gamma"]
+    for found, expected in (
+        (x, right),
+        (arrays["0.moving_var"], 0.9 + 0.1 * centred.var((0, 2))),
+        (arrays["gradients"][offset : offset + 3], dgamma),
+    ):
+        bound = 16 * np.finfo(np.float32).eps * np.abs(expected).max()
+        np.testing.assert_allclose(found, expected, rtol=0, atol=bound)
+    device.close()
+
+
 def test_a_label_out_of_range_makes_the_loss_nan(builds):
     blocks, programs, evaluation = programs_of(small_model(), SMALL, (8,))
     device = Emulator(library(builds), [*programs.values(), evaluation])

@@ -61,7 +61,10 @@ def card(request, monkeypatch):
     memory = SimpleNamespace(used=1000)
     properties = {"multiProcessorCount": 132, "totalGlobalMem": 10**9}
     rates = {13: 1_980_000, 16: 132, 36: 3_201_000, 37: 6144}  # of an H200, by CUDA's numbers
-    fake.cuda.Device = lambda: SimpleNamespace(id=0, compute_capability="90")
+    device = SimpleNamespace(
+        id=0, compute_capability="90", attributes=fake.cuda.Device().attributes
+    )
+    fake.cuda.Device = lambda: device
     fake.cuda.runtime = SimpleNamespace(
         cudaDevAttrClockRate=13,
         cudaDevAttrMultiProcessorCount=16,
