@@ -36,7 +36,7 @@ constexpr int THREADS = 256;
 constexpr int SIDE = 16;    // of the square that a block's threads form in a matrix product
 constexpr int DEPTH = 128;  // how much of the summed axis a product has in shared memory at a time
 constexpr int VECTOR = 4;   // numbers that a thread reads from shared memory at once
-constexpr int ROWS = 4;     // of a convolution's output that a thread computes, one below the other,
+constexpr int ROWS = 4;     // of a convolution's output that a thread computes, below each other,
 constexpr int MAPS = 2;     // in so many maps
 constexpr int TAPS = 5;     // of a kernel's row whose gradient a thread computes, in as many maps
 constexpr int WIDTH = 32;   // neighbouring parameters that a block of `sgd` updates together
@@ -351,7 +351,7 @@ struct Gradient {
     }
 };
 
-// The above of a stage S. The first block leaves dβ and dγ behind.
+// The above of a stage S, to be used after a barrier. The first block leaves dβ and dγ behind.
 template <typename real, typename S>
 __device__ Gradient<real> gradient_of(S s, int n, const Norm<real>& norm, const Sums<real>& sums,
                                       const real* y, const real* dz, Memory<real>& memory) {
@@ -386,7 +386,6 @@ __device__ Gradient<real> gradient_of(S s, int n, const Norm<real>& norm, const 
             }
         }
     }
-    __syncthreads();
     return found;
 }
 
@@ -565,16 +564,51 @@ __global__ void linear_backward(P p, S s, int n, int input_blocks, int share, in
 
 // ---------------------------------------------------------------------------------- convolutions
 
-// Planes in shared memory: rows begin an odd number of places apart, so that numbers one above the
-// other are in different banks.
-__device__ constexpr int pitch_of(int width) { return width | 1; }
+// An example's planes in shared memory. Rows begin an odd number of places apart, so that numbers one
+// above the other are in different banks.
+struct Planes {
+    int height, width;
 
-// What threads with ROWS rows of outputs each read of a plane.
-__device__ constexpr int rows_read(int rows, int stride, int kernel) {
-    return ((rows + ROWS - 1) / ROWS * ROWS - 1) * stride + kernel;
+    __device__ constexpr int pitch() const { return width | 1; }
+    __device__ constexpr int area() const { return height * pitch(); }
+};
+
+// What a convolution to maps of rows × columns reads, by threads with ROWS rows each.
+__device__ constexpr Planes planes_read(int rows, int columns, int kernel_h, int kernel_w,
+                                        int stride_h, int stride_w) {
+    return {((rows + ROWS - 1) / ROWS * ROWS - 1) * stride_h + kernel_h,
+            (columns - 1) * stride_w + kernel_w};
 }
-__device__ constexpr int columns_read(int columns, int stride, int kernel) {
-    return (columns - 1) * stride + kernel;
+
+template <typename S>
+__device__ constexpr Planes planes_of(S s) {
+    return planes_read(s.rows, s.columns, s.kernel_h, s.kernel_w, s.stride_h, s.stride_w);
+}
+
+// Zeros everywhere. What is not written to afterwards, the padding, keeps them.
+template <typename real>
+__device__ void clear(real* planes, int count) {
+    for (int t = threadIdx.x; t < count; t += THREADS) {
+        planes[t] = 0;
+    }
+    __syncthreads();
+}
+
+// An example's maps into planes: number t, value(t), at (i, j) of its map comes to
+// (i · stride_h + above, j · stride_w + left). What lies outside of the planes, nobody reads.
+template <typename real, typename Value>
+__device__ __forceinline__ void spread(int maps, int rows, int columns, Planes shape, int stride_h,
+                                       int stride_w, int above, int left, real* planes,
+                                       Value value) {
+#pragma unroll 4
+    for (int t = threadIdx.x; t < maps * rows * columns; t += THREADS) {
+        const int map = t / (rows * columns);
+        const int i = t / columns % rows * stride_h + above, j = t % columns * stride_w + left;
+        const real found = value(t);
+        if (0 <= i && i < shape.height && 0 <= j && j < shape.width) {
+            planes[map * shape.area() + i * shape.pitch() + j] = found;
+        }
+    }
 }
 
 // The sum that convolution and its backward by the input are:
@@ -588,8 +622,8 @@ __device__ __forceinline__ void correlate(int channels, const real* in, int maps
                                           int stride_w, Bias bias, Weight weight, int strip,
                                           real* weights, real* out) {
     using Pair = Vector<real, MAPS>;
-    const int pitch = pitch_of(columns_read(columns, stride_w, kernel_w));
-    const int plane = rows_read(rows, stride_h, kernel_h) * pitch;
+    const Planes shape = planes_read(rows, columns, kernel_h, kernel_w, stride_h, stride_w);
+    const int pitch = shape.pitch(), plane = shape.area();
     const int groups = (maps + MAPS - 1) / MAPS, strips = (rows + ROWS - 1) / ROWS;
     const int taps = kernel_h * kernel_w;
     for (int first = 0; first < channels; first += strip) {
@@ -643,21 +677,6 @@ __device__ __forceinline__ void correlate(int channels, const real* in, int maps
     __syncthreads();
 }
 
-// An example's planes, padded, from what `input` gives for (c, h, w) as one number.
-template <typename real, typename S, typename Value>
-__device__ __forceinline__ void fill(S s, real* planes, Value value) {
-    const int height = rows_read(s.rows, s.stride_h, s.kernel_h);
-    const int width = columns_read(s.columns, s.stride_w, s.kernel_w), pitch = pitch_of(width);
-#pragma unroll 4
-    for (int t = threadIdx.x; t < s.channels * height * width; t += THREADS) {
-        const int j = t % width, i = t / width % height, c = t / (width * height);
-        const int h = i - s.padding_h, w = j - s.padding_w;
-        const bool inside = 0 <= h && h < s.height && 0 <= w && w < s.width;
-        planes[(c * height + i) * pitch + j] =
-            inside ? value((c * s.height + h) * s.width + w) : real(0);
-    }
-}
-
 // A convolution of the stage before's output, `functional.conv2d`:
 //   y[n,o,p,q] = b[o] + Σ_cij w[o,c,i,j] x[n, c, p·s+i-pad, q·s+j-pad]
 // With it, unless null, x, for the backward pass; and the statistics of this part of the batch.
@@ -674,18 +693,20 @@ __global__ void conv_forward(P p, S s, int n, int share, int strip, Batch batch,
     const Input<real, P> input =
         input_of(p, normalization(p, n, norm, memory), before, batch);
     const int pixels = s.channels * s.height * s.width, area = s.rows * s.columns;
-    real* planes = memory.take(s.channels * rows_read(s.rows, s.stride_h, s.kernel_h) *
-                               pitch_of(columns_read(s.columns, s.stride_w, s.kernel_w)));
+    const Planes shape = planes_of(s);
+    real* planes = memory.take(s.channels * shape.area());
     real* out = memory.take(s.maps * area);
+    clear(planes, s.channels * shape.area());
     const int begin = blockIdx.x * share, end = min(begin + share, n);
     for (int e = begin; e < end; ++e) {
-        fill(s, planes, [&](int item) {
-            const real found = input(e, item);
-            if (x != nullptr) {
-                x[e * pixels + item] = found;
-            }
-            return found;
-        });
+        spread(s.channels, s.height, s.width, shape, 1, 1, s.padding_h, s.padding_w, planes,
+               [&](int t) {
+                   const real found = input(e, t);
+                   if (x != nullptr) {
+                       x[e * pixels + t] = found;
+                   }
+                   return found;
+               });
         correlate<real>(
             s.channels, planes, s.maps, s.rows, s.columns, s.kernel_h, s.kernel_w, s.stride_h,
             s.stride_w, [&](int o) { return bias == nullptr ? real(0) : bias[o]; },
@@ -729,8 +750,7 @@ __global__ void conv_forward(P p, S s, int n, int share, int strip, Batch batch,
 template <typename real, typename S>
 __device__ __forceinline__ void add_weight_gradient(S s, bool first, const real* planes,
                                                     const real* dy, real* sums, real* dw) {
-    const int x_pitch = pitch_of(columns_read(s.columns, s.stride_w, s.kernel_w));
-    const int height = rows_read(s.rows, s.stride_h, s.kernel_h), pitch = pitch_of(s.columns);
+    const Planes shape = planes_of(s), maps = {s.rows, s.columns};
     const int across = (s.kernel_w + TAPS - 1) / TAPS, pairs = (s.maps + MAPS - 1) / MAPS;
     const int groups = pairs * s.channels * s.kernel_h * across;
     const int most = max(1, min(s.rows, THREADS / groups)), each = (s.rows + most - 1) / most;
@@ -744,12 +764,13 @@ __device__ __forceinline__ void add_weight_gradient(S s, bool first, const real*
             const int c = group / (across * s.kernel_h) % s.channels;
             const int o = group / (across * s.kernel_h * s.channels) * MAPS;
             for (int p = lane; p < s.rows; p += lanes) {
-                const real* seen = planes + (c * height + p * s.stride_h + i) * x_pitch + j;
-                const real* above = dy + (o * s.rows + p) * pitch;
+                const real* seen =
+                    planes + c * shape.area() + (p * s.stride_h + i) * shape.pitch() + j;
+                const real* above = dy + o * maps.area() + p * maps.pitch();
 #pragma unroll 8
                 for (int q = 0; q < s.columns; ++q) {
                     for (int m = 0; m < MAPS; ++m) {
-                        const real d = above[m * s.rows * pitch + q];
+                        const real d = above[m * maps.area() + q];
                         for (int t = 0; t < TAPS; ++t) {
                             found[m][t] += d * seen[q * s.stride_w + t];
                         }
@@ -808,23 +829,15 @@ __global__ void conv_backward(P p, S s, int n, int input_blocks, int share, int 
     const int area = s.rows * s.columns, seen = s.height * s.width;
     if (blockIdx.x < input_blocks) {
         const Normalization<real> normalized = normalization(p, n, norm_before, memory);
-        const int height = rows_read(s.height, 1, s.kernel_h);
-        const int width = columns_read(s.width, 1, s.kernel_w), pitch = pitch_of(width);
-        real* planes = memory.take(s.maps * height * pitch);
+        const Planes shape = planes_read(s.height, s.width, s.kernel_h, s.kernel_w, 1, 1);
+        real* planes = memory.take(s.maps * shape.area());
         real* dx = memory.take(s.channels * seen);
+        clear(planes, s.maps * shape.area());
         const int begin = blockIdx.x * share, end = min(begin + share, n);
         for (int e = begin; e < end; ++e) {
-#pragma unroll 4
-            for (int t = threadIdx.x; t < s.maps * height * width; t += THREADS) {
-                const int j = t % width, i = t / width % height, o = t / (width * height);
-                const int h = i - (s.kernel_h - 1 - s.padding_h);
-                const int w = j - (s.kernel_w - 1 - s.padding_w);
-                const int r = h / s.stride_h, q = w / s.stride_w;
-                const bool inside = h >= 0 && w >= 0 && h % s.stride_h == 0 &&
-                                    w % s.stride_w == 0 && r < s.rows && q < s.columns;
-                planes[(o * height + i) * pitch + j] =
-                    inside ? dy(o, (e * s.maps + o) * area + r * s.columns + q) : real(0);
-            }
+            spread(s.maps, s.rows, s.columns, shape, s.stride_h, s.stride_w,
+                   s.kernel_h - 1 - s.padding_h, s.kernel_w - 1 - s.padding_w, planes,
+                   [&](int t) { return dy(t / area, e * s.maps * area + t); });
             correlate<real>(
                 s.maps, planes, s.channels, s.height, s.width, s.kernel_h, s.kernel_w, 1, 1,
                 [](int) { return real(0); },
@@ -853,30 +866,27 @@ __global__ void conv_backward(P p, S s, int n, int input_blocks, int share, int 
             }
         }
     } else {
-        const int part = blockIdx.x - input_blocks, pitch = pitch_of(s.columns);
-        const int pixels = s.channels * seen;
-        real* planes =
-            memory.take(s.channels * rows_read(s.rows, s.stride_h, s.kernel_h) *
-                            pitch_of(columns_read(s.columns, s.stride_w, s.kernel_w)) +
-                        TAPS);  // what is read, and not used, behind the last
-        real* gradients = memory.take((s.maps + MAPS - 1) / MAPS * MAPS * s.rows * pitch);
+        const int part = blockIdx.x - input_blocks, pixels = s.channels * seen;
+        const Planes shape = planes_of(s), maps = {s.rows, s.columns};
+        // TAPS more: what is read, and not used, behind the last.
+        real* planes = memory.take(s.channels * shape.area() + TAPS);
+        real* gradients = memory.take((s.maps + MAPS - 1) / MAPS * MAPS * maps.area());
         real* results = memory.take(MAPS * TAPS * THREADS);
+        clear(planes, s.channels * shape.area());
         dw += part * s.maps * s.channels * s.kernel_h * s.kernel_w;
         const int begin = part * weight_share, end = min(begin + weight_share, n);
         for (int e = begin; e < end; ++e) {
-            fill(s, planes, [&](int item) { return x[e * pixels + item]; });
-#pragma unroll 4
-            for (int t = threadIdx.x; t < s.maps * area; t += THREADS) {
-                const int o = t / area;
-                gradients[(t / s.columns) * pitch + t % s.columns] =
-                    dy(o, e * s.maps * area + t);
-            }
+            spread(s.channels, s.height, s.width, shape, 1, 1, s.padding_h, s.padding_w, planes,
+                   [&](int t) { return x[e * pixels + t]; });
+            spread(s.maps, s.rows, s.columns, maps, 1, 1, 0, 0, gradients,
+                   [&](int t) { return dy(t / area, e * s.maps * area + t); });
             __syncthreads();
             add_weight_gradient(s, e == begin, planes, gradients, results, dw);
             for (int o = threadIdx.x; db != nullptr && o < s.maps; o += THREADS) {
                 real sum = e == begin ? real(0) : db[part * s.maps + o];
                 for (int t = 0; t < area; ++t) {
-                    sum += gradients[(o * s.rows + t / s.columns) * pitch + t % s.columns];
+                    const int place = t / s.columns * maps.pitch() + t % s.columns;
+                    sum += gradients[o * maps.area() + place];
                 }
                 db[part * s.maps + o] = sum;
             }

@@ -268,7 +268,7 @@ class _Stage:
 
 
 def _plane(down: tuple[int, int, int], across: tuple[int, int, int]) -> int:
-    """``rows_read`` · ``pitch_of(columns_read)``: outputs, stride and kernel, down and across."""
+    """The area of ``planes_read``: outputs, stride and kernel, down and across."""
     rows, stride, kernel = down
     columns, stride_w, kernel_w = across
     height = (_over(rows, ROWS) * ROWS - 1) * stride + kernel
