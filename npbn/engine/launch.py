@@ -256,10 +256,8 @@ class _Stage:
         self.outputs = self.values // (s["window_h"] * s["window_w"])
         self.weights = self.maps * self.channels * s["kernel_h"] * s["kernel_w"]
         self.planes = self.channels * _plane(
-            *(
-                (s["rows"], s["stride_h"], s["kernel_h"]),
-                (s["columns"], s["stride_w"], s["kernel_w"]),
-            )
+            (s["rows"], s["stride_h"], s["kernel_h"]),
+            (s["columns"], s["stride_w"], s["kernel_w"]),
         )
         self.wide = self.maps * _plane(
             (s["height"], 1, s["kernel_h"]), (s["width"], 1, s["kernel_w"])
@@ -400,9 +398,7 @@ class _Writer:
         last = self.last
         most = LOGITS_AT_A_TIME // (last.outputs * self.dtype.itemsize)
         share = min(THREADS, max(1, most))
-        parts = _over(
-            self.stride, share
-        )  # for smaller batches, too: a row of losses has its length
+        parts = _over(self.stride, share)  # whatever n: so long is a row of losses
         rows = steps, parts * THREADS // SIDE
         dz = self._array(f"dz{last.name}", (self.n * last.values,)) if self.train else NULL
         self._launch(
