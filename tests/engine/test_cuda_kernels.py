@@ -430,21 +430,16 @@ def mutated() -> str:
     return source
 
 
-def sanitized(builds, processors, source=None, mutant=0) -> subprocess.CompletedProcess:
-    """The small model in a process of its own, by kernels that watch over every access."""
-    names = set()
+def sanitized(builds, checks, source=None, mutant=0) -> subprocess.CompletedProcess:
+    """Checks of this module, in a process of its own, by kernels that watch over every access."""
     model = small_model()
     model.to(NUMPY, "float64")
-    for number in processors:
-        _, programs, evaluation = programs_of(model, SMALL, (5, 3), processors=number)
-        names |= kernel_names([*programs.values(), evaluation])
+    _, programs, evaluation = programs_of(model, SMALL, (5,))
+    names = kernel_names([*programs.values(), evaluation])
     built = compiled(builds, names, *emulator.SANITIZERS, source=source)
     code = (
-        f"import ctypes, test_cuda_kernels as t; library = {str(built)!r}\n"
-        f"ctypes.c_int.in_dll(ctypes.CDLL(library), 'mutant_number').value = {mutant}\n"
-        f"for number in {processors}:\n"
-        "    t.compare(library, t.small_model(), t.SMALL, 'float64', batch_sizes=(5, 3), "
-        "bound=1e-10, processors=number)\n"
+        f"import ctypes\nfrom test_cuda_kernels import *\nlibrary = {str(built)!r}\n"
+        f"ctypes.c_int.in_dll(ctypes.CDLL(library), 'mutant_number').value = {mutant}\n{checks}"
     )
     runtime = subprocess.run(
         [emulator.COMPILER, "-print-file-name=libasan.so"],
@@ -464,13 +459,15 @@ def sanitized(builds, processors, source=None, mutant=0) -> subprocess.Completed
 
 
 def test_no_access_out_of_bounds_and_no_undefined_behaviour(builds):
-    process = sanitized(builds, (1, MANY))
-    assert process.returncode == 0, process.stderr
+    for strip in (launch.WEIGHTS_AT_A_TIME, 1):
+        checks = f"launch.WEIGHTS_AT_A_TIME = {strip}; compare_everywhere(library)"
+        process = sanitized(builds, checks)
+        assert process.returncode == 0, process.stderr
 
 
 @pytest.mark.parametrize("mutant", MUTANTS)
 def test_an_index_that_goes_too_far_is_caught(builds, mutant):
-    process = sanitized(builds, (MANY,), mutated(), mutant)
+    process = sanitized(builds, "compare_everywhere(library)", mutated(), mutant)
     assert process.returncode != 0
     assert "SUMMARY: AddressSanitizer: " in process.stderr, process.stderr
     assert "kernels.cu:" in process.stderr, process.stderr
