@@ -362,12 +362,9 @@ __device__ Gradient<real> gradient_of(S s, int n, const Norm<real>& norm, const 
                                   memory.take(s.maps),
                                   memory.take(s.maps),
                                   norm.gamma != nullptr};
-    if (!found.norm) {
-        return found;
-    }
     const int lanes = lanes_of(s.maps), lane = threadIdx.x % lanes;
     const real m = real(n) * s.rows * s.columns;
-    for (int first = 0; first < s.maps; first += THREADS / lanes) {
+    for (int first = 0; found.norm && first < s.maps; first += THREADS / lanes) {
         const int o = first + threadIdx.x / lanes;
         const int end = o < s.maps ? sums.parts : 0;
         real found_sums[2] = {};
