@@ -39,6 +39,7 @@ constexpr int VECTOR = 4;   // numbers that a thread reads from shared memory at
 constexpr int ROWS = 4;     // of a convolution's output that a thread computes, below each other,
 constexpr int MAPS = 2;     // in so many maps
 constexpr int TAPS = 5;     // of a kernel's row whose gradient a thread computes, in as many maps
+constexpr int TOGETHER = 8; // numbers from far memory that a thread waits for together
 constexpr int WIDTH = 32;   // neighbouring parameters that a block of `sgd` updates together
 
 // The sizes of a stage, known when the program runs.
@@ -124,6 +125,27 @@ template <typename real, int COUNT>
 struct alignas(COUNT * sizeof(real)) Vector {
     real v[COUNT];
 };
+
+// store(t, load(t)) for 0 <= t < count, by all threads. A load from far memory takes hundreds of
+// cycles, and a store might change what later loads find, for all the compiler knows. So each thread
+// loads TOGETHER numbers before it stores any: they are under way at the same time. Where there are
+// fewer, it loads the last one again, because a branch would have to wait for what is within it.
+template <typename real, typename Load, typename Store>
+__device__ __forceinline__ void transfer(int count, Load load, Store store) {
+    for (int start = threadIdx.x; start < count; start += TOGETHER * THREADS) {
+        real found[TOGETHER];
+#pragma unroll
+        for (int k = 0; k < TOGETHER; ++k) {
+            found[k] = load(min(start + k * THREADS, count - 1));
+        }
+#pragma unroll
+        for (int k = 0; k < TOGETHER; ++k) {
+            if (start + k * THREADS < count) {
+                store(start + k * THREADS, found[k]);
+            }
+        }
+    }
+}
 
 // The sums of the values that so many neighbouring threads have, in each of them.
 template <int COUNT, typename T>
@@ -405,30 +427,40 @@ __device__ void merge(int before, int count, real mean, const real (&sums)[2], d
 // and columns. Thread t has row t % SIDE and column t / SIDE. Strips of the two matrices, DEPTH in
 // k, are brought to shared memory together, where SIDE threads read each number; what is outside of
 // the matrices is 0 there. Whether neighbours in k, rather than neighbours in row or column, are
-// neighbours in memory is for the caller to say; neighbouring threads then read them so.
-template <typename real, typename Left, typename Right>
+// neighbours in memory is for the caller to say; neighbouring threads then read them so. Once for
+// each number on the left, keep(row, k, number).
+template <typename real, typename Left, typename Right, typename Keep>
 __device__ real tile_of_product(int rows, int columns, int begin, int end, Left left,
-                                bool left_along_k, Right right, bool right_along_k, real* strips) {
+                                bool left_along_k, Right right, bool right_along_k, real* strips,
+                                Keep keep) {
     using Four = Vector<real, VECTOR>;
     constexpr int PITCH = DEPTH + VECTOR;  // rows one above the other begin in different banks
     real *lefts = strips, *rights = strips + SIDE * PITCH;
     real sums[VECTOR] = {};
     for (int start = begin; start < end; start += DEPTH) {
         const int depth = min(DEPTH, end - start);
+        // What is outside of a matrix is a number at its edge, until it is stored.
+        const auto bring = [&](int count, auto matrix, bool along_k, real* strip, auto kept) {
+            transfer<real>(
+                SIDE * DEPTH,
+                [&](int t) {
+                    const int k = along_k ? t % DEPTH : t / SIDE;
+                    const int i = along_k ? t / DEPTH : t % SIDE;
+                    return matrix(min(i, count - 1), start + min(k, depth - 1));
+                },
+                [&](int t, real found) {
+                    const int k = along_k ? t % DEPTH : t / SIDE;
+                    const int i = along_k ? t / DEPTH : t % SIDE;
+                    const bool inside = i < count && k < depth;
+                    strip[i * PITCH + k] = inside ? found : real(0);
+                    if (inside) {
+                        kept(i, start + k, found);
+                    }
+                });
+        };
         __syncthreads();  // before this strip takes the place of the last one
-#pragma unroll 4
-        for (int t = threadIdx.x; t < SIDE * DEPTH; t += THREADS) {
-            const int k = left_along_k ? t % DEPTH : t / SIDE;
-            const int row = left_along_k ? t / DEPTH : t % SIDE;
-            lefts[row * PITCH + k] = k < depth && row < rows ? left(row, start + k) : real(0);
-        }
-#pragma unroll 4
-        for (int t = threadIdx.x; t < SIDE * DEPTH; t += THREADS) {
-            const int k = right_along_k ? t % DEPTH : t / SIDE;
-            const int column = right_along_k ? t / DEPTH : t % SIDE;
-            rights[column * PITCH + k] =
-                k < depth && column < columns ? right(column, start + k) : real(0);
-        }
+        bring(rows, left, left_along_k, lefts, keep);
+        bring(columns, right, right_along_k, rights, [](int, int, real) {});
         __syncthreads();
         const Four* a = reinterpret_cast<const Four*>(lefts + threadIdx.x % SIDE * PITCH);
         const Four* b = reinterpret_cast<const Four*>(rights + threadIdx.x / SIDE * PITCH);
@@ -462,15 +494,13 @@ __global__ void linear_forward(P p, S s, int n, int share, Batch batch, Norm<rea
         const int count = min(SIDE, end - e), row = threadIdx.x % SIDE;
         real value = tile_of_product<real>(
             count, s.maps - first_map, 0, inputs,
-            [&](int i, int k) {
-                const real found = input(e + i, k);
+            [&](int i, int k) { return input(e + i, k); }, true,
+            [&](int i, int k) { return weight[(first_map + i) * inputs + k]; }, true, memory.free,
+            [&](int i, int k, real found) {
                 if (x != nullptr && first_map == 0) {
                     x[(e + i) * inputs + k] = found;
                 }
-                return found;
-            },
-            true, [&](int i, int k) { return weight[(first_map + i) * inputs + k]; }, true,
-            memory.free);
+            });
         value += bias == nullptr || o >= s.maps ? real(0) : bias[o];
         if (row < count && o < s.maps) {
             y[(e + row) * s.maps + o] = value;
@@ -520,7 +550,8 @@ __global__ void linear_backward(P p, S s, int n, int input_blocks, int share, in
             const real g = tile_of_product<real>(
                 end - e, inputs - first, 0, s.maps,
                 [&](int i, int o) { return dy(o, (e + i) * s.maps + o); }, true,
-                [&](int i, int o) { return weight[o * inputs + first + i]; }, false, memory.free);
+                [&](int i, int o) { return weight[o * inputs + first + i]; }, false, memory.free,
+                [](int, int, real) {});
             if (e + row < end && k < inputs) {
                 input_backward(p, normalized, before, e + row, k, g, dz_before, found);
             }
@@ -546,7 +577,7 @@ __global__ void linear_backward(P p, S s, int n, int input_blocks, int share, in
             [&](int i, int e) {
                 return first + i == inputs ? real(1) : x[e * inputs + first + i];
             },
-            false, memory.free);
+            false, memory.free, [](int, int, real) {});
         const int o = first_map + row, k = first + column;
         if (o < s.maps && k < inputs) {
             dw[(part * s.maps + o) * inputs + k] = value;
@@ -591,21 +622,21 @@ __device__ void clear(real* planes, int count) {
     __syncthreads();
 }
 
-// An example's maps into planes: number t, value(t), at (i, j) of its map comes to
+// An example's maps into planes: number t, load(t), at (i, j) of its map comes to
 // (i · stride_h + above, j · stride_w + left). What lies outside of the planes, nobody reads.
-template <typename real, typename Value>
+// Then keep(t, load(t)).
+template <typename real, typename Load, typename Keep>
 __device__ __forceinline__ void spread(int maps, int rows, int columns, Planes shape, int stride_h,
-                                       int stride_w, int above, int left, real* planes,
-                                       Value value) {
-#pragma unroll 4
-    for (int t = threadIdx.x; t < maps * rows * columns; t += THREADS) {
+                                       int stride_w, int above, int left, real* planes, Load load,
+                                       Keep keep) {
+    transfer<real>(maps * rows * columns, load, [&](int t, real found) {
         const int map = t / (rows * columns);
         const int i = t / columns % rows * stride_h + above, j = t % columns * stride_w + left;
-        const real found = value(t);
         if (0 <= i && i < shape.height && 0 <= j && j < shape.width) {
             planes[map * shape.area() + i * shape.pitch() + j] = found;
         }
-    }
+        keep(t, found);
+    });
 }
 
 // The sum that convolution and its backward by the input are:
@@ -626,12 +657,15 @@ __device__ __forceinline__ void correlate(int channels, const real* in, int maps
     for (int first = 0; first < channels; first += strip) {
         const int count = min(strip, channels - first);
         __syncthreads();  // before these weights take the place of the last ones
-        for (int t = threadIdx.x; t < count * taps * groups * MAPS; t += THREADS) {
-            const int o = t % (groups * MAPS), tap = t / (groups * MAPS) % taps;
-            const int c = first + t / (groups * MAPS * taps);
-            // Down the kernel's columns: that is the order in which they are used.
-            weights[t] = o < maps ? weight(o, c, tap % kernel_h, tap / kernel_h) : real(0);
-        }
+        transfer<real>(
+            count * taps * groups * MAPS,
+            [&](int t) {
+                const int o = t % (groups * MAPS), tap = t / (groups * MAPS) % taps;
+                const int c = first + t / (groups * MAPS * taps);
+                // Down the kernel's columns: that is the order in which they are used.
+                return o < maps ? weight(o, c, tap % kernel_h, tap / kernel_h) : real(0);
+            },
+            [&](int t, real found) { weights[t] = found; });
         __syncthreads();
         for (int t = threadIdx.x; t < groups * strips * columns; t += THREADS) {
             const int q = t % columns, p = t / columns % strips * ROWS;
@@ -697,12 +731,11 @@ __global__ void conv_forward(P p, S s, int n, int share, int strip, Batch batch,
     const int begin = blockIdx.x * share, end = min(begin + share, n);
     for (int e = begin; e < end; ++e) {
         spread(s.channels, s.height, s.width, shape, 1, 1, s.padding_h, s.padding_w, planes,
-               [&](int t) {
-                   const real found = input(e, t);
+               [&](int t) { return input(e, t); },
+               [&](int t, real found) {
                    if (x != nullptr) {
                        x[e * pixels + t] = found;
                    }
-                   return found;
                });
         correlate<real>(
             s.channels, planes, s.maps, s.rows, s.columns, s.kernel_h, s.kernel_w, s.stride_h,
@@ -834,7 +867,7 @@ __global__ void conv_backward(P p, S s, int n, int input_blocks, int share, int 
         for (int e = begin; e < end; ++e) {
             spread(s.maps, s.rows, s.columns, shape, s.stride_h, s.stride_w,
                    s.kernel_h - 1 - s.padding_h, s.kernel_w - 1 - s.padding_w, planes,
-                   [&](int t) { return dy(t / area, e * s.maps * area + t); });
+                   [&](int t) { return dy(t / area, e * s.maps * area + t); }, [](int, real) {});
             correlate<real>(
                 s.maps, planes, s.channels, s.height, s.width, s.kernel_h, s.kernel_w, 1, 1,
                 [](int) { return real(0); },
@@ -874,9 +907,9 @@ __global__ void conv_backward(P p, S s, int n, int input_blocks, int share, int 
         const int begin = part * weight_share, end = min(begin + weight_share, n);
         for (int e = begin; e < end; ++e) {
             spread(s.channels, s.height, s.width, shape, 1, 1, s.padding_h, s.padding_w, planes,
-                   [&](int t) { return x[e * pixels + t]; });
+                   [&](int t) { return x[e * pixels + t]; }, [](int, real) {});
             spread(s.maps, s.rows, s.columns, maps, 1, 1, 0, 0, gradients,
-                   [&](int t) { return dy(t / area, e * s.maps * area + t); });
+                   [&](int t) { return dy(t / area, e * s.maps * area + t); }, [](int, real) {});
             __syncthreads();
             add_weight_gradient(s, e == begin, planes, gradients, results, dw);
             for (int o = threadIdx.x; db != nullptr && o < s.maps; o += THREADS) {
