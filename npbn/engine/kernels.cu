@@ -227,15 +227,17 @@ __device__ Normalization<real> normalization(P p, int n, const Norm<real>& norm,
             const int end = o < p.maps ? norm.parts : 0;
             const double* means = norm.means + o * norm.parts;
             const double pivot = end > 0 ? means[0] : 0;
-            double sums[2] = {};  // Σ m_t (μ_t - pivot), and of its squares, of which it is 1/m
+            double sums[2] = {};  // Σ m_t (μ_t - pivot), and Σ (q_t + m_t (μ_t - pivot)²)
+#pragma unroll 8  // so many loads under way at a time; what they bring is still added in order
             for (int t = lane; t < end; t += lanes) {
-                const double m = min(norm.share, n - t * norm.share), d = means[t] - pivot;
+                const double m = double(area) * min(norm.share, n - t * norm.share);
+                const double d = means[t] - pivot;
                 sums[0] += m * d;
-                sums[1] += norm.squares[o * norm.parts + t] / double(area) + m * d * d;
+                sums[1] += norm.squares[o * norm.parts + t] + m * d * d;
             }
             group_sums(sums, lanes);
-            const double d = sums[0] / n, mu = pivot + d;
-            var = sums[1] / n - d * d;
+            const double m = double(area) * n, d = sums[0] / m, mu = pivot + d;
+            var = sums[1] / m - d * d;
             mean = mu;
             rest = mu - mean;
             if (blockIdx.x == 0 && blockIdx.y == 0 && lane == 0 && o < p.maps) {
