@@ -40,6 +40,7 @@ constexpr int ROWS = 4;     // of a convolution's output that a thread computes,
 constexpr int MAPS = 2;     // in so many maps
 constexpr int TAPS = 5;     // of a kernel's row whose gradient a thread computes, in as many maps
 constexpr int TOGETHER = 8; // numbers from far memory that a thread waits for together
+constexpr int BANKS = 32;   // of shared memory, neighbours in neighbouring ones; a power of two
 constexpr int WIDTH = 32;   // neighbouring parameters that a block of `sgd` updates together
 
 // The sizes of a stage, known when the program runs.
@@ -594,25 +595,38 @@ __global__ void linear_backward(P p, S s, int n, int input_blocks, int share, in
 
 // ---------------------------------------------------------------------------------- convolutions
 
-// An example's planes in shared memory. Rows begin an odd number of places apart, so that numbers one
-// above the other are in different banks.
+// An example's planes in shared memory, with some room behind rows and planes: what neighbouring
+// threads read at a time is then in different banks, as far as it can be.
 struct Planes {
-    int height, width;
-
-    __device__ constexpr int pitch() const { return width | 1; }
-    __device__ constexpr int area() const { return height * pitch(); }
+    int height, width, pitch, area;
 };
 
-// What a convolution to maps of rows × columns reads, by threads with ROWS rows each.
-__device__ constexpr Planes planes_read(int rows, int columns, int kernel_h, int kernel_w,
-                                        int stride_h, int stride_w) {
-    return {((rows + ROWS - 1) / ROWS * ROWS - 1) * stride_h + kernel_h,
-            (columns - 1) * stride_w + kernel_w};
+// The number, or the next above it that leaves what `like` leaves when divided by `divisor`.
+__device__ constexpr int raised(int number, int like, int divisor) {
+    return number + ((like - number) & (divisor - 1));
 }
 
-template <typename S>
-__device__ constexpr Planes planes_of(S s) {
-    return planes_read(s.rows, s.columns, s.kernel_h, s.kernel_w, s.stride_h, s.stride_w);
+// What a convolution to maps of rows × columns reads, by threads with ROWS rows each: where a row's
+// threads end in the banks, those ROWS below it begin.
+__device__ constexpr Planes planes_read(int rows, int columns, int kernel_h, int kernel_w,
+                                        int stride_h, int stride_w) {
+    const int height = ((rows + ROWS - 1) / ROWS * ROWS - 1) * stride_h + kernel_h;
+    const int width = (columns - 1) * stride_w + kernel_w;
+    const int pitch = raised(width, (columns + ROWS - 1) / ROWS, BANKS / ROWS);
+    return {height, width, pitch, height * pitch};
+}
+
+// What the gradient by its weights reads, by threads for each row of the kernel, and each channel:
+// where a channel's rows end in the banks, those of the next begin.
+__device__ constexpr Planes planes_summed(int rows, int columns, int kernel_h, int kernel_w,
+                                          int stride_h, int stride_w) {
+    const int height = (rows - 1) * stride_h + kernel_h, width = (columns - 1) * stride_w + kernel_w;
+    const int pitch = width | 1;
+    return {height, width, pitch, raised(height * pitch, kernel_h * pitch, BANKS)};
+}
+
+__device__ constexpr Planes planes_of_maps(int rows, int columns) {
+    return {rows, columns, columns | 1, rows * (columns | 1)};
 }
 
 // Zeros everywhere. What is not written to afterwards, the padding, keeps them.
@@ -635,7 +649,7 @@ __device__ __forceinline__ void spread(int maps, int rows, int columns, Planes s
         const int map = t / (rows * columns);
         const int i = t / columns % rows * stride_h + above, j = t % columns * stride_w + left;
         if (0 <= i && i < shape.height && 0 <= j && j < shape.width) {
-            planes[map * shape.area() + i * shape.pitch() + j] = found;
+            planes[map * shape.area + i * shape.pitch + j] = found;
         }
         keep(t, found);
     });
@@ -653,7 +667,7 @@ __device__ __forceinline__ void correlate(int channels, const real* in, int maps
                                           real* weights, real* out) {
     using Pair = Vector<real, MAPS>;
     const Planes shape = planes_read(rows, columns, kernel_h, kernel_w, stride_h, stride_w);
-    const int pitch = shape.pitch(), plane = shape.area();
+    const int pitch = shape.pitch, plane = shape.area;
     const int groups = (maps + MAPS - 1) / MAPS, strips = (rows + ROWS - 1) / ROWS;
     const int taps = kernel_h * kernel_w;
     for (int first = 0; first < channels; first += strip) {
@@ -726,10 +740,11 @@ __global__ void conv_forward(P p, S s, int n, int share, int strip, Batch batch,
     const Input<real, P> input =
         input_of(p, normalization(p, n, norm, memory), before, batch);
     const int pixels = s.channels * s.height * s.width, area = s.rows * s.columns;
-    const Planes shape = planes_of(s);
-    real* planes = memory.take(s.channels * shape.area());
+    const Planes shape = planes_read(s.rows, s.columns, s.kernel_h, s.kernel_w, s.stride_h,
+                                     s.stride_w);
+    real* planes = memory.take(s.channels * shape.area);
     real* out = memory.take(s.maps * area);
-    clear(planes, s.channels * shape.area());
+    clear(planes, s.channels * shape.area);
     const int begin = blockIdx.x * share, end = min(begin + share, n);
     for (int e = begin; e < end; ++e) {
         spread(s.channels, s.height, s.width, shape, 1, 1, s.padding_h, s.padding_w, planes,
@@ -780,9 +795,9 @@ __global__ void conv_forward(P p, S s, int n, int share, int strip, Batch batch,
 // A thread has TAPS neighbours in j, of MAPS maps: each number it reads is used several times. Where
 // there are more threads than such groups, each group's rows are shared out among `lanes`.
 template <typename real, typename S>
-__device__ __forceinline__ void add_weight_gradient(S s, bool first, const real* planes,
+__device__ __forceinline__ void add_weight_gradient(S s, bool first, Planes shape,
+                                                    const real* planes, Planes maps,
                                                     const real* dy, real* sums, real* dw) {
-    const Planes shape = planes_of(s), maps = {s.rows, s.columns};
     const int across = (s.kernel_w + TAPS - 1) / TAPS, pairs = (s.maps + MAPS - 1) / MAPS;
     const int groups = pairs * s.channels * s.kernel_h * across;
     const int most = max(1, min(s.rows, THREADS / groups)), each = (s.rows + most - 1) / most;
@@ -797,12 +812,12 @@ __device__ __forceinline__ void add_weight_gradient(S s, bool first, const real*
             const int o = group / (across * s.kernel_h * s.channels) * MAPS;
             for (int p = lane; p < s.rows; p += lanes) {
                 const real* seen =
-                    planes + c * shape.area() + (p * s.stride_h + i) * shape.pitch() + j;
-                const real* above = dy + o * maps.area() + p * maps.pitch();
+                    planes + c * shape.area + (p * s.stride_h + i) * shape.pitch + j;
+                const real* above = dy + o * maps.area + p * maps.pitch;
 #pragma unroll 8
                 for (int q = 0; q < s.columns; ++q) {
                     for (int m = 0; m < MAPS; ++m) {
-                        const real d = above[m * maps.area() + q];
+                        const real d = above[m * maps.area + q];
                         for (int t = 0; t < TAPS; ++t) {
                             found[m][t] += d * seen[q * s.stride_w + t];
                         }
@@ -862,9 +877,9 @@ __global__ void conv_backward(P p, S s, int n, int input_blocks, int share, int 
     if (blockIdx.x < input_blocks) {
         const Normalization<real> normalized = normalization(p, n, norm_before, memory);
         const Planes shape = planes_read(s.height, s.width, s.kernel_h, s.kernel_w, 1, 1);
-        real* planes = memory.take(s.maps * shape.area());
+        real* planes = memory.take(s.maps * shape.area);
         real* dx = memory.take(s.channels * seen);
-        clear(planes, s.maps * shape.area());
+        clear(planes, s.maps * shape.area);
         const int begin = blockIdx.x * share, end = min(begin + share, n);
         for (int e = begin; e < end; ++e) {
             spread(s.maps, s.rows, s.columns, shape, s.stride_h, s.stride_w,
@@ -899,12 +914,14 @@ __global__ void conv_backward(P p, S s, int n, int input_blocks, int share, int 
         }
     } else {
         const int part = blockIdx.x - input_blocks, pixels = s.channels * seen;
-        const Planes shape = planes_of(s), maps = {s.rows, s.columns};
+        const Planes maps = planes_of_maps(s.rows, s.columns);
+        const Planes shape = planes_summed(s.rows, s.columns, s.kernel_h, s.kernel_w, s.stride_h,
+                                           s.stride_w);
         // TAPS more: what is read, and not used, behind the last.
-        real* planes = memory.take(s.channels * shape.area() + TAPS);
-        real* gradients = memory.take((s.maps + MAPS - 1) / MAPS * MAPS * maps.area());
+        real* planes = memory.take(s.channels * shape.area + TAPS);
+        real* gradients = memory.take((s.maps + MAPS - 1) / MAPS * MAPS * maps.area);
         real* results = memory.take(MAPS * TAPS * THREADS);
-        clear(planes, s.channels * shape.area());
+        clear(planes, s.channels * shape.area);
         dw += part * s.maps * s.channels * s.kernel_h * s.kernel_w;
         const int begin = part * weight_share, end = min(begin + weight_share, n);
         for (int e = begin; e < end; ++e) {
@@ -913,12 +930,12 @@ __global__ void conv_backward(P p, S s, int n, int input_blocks, int share, int 
             spread(s.maps, s.rows, s.columns, maps, 1, 1, 0, 0, gradients,
                    [&](int t) { return dy(t / area, e * s.maps * area + t); }, [](int, real) {});
             __syncthreads();
-            add_weight_gradient(s, e == begin, planes, gradients, results, dw);
+            add_weight_gradient(s, e == begin, shape, planes, maps, gradients, results, dw);
             for (int o = threadIdx.x; db != nullptr && o < s.maps; o += THREADS) {
                 real sum = e == begin ? real(0) : db[part * s.maps + o];
                 for (int t = 0; t < area; ++t) {
-                    const int place = t / s.columns * maps.pitch() + t % s.columns;
-                    sum += gradients[o * maps.area() + place];
+                    const int place = t / s.columns * maps.pitch + t % s.columns;
+                    sum += gradients[o * maps.area + place];
                 }
                 db[part * s.maps + o] = sum;
             }
