@@ -39,7 +39,6 @@ constexpr int VECTOR = 4;   // numbers that a thread reads from shared memory at
 constexpr int ROWS = 4;     // of a convolution's output that a thread computes, below each other,
 constexpr int MAPS = 2;     // in so many maps
 constexpr int TAPS = 5;     // of a kernel's row whose gradient a thread computes, in as many maps
-constexpr int TOGETHER = 8; // numbers from far memory that a thread waits for together
 constexpr int BANKS = 32;   // of shared memory, neighbours in neighbouring ones; a power of two
 constexpr int WIDTH = 32;   // neighbouring parameters that a block of `sgd` updates together
 
@@ -131,7 +130,7 @@ struct alignas(COUNT * sizeof(real)) Vector {
 // cycles, and a store might change what later loads find, for all the compiler knows. So each thread
 // loads TOGETHER numbers before it stores any: they are under way at the same time. Where there are
 // fewer, it loads the last one again, because a branch would have to wait for what is within it.
-template <typename real, typename Load, typename Store>
+template <int TOGETHER, typename real, typename Load, typename Store>
 __device__ __forceinline__ void transfer(int count, Load load, Store store) {
     for (int start = threadIdx.x; start < count; start += TOGETHER * THREADS) {
         real found[TOGETHER];
@@ -444,7 +443,7 @@ __device__ real tile_of_product(int rows, int columns, int begin, int end, Left 
         const int depth = min(DEPTH, end - start);
         // What is outside of a matrix is a number at its edge, until it is stored.
         const auto bring = [&](int count, auto matrix, bool along_k, real* strip, auto kept) {
-            transfer<real>(
+            transfer<SIDE * DEPTH / THREADS, real>(
                 SIDE * DEPTH,
                 [&](int t) {
                     const int k = along_k ? t % DEPTH : t / SIDE;
@@ -641,11 +640,11 @@ __device__ void clear(real* planes, int count) {
 // An example's maps into planes: number t, load(t), at (i, j) of its map comes to
 // (i · stride_h + above, j · stride_w + left). What lies outside of the planes, nobody reads.
 // Then keep(t, load(t)).
-template <typename real, typename Load, typename Keep>
+template <int TOGETHER, typename real, typename Load, typename Keep>
 __device__ __forceinline__ void spread(int maps, int rows, int columns, Planes shape, int stride_h,
                                        int stride_w, int above, int left, real* planes, Load load,
                                        Keep keep) {
-    transfer<real>(maps * rows * columns, load, [&](int t, real found) {
+    transfer<TOGETHER, real>(maps * rows * columns, load, [&](int t, real found) {
         const int map = t / (rows * columns);
         const int i = t / columns % rows * stride_h + above, j = t % columns * stride_w + left;
         if (0 <= i && i < shape.height && 0 <= j && j < shape.width) {
@@ -673,7 +672,7 @@ __device__ __forceinline__ void correlate(int channels, const real* in, int maps
     for (int first = 0; first < channels; first += strip) {
         const int count = min(strip, channels - first);
         __syncthreads();  // before these weights take the place of the last ones
-        transfer<real>(
+        transfer<8, real>(
             count * taps * groups * MAPS,
             [&](int t) {
                 const int o = t % (groups * MAPS), tap = t / (groups * MAPS) % taps;
@@ -747,13 +746,14 @@ __global__ void conv_forward(P p, S s, int n, int share, int strip, Batch batch,
     clear(planes, s.channels * shape.area);
     const int begin = blockIdx.x * share, end = min(begin + share, n);
     for (int e = begin; e < end; ++e) {
-        spread(s.channels, s.height, s.width, shape, 1, 1, s.padding_h, s.padding_w, planes,
-               [&](int t) { return input(e, t); },
-               [&](int t, real found) {
-                   if (x != nullptr) {
-                       x[e * pixels + t] = found;
-                   }
-               });
+        spread<4>(  // no more: each takes long to compute
+            s.channels, s.height, s.width, shape, 1, 1, s.padding_h, s.padding_w, planes,
+            [&](int t) { return input(e, t); },
+            [&](int t, real found) {
+                if (x != nullptr) {
+                    x[e * pixels + t] = found;
+                }
+            });
         correlate<real>(
             s.channels, planes, s.maps, s.rows, s.columns, s.kernel_h, s.kernel_w, s.stride_h,
             s.stride_w, [&](int o) { return bias == nullptr ? real(0) : bias[o]; },
@@ -882,7 +882,7 @@ __global__ void conv_backward(P p, S s, int n, int input_blocks, int share, int 
         clear(planes, s.maps * shape.area);
         const int begin = blockIdx.x * share, end = min(begin + share, n);
         for (int e = begin; e < end; ++e) {
-            spread(s.maps, s.rows, s.columns, shape, s.stride_h, s.stride_w,
+            spread<8>(s.maps, s.rows, s.columns, shape, s.stride_h, s.stride_w,
                    s.kernel_h - 1 - s.padding_h, s.kernel_w - 1 - s.padding_w, planes,
                    [&](int t) { return dy(t / area, e * s.maps * area + t); }, [](int, real) {});
             correlate<real>(
@@ -925,9 +925,9 @@ __global__ void conv_backward(P p, S s, int n, int input_blocks, int share, int 
         dw += part * s.maps * s.channels * s.kernel_h * s.kernel_w;
         const int begin = part * weight_share, end = min(begin + weight_share, n);
         for (int e = begin; e < end; ++e) {
-            spread(s.channels, s.height, s.width, shape, 1, 1, s.padding_h, s.padding_w, planes,
+            spread<8>(s.channels, s.height, s.width, shape, 1, 1, s.padding_h, s.padding_w, planes,
                    [&](int t) { return x[e * pixels + t]; }, [](int, real) {});
-            spread(s.maps, s.rows, s.columns, maps, 1, 1, 0, 0, gradients,
+            spread<8>(s.maps, s.rows, s.columns, maps, 1, 1, 0, 0, gradients,
                    [&](int t) { return dy(t / area, e * s.maps * area + t); }, [](int, real) {});
             __syncthreads();
             add_weight_gradient(s, e == begin, shape, planes, maps, gradients, results, dw);
