@@ -42,6 +42,11 @@ constexpr int TAPS = 5;     // of a kernel's row whose gradient a thread compute
 constexpr int BANKS = 32;   // of shared memory, neighbours in neighbouring ones; a power of two
 constexpr int WIDTH = 32;   // neighbouring parameters that a block of `sgd` updates together
 
+// Blocks for which a processor is to have registers. A thread may have its share of them, which it
+// needs for the numbers that it waits for together: the compiler, left alone, is more sparing.
+template <typename real>
+constexpr int RESIDENT = sizeof(real) == 4 ? 3 : 1;
+
 // The sizes of a stage, known when the program runs.
 struct Shape {
     int channels, height, width;                                       // of x: (C, H, W)
@@ -482,11 +487,11 @@ __device__ real tile_of_product(int rows, int columns, int begin, int end, Left 
 // Launch: grid (parts of `share` examples, tiles of SIDE outputs). Moves the stage before's y and w
 // in, y and x out.
 template <typename real, typename P, typename S>
-__global__ void linear_forward(P p, S s, int n, int share, Batch batch, Norm<real> norm,
-                               const real* __restrict__ before, const real* __restrict__ weight,
-                               const real* __restrict__ bias, real* __restrict__ x,
-                               real* __restrict__ y, double* __restrict__ means,
-                               real* __restrict__ squares) {
+__global__ void __launch_bounds__(THREADS, RESIDENT<real>)
+linear_forward(P p, S s, int n, int share, Batch batch, Norm<real> norm,
+               const real* __restrict__ before, const real* __restrict__ weight,
+               const real* __restrict__ bias, real* __restrict__ x, real* __restrict__ y,
+               double* __restrict__ means, real* __restrict__ squares) {
     Memory<real> memory;
     const Input<real, P> input =
         input_of(p, normalization(p, n, norm, memory), before, batch);
@@ -730,11 +735,11 @@ __device__ __forceinline__ void correlate(int channels, const real* in, int maps
 // Launch: grid (parts of `share` examples). Moves the stage before's y in (at first: the images), y
 // and x out.
 template <typename real, typename P, typename S>
-__global__ void conv_forward(P p, S s, int n, int share, int strip, Batch batch, Norm<real> norm,
-                             const real* __restrict__ before, const real* __restrict__ weight,
-                             const real* __restrict__ bias, real* __restrict__ x,
-                             real* __restrict__ y, double* __restrict__ means,
-                             real* __restrict__ squares) {
+__global__ void __launch_bounds__(THREADS, RESIDENT<real>)
+conv_forward(P p, S s, int n, int share, int strip, Batch batch, Norm<real> norm,
+             const real* __restrict__ before, const real* __restrict__ weight,
+             const real* __restrict__ bias, real* __restrict__ x, real* __restrict__ y,
+             double* __restrict__ means, real* __restrict__ squares) {
     Memory<real> memory;
     const Input<real, P> input =
         input_of(p, normalization(p, n, norm, memory), before, batch);
@@ -898,6 +903,7 @@ __global__ void conv_backward(P p, S s, int n, int input_blocks, int share, int 
             for (int first = 0; first < p.maps; first += THREADS / lanes) {
                 const int o = first + threadIdx.x / lanes, last = o < p.maps ? items : 0;
                 real found[2] = {};
+#pragma unroll 4
                 for (int t = lane; t < last; t += lanes) {
                     input_backward(p, normalized, before, e, o * items + t, dx[o * items + t],
                                    dz_before, found);
