@@ -39,7 +39,13 @@ constexpr int VECTOR = 4;   // numbers that a thread reads from shared memory at
 constexpr int ROWS = 4;     // of a convolution's output that a thread computes, below each other,
 constexpr int MAPS = 2;     // in so many maps
 constexpr int TAPS = 5;     // of a kernel's row whose gradient a thread computes, in as many maps
+constexpr int BANKS = 32;   // of shared memory, neighbours in neighbouring ones; a power of two
 constexpr int WIDTH = 32;   // neighbouring parameters that a block of `sgd` updates together
+
+// Blocks for which a processor is to have registers. A thread may have its share of them, which it
+// needs for the numbers that it waits for together: the compiler, left alone, is more sparing.
+template <typename real>
+constexpr int RESIDENT = sizeof(real) == 4 ? 3 : 1;
 
 // The sizes of a stage, known when the program runs.
 struct Shape {
@@ -125,6 +131,27 @@ struct alignas(COUNT * sizeof(real)) Vector {
     real v[COUNT];
 };
 
+// store(t, load(t)) for 0 <= t < count, by all threads. A load from far memory takes hundreds of
+// cycles, and a store might change what later loads find, for all the compiler knows. So each thread
+// loads TOGETHER numbers before it stores any: they are under way at the same time. Where there are
+// fewer, it loads the last one again, because a branch would have to wait for what is within it.
+template <int TOGETHER, typename real, typename Load, typename Store>
+__device__ __forceinline__ void transfer(int count, Load load, Store store) {
+    for (int start = threadIdx.x; start < count; start += TOGETHER * THREADS) {
+        real found[TOGETHER];
+#pragma unroll
+        for (int k = 0; k < TOGETHER; ++k) {
+            found[k] = load(min(start + k * THREADS, count - 1));
+        }
+#pragma unroll
+        for (int k = 0; k < TOGETHER; ++k) {
+            if (start + k * THREADS < count) {
+                store(start + k * THREADS, found[k]);
+            }
+        }
+    }
+}
+
 // The sums of the values that so many neighbouring threads have, in each of them.
 template <int COUNT, typename T>
 __device__ void group_sums(T (&values)[COUNT], int lanes) {
@@ -205,15 +232,17 @@ __device__ Normalization<real> normalization(P p, int n, const Norm<real>& norm,
             const int end = o < p.maps ? norm.parts : 0;
             const double* means = norm.means + o * norm.parts;
             const double pivot = end > 0 ? means[0] : 0;
-            double sums[2] = {};  // Σ m_t (μ_t - pivot), and of its squares, of which it is 1/m
+            double sums[2] = {};  // Σ m_t (μ_t - pivot), and Σ (q_t + m_t (μ_t - pivot)²)
+#pragma unroll 8  // so many loads under way at a time; what they bring is still added in order
             for (int t = lane; t < end; t += lanes) {
-                const double m = min(norm.share, n - t * norm.share), d = means[t] - pivot;
+                const double m = double(area) * min(norm.share, n - t * norm.share);
+                const double d = means[t] - pivot;
                 sums[0] += m * d;
-                sums[1] += norm.squares[o * norm.parts + t] / double(area) + m * d * d;
+                sums[1] += norm.squares[o * norm.parts + t] + m * d * d;
             }
             group_sums(sums, lanes);
-            const double d = sums[0] / n, mu = pivot + d;
-            var = sums[1] / n - d * d;
+            const double m = double(area) * n, d = sums[0] / m, mu = pivot + d;
+            var = sums[1] / m - d * d;
             mean = mu;
             rest = mu - mean;
             if (blockIdx.x == 0 && blockIdx.y == 0 && lane == 0 && o < p.maps) {
@@ -362,12 +391,9 @@ __device__ Gradient<real> gradient_of(S s, int n, const Norm<real>& norm, const 
                                   memory.take(s.maps),
                                   memory.take(s.maps),
                                   norm.gamma != nullptr};
-    if (!found.norm) {
-        return found;
-    }
     const int lanes = lanes_of(s.maps), lane = threadIdx.x % lanes;
     const real m = real(n) * s.rows * s.columns;
-    for (int first = 0; first < s.maps; first += THREADS / lanes) {
+    for (int first = 0; found.norm && first < s.maps; first += THREADS / lanes) {
         const int o = first + threadIdx.x / lanes;
         const int end = o < s.maps ? sums.parts : 0;
         real found_sums[2] = {};
@@ -408,30 +434,40 @@ __device__ void merge(int before, int count, real mean, const real (&sums)[2], d
 // and columns. Thread t has row t % SIDE and column t / SIDE. Strips of the two matrices, DEPTH in
 // k, are brought to shared memory together, where SIDE threads read each number; what is outside of
 // the matrices is 0 there. Whether neighbours in k, rather than neighbours in row or column, are
-// neighbours in memory is for the caller to say; neighbouring threads then read them so.
-template <typename real, typename Left, typename Right>
+// neighbours in memory is for the caller to say; neighbouring threads then read them so. Once for
+// each number on the left, keep(row, k, number).
+template <typename real, typename Left, typename Right, typename Keep>
 __device__ real tile_of_product(int rows, int columns, int begin, int end, Left left,
-                                bool left_along_k, Right right, bool right_along_k, real* strips) {
+                                bool left_along_k, Right right, bool right_along_k, real* strips,
+                                Keep keep) {
     using Four = Vector<real, VECTOR>;
     constexpr int PITCH = DEPTH + VECTOR;  // rows one above the other begin in different banks
     real *lefts = strips, *rights = strips + SIDE * PITCH;
     real sums[VECTOR] = {};
     for (int start = begin; start < end; start += DEPTH) {
         const int depth = min(DEPTH, end - start);
+        // What is outside of a matrix is a number at its edge, until it is stored.
+        const auto bring = [&](int count, auto matrix, bool along_k, real* strip, auto kept) {
+            transfer<SIDE * DEPTH / THREADS, real>(
+                SIDE * DEPTH,
+                [&](int t) {
+                    const int k = along_k ? t % DEPTH : t / SIDE;
+                    const int i = along_k ? t / DEPTH : t % SIDE;
+                    return matrix(min(i, count - 1), start + min(k, depth - 1));
+                },
+                [&](int t, real found) {
+                    const int k = along_k ? t % DEPTH : t / SIDE;
+                    const int i = along_k ? t / DEPTH : t % SIDE;
+                    const bool inside = i < count && k < depth;
+                    strip[i * PITCH + k] = inside ? found : real(0);
+                    if (inside) {
+                        kept(i, start + k, found);
+                    }
+                });
+        };
         __syncthreads();  // before this strip takes the place of the last one
-#pragma unroll 4
-        for (int t = threadIdx.x; t < SIDE * DEPTH; t += THREADS) {
-            const int k = left_along_k ? t % DEPTH : t / SIDE;
-            const int row = left_along_k ? t / DEPTH : t % SIDE;
-            lefts[row * PITCH + k] = k < depth && row < rows ? left(row, start + k) : real(0);
-        }
-#pragma unroll 4
-        for (int t = threadIdx.x; t < SIDE * DEPTH; t += THREADS) {
-            const int k = right_along_k ? t % DEPTH : t / SIDE;
-            const int column = right_along_k ? t / DEPTH : t % SIDE;
-            rights[column * PITCH + k] =
-                k < depth && column < columns ? right(column, start + k) : real(0);
-        }
+        bring(rows, left, left_along_k, lefts, keep);
+        bring(columns, right, right_along_k, rights, [](int, int, real) {});
         __syncthreads();
         const Four* a = reinterpret_cast<const Four*>(lefts + threadIdx.x % SIDE * PITCH);
         const Four* b = reinterpret_cast<const Four*>(rights + threadIdx.x / SIDE * PITCH);
@@ -451,11 +487,11 @@ __device__ real tile_of_product(int rows, int columns, int begin, int end, Left 
 // Launch: grid (parts of `share` examples, tiles of SIDE outputs). Moves the stage before's y and w
 // in, y and x out.
 template <typename real, typename P, typename S>
-__global__ void linear_forward(P p, S s, int n, int share, Batch batch, Norm<real> norm,
-                               const real* __restrict__ before, const real* __restrict__ weight,
-                               const real* __restrict__ bias, real* __restrict__ x,
-                               real* __restrict__ y, double* __restrict__ means,
-                               real* __restrict__ squares) {
+__global__ void __launch_bounds__(THREADS, RESIDENT<real>)
+linear_forward(P p, S s, int n, int share, Batch batch, Norm<real> norm,
+               const real* __restrict__ before, const real* __restrict__ weight,
+               const real* __restrict__ bias, real* __restrict__ x, real* __restrict__ y,
+               double* __restrict__ means, real* __restrict__ squares) {
     Memory<real> memory;
     const Input<real, P> input =
         input_of(p, normalization(p, n, norm, memory), before, batch);
@@ -465,15 +501,13 @@ __global__ void linear_forward(P p, S s, int n, int share, Batch batch, Norm<rea
         const int count = min(SIDE, end - e), row = threadIdx.x % SIDE;
         real value = tile_of_product<real>(
             count, s.maps - first_map, 0, inputs,
-            [&](int i, int k) {
-                const real found = input(e + i, k);
+            [&](int i, int k) { return input(e + i, k); }, true,
+            [&](int i, int k) { return weight[(first_map + i) * inputs + k]; }, true, memory.free,
+            [&](int i, int k, real found) {
                 if (x != nullptr && first_map == 0) {
                     x[(e + i) * inputs + k] = found;
                 }
-                return found;
-            },
-            true, [&](int i, int k) { return weight[(first_map + i) * inputs + k]; }, true,
-            memory.free);
+            });
         value += bias == nullptr || o >= s.maps ? real(0) : bias[o];
         if (row < count && o < s.maps) {
             y[(e + row) * s.maps + o] = value;
@@ -523,7 +557,8 @@ __global__ void linear_backward(P p, S s, int n, int input_blocks, int share, in
             const real g = tile_of_product<real>(
                 end - e, inputs - first, 0, s.maps,
                 [&](int i, int o) { return dy(o, (e + i) * s.maps + o); }, true,
-                [&](int i, int o) { return weight[o * inputs + first + i]; }, false, memory.free);
+                [&](int i, int o) { return weight[o * inputs + first + i]; }, false, memory.free,
+                [](int, int, real) {});
             if (e + row < end && k < inputs) {
                 input_backward(p, normalized, before, e + row, k, g, dz_before, found);
             }
@@ -549,7 +584,7 @@ __global__ void linear_backward(P p, S s, int n, int input_blocks, int share, in
             [&](int i, int e) {
                 return first + i == inputs ? real(1) : x[e * inputs + first + i];
             },
-            false, memory.free);
+            false, memory.free, [](int, int, real) {});
         const int o = first_map + row, k = first + column;
         if (o < s.maps && k < inputs) {
             dw[(part * s.maps + o) * inputs + k] = value;
@@ -564,25 +599,38 @@ __global__ void linear_backward(P p, S s, int n, int input_blocks, int share, in
 
 // ---------------------------------------------------------------------------------- convolutions
 
-// An example's planes in shared memory. Rows begin an odd number of places apart, so that numbers one
-// above the other are in different banks.
+// An example's planes in shared memory, with some room behind rows and planes: what neighbouring
+// threads read at a time is then in different banks, as far as it can be.
 struct Planes {
-    int height, width;
-
-    __device__ constexpr int pitch() const { return width | 1; }
-    __device__ constexpr int area() const { return height * pitch(); }
+    int height, width, pitch, area;
 };
 
-// What a convolution to maps of rows × columns reads, by threads with ROWS rows each.
-__device__ constexpr Planes planes_read(int rows, int columns, int kernel_h, int kernel_w,
-                                        int stride_h, int stride_w) {
-    return {((rows + ROWS - 1) / ROWS * ROWS - 1) * stride_h + kernel_h,
-            (columns - 1) * stride_w + kernel_w};
+// The number, or the next above it that leaves what `like` leaves when divided by `divisor`.
+__device__ constexpr int raised(int number, int like, int divisor) {
+    return number + ((like - number) & (divisor - 1));
 }
 
-template <typename S>
-__device__ constexpr Planes planes_of(S s) {
-    return planes_read(s.rows, s.columns, s.kernel_h, s.kernel_w, s.stride_h, s.stride_w);
+// What a convolution to maps of rows × columns reads, by threads with ROWS rows each: where a row's
+// threads end in the banks, those ROWS below it begin.
+__device__ constexpr Planes planes_read(int rows, int columns, int kernel_h, int kernel_w,
+                                        int stride_h, int stride_w) {
+    const int height = ((rows + ROWS - 1) / ROWS * ROWS - 1) * stride_h + kernel_h;
+    const int width = (columns - 1) * stride_w + kernel_w;
+    const int pitch = raised(width, (columns + ROWS - 1) / ROWS, BANKS / ROWS);
+    return {height, width, pitch, height * pitch};
+}
+
+// What the gradient by its weights reads, by threads for each row of the kernel, and each channel:
+// where a channel's rows end in the banks, those of the next begin.
+__device__ constexpr Planes planes_summed(int rows, int columns, int kernel_h, int kernel_w,
+                                          int stride_h, int stride_w) {
+    const int height = (rows - 1) * stride_h + kernel_h, width = (columns - 1) * stride_w + kernel_w;
+    const int pitch = width | 1;
+    return {height, width, pitch, raised(height * pitch, kernel_h * pitch, BANKS)};
+}
+
+__device__ constexpr Planes planes_of_maps(int rows, int columns) {
+    return {rows, columns, columns | 1, rows * (columns | 1)};
 }
 
 // Zeros everywhere. What is not written to afterwards, the padding, keeps them.
@@ -594,21 +642,21 @@ __device__ void clear(real* planes, int count) {
     __syncthreads();
 }
 
-// An example's maps into planes: number t, value(t), at (i, j) of its map comes to
+// An example's maps into planes: number t, load(t), at (i, j) of its map comes to
 // (i · stride_h + above, j · stride_w + left). What lies outside of the planes, nobody reads.
-template <typename real, typename Value>
+// Then keep(t, load(t)).
+template <int TOGETHER, typename real, typename Load, typename Keep>
 __device__ __forceinline__ void spread(int maps, int rows, int columns, Planes shape, int stride_h,
-                                       int stride_w, int above, int left, real* planes,
-                                       Value value) {
-#pragma unroll 4
-    for (int t = threadIdx.x; t < maps * rows * columns; t += THREADS) {
+                                       int stride_w, int above, int left, real* planes, Load load,
+                                       Keep keep) {
+    transfer<TOGETHER, real>(maps * rows * columns, load, [&](int t, real found) {
         const int map = t / (rows * columns);
         const int i = t / columns % rows * stride_h + above, j = t % columns * stride_w + left;
-        const real found = value(t);
         if (0 <= i && i < shape.height && 0 <= j && j < shape.width) {
-            planes[map * shape.area() + i * shape.pitch() + j] = found;
+            planes[map * shape.area + i * shape.pitch + j] = found;
         }
-    }
+        keep(t, found);
+    });
 }
 
 // The sum that convolution and its backward by the input are:
@@ -623,18 +671,21 @@ __device__ __forceinline__ void correlate(int channels, const real* in, int maps
                                           real* weights, real* out) {
     using Pair = Vector<real, MAPS>;
     const Planes shape = planes_read(rows, columns, kernel_h, kernel_w, stride_h, stride_w);
-    const int pitch = shape.pitch(), plane = shape.area();
+    const int pitch = shape.pitch, plane = shape.area;
     const int groups = (maps + MAPS - 1) / MAPS, strips = (rows + ROWS - 1) / ROWS;
     const int taps = kernel_h * kernel_w;
     for (int first = 0; first < channels; first += strip) {
         const int count = min(strip, channels - first);
         __syncthreads();  // before these weights take the place of the last ones
-        for (int t = threadIdx.x; t < count * taps * groups * MAPS; t += THREADS) {
-            const int o = t % (groups * MAPS), tap = t / (groups * MAPS) % taps;
-            const int c = first + t / (groups * MAPS * taps);
-            // Down the kernel's columns: that is the order in which they are used.
-            weights[t] = o < maps ? weight(o, c, tap % kernel_h, tap / kernel_h) : real(0);
-        }
+        transfer<8, real>(
+            count * taps * groups * MAPS,
+            [&](int t) {
+                const int o = t % (groups * MAPS), tap = t / (groups * MAPS) % taps;
+                const int c = first + t / (groups * MAPS * taps);
+                // Down the kernel's columns: that is the order in which they are used.
+                return o < maps ? weight(o, c, tap % kernel_h, tap / kernel_h) : real(0);
+            },
+            [&](int t, real found) { weights[t] = found; });
         __syncthreads();
         for (int t = threadIdx.x; t < groups * strips * columns; t += THREADS) {
             const int q = t % columns, p = t / columns % strips * ROWS;
@@ -684,29 +735,30 @@ __device__ __forceinline__ void correlate(int channels, const real* in, int maps
 // Launch: grid (parts of `share` examples). Moves the stage before's y in (at first: the images), y
 // and x out.
 template <typename real, typename P, typename S>
-__global__ void conv_forward(P p, S s, int n, int share, int strip, Batch batch, Norm<real> norm,
-                             const real* __restrict__ before, const real* __restrict__ weight,
-                             const real* __restrict__ bias, real* __restrict__ x,
-                             real* __restrict__ y, double* __restrict__ means,
-                             real* __restrict__ squares) {
+__global__ void __launch_bounds__(THREADS, RESIDENT<real>)
+conv_forward(P p, S s, int n, int share, int strip, Batch batch, Norm<real> norm,
+             const real* __restrict__ before, const real* __restrict__ weight,
+             const real* __restrict__ bias, real* __restrict__ x, real* __restrict__ y,
+             double* __restrict__ means, real* __restrict__ squares) {
     Memory<real> memory;
     const Input<real, P> input =
         input_of(p, normalization(p, n, norm, memory), before, batch);
     const int pixels = s.channels * s.height * s.width, area = s.rows * s.columns;
-    const Planes shape = planes_of(s);
-    real* planes = memory.take(s.channels * shape.area());
+    const Planes shape = planes_read(s.rows, s.columns, s.kernel_h, s.kernel_w, s.stride_h,
+                                     s.stride_w);
+    real* planes = memory.take(s.channels * shape.area);
     real* out = memory.take(s.maps * area);
-    clear(planes, s.channels * shape.area());
+    clear(planes, s.channels * shape.area);
     const int begin = blockIdx.x * share, end = min(begin + share, n);
     for (int e = begin; e < end; ++e) {
-        spread(s.channels, s.height, s.width, shape, 1, 1, s.padding_h, s.padding_w, planes,
-               [&](int t) {
-                   const real found = input(e, t);
-                   if (x != nullptr) {
-                       x[e * pixels + t] = found;
-                   }
-                   return found;
-               });
+        spread<4>(  // no more: each takes long to compute
+            s.channels, s.height, s.width, shape, 1, 1, s.padding_h, s.padding_w, planes,
+            [&](int t) { return input(e, t); },
+            [&](int t, real found) {
+                if (x != nullptr) {
+                    x[e * pixels + t] = found;
+                }
+            });
         correlate<real>(
             s.channels, planes, s.maps, s.rows, s.columns, s.kernel_h, s.kernel_w, s.stride_h,
             s.stride_w, [&](int o) { return bias == nullptr ? real(0) : bias[o]; },
@@ -748,9 +800,9 @@ __global__ void conv_forward(P p, S s, int n, int share, int strip, Batch batch,
 // A thread has TAPS neighbours in j, of MAPS maps: each number it reads is used several times. Where
 // there are more threads than such groups, each group's rows are shared out among `lanes`.
 template <typename real, typename S>
-__device__ __forceinline__ void add_weight_gradient(S s, bool first, const real* planes,
+__device__ __forceinline__ void add_weight_gradient(S s, bool first, Planes shape,
+                                                    const real* planes, Planes maps,
                                                     const real* dy, real* sums, real* dw) {
-    const Planes shape = planes_of(s), maps = {s.rows, s.columns};
     const int across = (s.kernel_w + TAPS - 1) / TAPS, pairs = (s.maps + MAPS - 1) / MAPS;
     const int groups = pairs * s.channels * s.kernel_h * across;
     const int most = max(1, min(s.rows, THREADS / groups)), each = (s.rows + most - 1) / most;
@@ -765,12 +817,12 @@ __device__ __forceinline__ void add_weight_gradient(S s, bool first, const real*
             const int o = group / (across * s.kernel_h * s.channels) * MAPS;
             for (int p = lane; p < s.rows; p += lanes) {
                 const real* seen =
-                    planes + c * shape.area() + (p * s.stride_h + i) * shape.pitch() + j;
-                const real* above = dy + o * maps.area() + p * maps.pitch();
+                    planes + c * shape.area + (p * s.stride_h + i) * shape.pitch + j;
+                const real* above = dy + o * maps.area + p * maps.pitch;
 #pragma unroll 8
                 for (int q = 0; q < s.columns; ++q) {
                     for (int m = 0; m < MAPS; ++m) {
-                        const real d = above[m * maps.area() + q];
+                        const real d = above[m * maps.area + q];
                         for (int t = 0; t < TAPS; ++t) {
                             found[m][t] += d * seen[q * s.stride_w + t];
                         }
@@ -830,14 +882,14 @@ __global__ void conv_backward(P p, S s, int n, int input_blocks, int share, int 
     if (blockIdx.x < input_blocks) {
         const Normalization<real> normalized = normalization(p, n, norm_before, memory);
         const Planes shape = planes_read(s.height, s.width, s.kernel_h, s.kernel_w, 1, 1);
-        real* planes = memory.take(s.maps * shape.area());
+        real* planes = memory.take(s.maps * shape.area);
         real* dx = memory.take(s.channels * seen);
-        clear(planes, s.maps * shape.area());
+        clear(planes, s.maps * shape.area);
         const int begin = blockIdx.x * share, end = min(begin + share, n);
         for (int e = begin; e < end; ++e) {
-            spread(s.maps, s.rows, s.columns, shape, s.stride_h, s.stride_w,
+            spread<8>(s.maps, s.rows, s.columns, shape, s.stride_h, s.stride_w,
                    s.kernel_h - 1 - s.padding_h, s.kernel_w - 1 - s.padding_w, planes,
-                   [&](int t) { return dy(t / area, e * s.maps * area + t); });
+                   [&](int t) { return dy(t / area, e * s.maps * area + t); }, [](int, real) {});
             correlate<real>(
                 s.maps, planes, s.channels, s.height, s.width, s.kernel_h, s.kernel_w, 1, 1,
                 [](int) { return real(0); },
@@ -851,6 +903,7 @@ __global__ void conv_backward(P p, S s, int n, int input_blocks, int share, int 
             for (int first = 0; first < p.maps; first += THREADS / lanes) {
                 const int o = first + threadIdx.x / lanes, last = o < p.maps ? items : 0;
                 real found[2] = {};
+#pragma unroll 4
                 for (int t = lane; t < last; t += lanes) {
                     input_backward(p, normalized, before, e, o * items + t, dx[o * items + t],
                                    dz_before, found);
@@ -867,26 +920,28 @@ __global__ void conv_backward(P p, S s, int n, int input_blocks, int share, int 
         }
     } else {
         const int part = blockIdx.x - input_blocks, pixels = s.channels * seen;
-        const Planes shape = planes_of(s), maps = {s.rows, s.columns};
+        const Planes maps = planes_of_maps(s.rows, s.columns);
+        const Planes shape = planes_summed(s.rows, s.columns, s.kernel_h, s.kernel_w, s.stride_h,
+                                           s.stride_w);
         // TAPS more: what is read, and not used, behind the last.
-        real* planes = memory.take(s.channels * shape.area() + TAPS);
-        real* gradients = memory.take((s.maps + MAPS - 1) / MAPS * MAPS * maps.area());
+        real* planes = memory.take(s.channels * shape.area + TAPS);
+        real* gradients = memory.take((s.maps + MAPS - 1) / MAPS * MAPS * maps.area);
         real* results = memory.take(MAPS * TAPS * THREADS);
-        clear(planes, s.channels * shape.area());
+        clear(planes, s.channels * shape.area);
         dw += part * s.maps * s.channels * s.kernel_h * s.kernel_w;
         const int begin = part * weight_share, end = min(begin + weight_share, n);
         for (int e = begin; e < end; ++e) {
-            spread(s.channels, s.height, s.width, shape, 1, 1, s.padding_h, s.padding_w, planes,
-                   [&](int t) { return x[e * pixels + t]; });
-            spread(s.maps, s.rows, s.columns, maps, 1, 1, 0, 0, gradients,
-                   [&](int t) { return dy(t / area, e * s.maps * area + t); });
+            spread<8>(s.channels, s.height, s.width, shape, 1, 1, s.padding_h, s.padding_w, planes,
+                   [&](int t) { return x[e * pixels + t]; }, [](int, real) {});
+            spread<8>(s.maps, s.rows, s.columns, maps, 1, 1, 0, 0, gradients,
+                   [&](int t) { return dy(t / area, e * s.maps * area + t); }, [](int, real) {});
             __syncthreads();
-            add_weight_gradient(s, e == begin, planes, gradients, results, dw);
+            add_weight_gradient(s, e == begin, shape, planes, maps, gradients, results, dw);
             for (int o = threadIdx.x; db != nullptr && o < s.maps; o += THREADS) {
                 real sum = e == begin ? real(0) : db[part * s.maps + o];
                 for (int t = 0; t < area; ++t) {
-                    const int place = t / s.columns * maps.pitch() + t % s.columns;
-                    sum += gradients[o * maps.area() + place];
+                    const int place = t / s.columns * maps.pitch + t % s.columns;
+                    sum += gradients[o * maps.area + place];
                 }
                 db[part * s.maps + o] = sum;
             }

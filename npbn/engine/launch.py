@@ -35,7 +35,7 @@ OPTIONS = ("--std=c++17", "--prec-div=false", "--prec-sqrt=false")
 
 # As in kernels.cu.
 THREADS, SIDE, DEPTH, VECTOR = 256, 16, 128, 4
-ROWS, MAPS, TAPS, WIDTH = 4, 2, 5, 32
+ROWS, MAPS, TAPS, BANKS, WIDTH = 4, 2, 5, 32, 32
 ACTIVATIONS = {type(None): 0, Sigmoid: 1, ReLU: 2}
 SHAPE_FIELDS = (
     *("channels", "height", "width", "maps", "rows", "columns"),
@@ -240,7 +240,7 @@ class _Stage:
         sizes: as the kernels' ``Shape`` has them.
         values: of an example's y.
         inputs, outputs: numbers of an example that come in, and that come out after pooling.
-        planes: numbers of an example's padded x in shared memory.
+        planes, summed: numbers of an example's padded x in shared memory, forward and backward.
         wide: the same of dy, with zeros around and between.
         gradients: of dy as it is.
     """
@@ -255,22 +255,40 @@ class _Stage:
         self.values = self.maps * s["rows"] * s["columns"]
         self.outputs = self.values // (s["window_h"] * s["window_w"])
         self.weights = self.maps * self.channels * s["kernel_h"] * s["kernel_w"]
-        self.planes = self.channels * _plane(
-            (s["rows"], s["stride_h"], s["kernel_h"]),
-            (s["columns"], s["stride_w"], s["kernel_w"]),
+        down, across = (
+            (s[axis], s[f"stride_{side}"], s[f"kernel_{side}"])
+            for axis, side in (("rows", "h"), ("columns", "w"))
         )
-        self.wide = self.maps * _plane(
+        self.planes = self.channels * _plane_read(down, across)
+        self.summed = self.channels * _plane_summed(down, across)
+        self.wide = self.maps * _plane_read(
             (s["height"], 1, s["kernel_h"]), (s["width"], 1, s["kernel_w"])
         )
         self.gradients = _over(self.maps, MAPS) * MAPS * s["rows"] * (s["columns"] | 1)
 
 
-def _plane(down: tuple[int, int, int], across: tuple[int, int, int]) -> int:
-    """The area of ``planes_read``: outputs, stride and kernel, down and across."""
+_Axis = tuple[int, int, int]
+"""Outputs, stride and kernel, down or across."""
+
+
+def _plane_read(down: _Axis, across: _Axis) -> int:
+    """The area of ``planes_read``."""
     rows, stride, kernel = down
     columns, stride_w, kernel_w = across
     height = (_over(rows, ROWS) * ROWS - 1) * stride + kernel
-    return height * ((columns - 1) * stride_w + kernel_w | 1)
+    width = (columns - 1) * stride_w + kernel_w
+    return height * _raised(width, _over(columns, ROWS), BANKS // ROWS)
+
+
+def _plane_summed(down: _Axis, across: _Axis) -> int:
+    """The area of ``planes_summed``."""
+    height, width = ((outputs - 1) * stride + kernel for outputs, stride, kernel in (down, across))
+    return _raised(height * (width | 1), down[2] * (width | 1), BANKS)
+
+
+def _raised(number: int, like: int, divisor: int) -> int:
+    """The number, or the next above it that leaves what the other leaves."""
+    return number + (like - number) % divisor
 
 
 def _images(channels: int, height: int, width: int) -> _Stage:
@@ -437,7 +455,7 @@ class _Writer:
             sizes.append(np.int32(strip))
             memory += max(
                 [] if first else [*_normalization(before), stage.wide, stage.inputs, weights],
-                [stage.planes + TAPS, stage.gradients, MAPS * TAPS * THREADS],
+                [stage.summed + TAPS, stage.gradients, MAPS * TAPS * THREADS],
                 key=self._bytes,
             )
         weight_share = _over(self.n, weight_parts)

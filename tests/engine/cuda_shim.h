@@ -38,6 +38,7 @@
 #define __device__
 #define __shared__
 #define __forceinline__ inline
+#define __launch_bounds__(...)
 #define __syncthreads() shim::barrier(__LINE__)
 
 using std::exp;

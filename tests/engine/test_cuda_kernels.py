@@ -415,7 +415,7 @@ MUTANTS = {
     ),
     2: ("row < count && o < s.maps", "row < count && o < s.maps + (mutant_number == 2)"),
     3: ("o < p.maps ? norm.parts : 0", "o < p.maps ? norm.parts + (mutant_number == 3) : 0"),
-    4: ("t < maps * rows * columns;", "t < maps * rows * columns + (mutant_number == 4);"),
+    4: ("(maps * rows * columns, load", "(maps * rows * columns + (mutant_number == 4), load"),
     5: ("k < inputs)", "k < inputs + (mutant_number == 5))"),
     6: ("at < size", "at < size + (mutant_number == 6)"),
 }
