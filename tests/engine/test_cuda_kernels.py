@@ -330,6 +330,24 @@ def test_a_label_out_of_range_makes_the_loss_nan(builds):
     device.close()
 
 
+def test_more_examples_than_a_block_has_threads(builds):
+    """A thread has one example's logits, however small they are."""
+    model = Sequential(Flatten(), Linear(4, 3, generator=np.random.default_rng(0)))
+    model.to(NUMPY, "float64")
+    blocks, split = plan(model, (1, 2, 2)), a_split((1, 2, 2), 300, 1)
+    program = launch.training(blocks, 300, examples=300)
+    device = Emulator(library(builds), [program])
+    write(device.arrays, blocks, split)
+    device.arrays["order"][:] = np.arange(300)
+    device.arrays["rates"][:] = 0
+    device.run(program)
+    logits = model.forward(split.images / 255)
+    loss, _ = F.softmax_cross_entropy(logits, split.labels)
+    assert abs(device.arrays["train.losses"][0].sum() - loss) <= 1e-10
+    assert device.arrays["train.hits"][0].sum() == (logits.argmax(1) == split.labels).sum()
+    device.close()
+
+
 def test_of_equal_logits_the_first_counts(builds):
     model = Sequential(Flatten(), Linear(4, 3, bias=False))
     model.layers[1].weight.data[...] = 0
@@ -400,6 +418,49 @@ def test_weights_of_a_few_channels_at_a_time(builds, monkeypatch):
     compare_everywhere(library(builds))
 
 
+def many_maps() -> Sequential:
+    """More maps and logits than a block has threads; 272 outputs fill the tiles of a product."""
+    generator = np.random.default_rng(0)
+    return Sequential(
+        *(Conv2d(2, 260, (2, 3), stride=3, generator=generator), BatchNorm(260, 4), ReLU()),
+        *(MaxPool2d((3, 2)), Flatten(), Linear(260, 272, generator=generator)),
+        *(BatchNorm(272, 2), Sigmoid(), Linear(272, 260, generator=generator)),
+        BatchNorm(260, 2),
+    )
+
+
+def wide_kernels() -> Sequential:
+    """Kernels wider than what a thread computes of their gradient; the last stage's are maps."""
+    generator = np.random.default_rng(0)
+    return Sequential(
+        *(Conv2d(2, 3, (2, 7), stride=(2, 1), padding=(0, 3), generator=generator), Sigmoid()),
+        *(AvgPool2d((1, 2)), Conv2d(3, 5, (3, 6), padding=(1, 2), generator=generator)),
+        *(MaxPool2d((2, 1)), Conv2d(5, 3, 1, stride=(1, 2), generator=generator)),
+        *(BatchNorm(3, 4), Sigmoid(), AvgPool2d(2), Flatten()),
+    )
+
+
+def long_strides() -> Sequential:
+    """In the backward pass, the input's gradient needs more shared memory than the weights'."""
+    generator = np.random.default_rng(0)
+    return Sequential(
+        *(Conv2d(2, 5, 1, padding=20, generator=generator), BatchNorm(5, 4), Sigmoid()),
+        *(Conv2d(5, 2, 3, stride=3, padding=1, generator=generator), AvgPool2d(8), Flatten()),
+        Linear(8, 3, generator=generator),
+    )
+
+
+@pytest.mark.parametrize("model", [many_maps, wide_kernels])
+@pytest.mark.parametrize("processors", [1, 4, MANY])
+def test_more_than_a_block_does_at_once(builds, monkeypatch, model, processors):
+    """And loss, statistics and gradients in many parts, of which some have fewer examples."""
+    monkeypatch.setattr(launch, "LOGITS_AT_A_TIME", 200)
+    monkeypatch.setattr(launch, "LONG", 8)
+    sizes = {"batch_sizes": (39, 21), "bound": 1e-10, "processors": processors}
+    options = {"momentum": 0.9, "weight_decay": 0.1}
+    compare(library(builds), model(), SMALL, "float64", **sizes, **options)
+
+
 @pytest.mark.parametrize("line", BARRIERS)
 def test_a_missing_barrier_is_caught(builds, monkeypatch, line):
     """Every __syncthreads of the source is needed, and without it, results are wrong here."""
@@ -430,10 +491,12 @@ def mutated() -> str:
     return source
 
 
-def sanitized(builds, processors, source=None, mutant=0) -> subprocess.CompletedProcess:
-    """The small model in a process of its own, by kernels that watch over every access."""
+def sanitized(
+    builds, processors, source=None, mutant=0, of=small_model
+) -> subprocess.CompletedProcess:
+    """A model in a process of its own, by kernels that watch over every access."""
     names = set()
-    model = small_model()
+    model = of()
     model.to(NUMPY, "float64")
     for number in processors:
         _, programs, evaluation = programs_of(model, SMALL, (5, 3), processors=number)
@@ -443,7 +506,7 @@ def sanitized(builds, processors, source=None, mutant=0) -> subprocess.Completed
         f"import ctypes, test_cuda_kernels as t; library = {str(built)!r}\n"
         f"ctypes.c_int.in_dll(ctypes.CDLL(library), 'mutant_number').value = {mutant}\n"
         f"for number in {processors}:\n"
-        "    t.compare(library, t.small_model(), t.SMALL, 'float64', batch_sizes=(5, 3), "
+        f"    t.compare(library, t.{of.__name__}(), t.SMALL, 'float64', batch_sizes=(5, 3), "
         "bound=1e-10, processors=number)\n"
     )
     runtime = subprocess.run(
@@ -463,8 +526,9 @@ def sanitized(builds, processors, source=None, mutant=0) -> subprocess.Completed
     )
 
 
-def test_no_access_out_of_bounds_and_no_undefined_behaviour(builds):
-    process = sanitized(builds, (1, MANY))
+@pytest.mark.parametrize("model", [small_model, wide_kernels, long_strides])
+def test_no_access_out_of_bounds_and_no_undefined_behaviour(builds, model):
+    process = sanitized(builds, (1, MANY), of=model)
     assert process.returncode == 0, process.stderr
 
 
