@@ -87,7 +87,8 @@ def stand_in(builds: Path) -> SimpleNamespace:
     """The module; compiled kernels are kept in that directory."""
     streams = []
 
-    def stream():
+    def stream(non_blocking):
+        assert non_blocking
         streams.append(Stream())
         return streams[-1]
 

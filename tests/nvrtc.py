@@ -65,6 +65,7 @@ def usage(source: str, names: Iterable[str], architecture: int) -> list[Usage]:
         for name in names:
             _check(library.nvrtcAddNameExpression(program, name.encode()), program)
         options = [f"--gpu-architecture=sm_{architecture}", "--ptxas-options=-v", *launch.OPTIONS]
+        options += ["-ftz=true", "--device-as-default-execution-space"]  # CuPy has them, too
         texts = (ctypes.c_char_p * len(options))(*(option.encode() for option in options))
         _check(library.nvrtcCompileProgram(program, len(options), texts), program)
         log, found = _log(program), []

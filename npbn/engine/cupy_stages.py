@@ -58,7 +58,8 @@ class CupyEngine:
         self.test_size = len(test)
         self.test_batch = min(EVALUATED_AT_ONCE, self.test_size)
         self.programs = self._write_programs(len(train))
-        self.stream = cupy.cuda.Stream()  # not the one that layers use: no graph is captured there
+        # Not the one that layers use: no graph is captured there, and nothing else goes on here.
+        self.stream = cupy.cuda.Stream(non_blocking=True)
         with self._computing():
             self.arrays = self._allocate()
             for name, split in (("train", train), ("test", test)):
@@ -264,12 +265,15 @@ class CupyEngine:
                 for step in program.launches
             ]
             self.stream.begin_capture()
-            for _ in range(repeats):
-                for step, arguments in calls:
-                    self._kernels[step.kernel](
-                        step.grid, (launch.THREADS,), tuple(arguments), shared_mem=step.shared
-                    )
-            self._graphs[name, repeats] = self.stream.end_capture()
+            try:
+                for _ in range(repeats):
+                    for step, arguments in calls:
+                        self._kernels[step.kernel](
+                            step.grid, (launch.THREADS,), tuple(arguments), shared_mem=step.shared
+                        )
+            finally:
+                graph = self.stream.end_capture()
+            self._graphs[name, repeats] = graph
         return self._graphs[name, repeats]
 
     def _address(self, pointer: Pointer) -> int:

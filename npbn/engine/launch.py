@@ -73,6 +73,9 @@ MOST_SHARED = 227 * 1024
 WEIGHTS_AT_A_TIME = 12 * 1024
 """Bytes of a convolution's weights in shared memory, unless a single channel has more."""
 
+EXAMPLES_OF_A_LOSS = 32
+"""How many examples' losses a block computes, a thread each: many blocks load more at once."""
+
 LOGITS_AT_A_TIME = 16 * 1024
 """Bytes of logits in shared memory, unless a single example has more."""
 
@@ -317,6 +320,7 @@ class _Writer:
 
     Attributes:
         n: examples of the batch that is written down.
+        steps: batches of the data set.
         shares: of each stage's statistics, examples of a part and parts.
         sums: of each stage, what batch norm's backward asks for.
         partials: how many numbers of the partial sums' array are taken.
@@ -334,6 +338,7 @@ class _Writer:
         self.data, self.examples, self.stride = data, examples, stride
         self.fixed, self.processors = fixed, processors
         self.train = data == "train"
+        self.steps = _over(examples, stride)
         self.n, self.partials = stride, 0
         self.shares: dict[str, tuple[int, int]] = {}
         self.sums: dict[str, Structure] = {}
@@ -356,7 +361,7 @@ class _Writer:
         batch = self._batch(order, self._array("step", (1,), np.int32, 0))
         for before, stage in self.pairs:
             self._forward(before, stage, batch)
-        self._cross_entropy(batch, steps=self.examples)  # never more, whatever the batch size
+        self._cross_entropy(batch)
         tensors: list[tuple[int, ...]] = []
         for before, stage in reversed(self.pairs):
             tensors += self._backward(before, stage, decay_all)
@@ -365,14 +370,14 @@ class _Writer:
         return self._program()
 
     def evaluation(self) -> Program:
-        steps = _over(self.examples, self.stride)
-        counting = self._array("steps", (steps,), np.int32, np.arange(steps, dtype=np.int32))
-        for step in range(steps):
+        counting = np.arange(self.steps, dtype=np.int32)
+        numbers = self._array("steps", counting.shape, np.int32, counting)
+        for step in range(self.steps):
             self.n = min(self.stride, self.examples - step * self.stride)
-            batch = self._batch(NULL, Pointer(counting.array, step))
+            batch = self._batch(NULL, Pointer(numbers.array, step))
             for before, stage in self.pairs:
                 self._forward(before, stage, batch)
-            self._cross_entropy(batch, steps)
+            self._cross_entropy(batch)
         return self._program()
 
     # Each part of the program.
@@ -412,12 +417,12 @@ class _Writer:
             squares,
         )
 
-    def _cross_entropy(self, batch: Structure, steps: int) -> None:
+    def _cross_entropy(self, batch: Structure) -> None:
         last = self.last
         most = LOGITS_AT_A_TIME // (last.outputs * self.dtype.itemsize)
-        share = min(THREADS, max(1, most))
+        share = min(EXAMPLES_OF_A_LOSS, max(1, most))
         parts = _over(self.stride, share)  # whatever n: so long is a row of losses
-        rows = steps, parts * THREADS // SIDE
+        rows = self.steps, parts * THREADS // SIDE
         dz = self._array(f"dz{last.name}", (self.n * last.values,)) if self.train else NULL
         self._launch(
             "cross_entropy",
@@ -450,7 +455,7 @@ class _Writer:
             weight_parts = min(_over(2 * self.processors, tiles), _over(self.n, LONG))
             memory += [*_normalization(before), *_TILE]
         else:
-            tiles, weight_parts = 1, min(self.processors, self.n)
+            tiles, weight_parts = 1, 2 * self.processors
             strip, weights = self._strip(stage, stage.maps, stage.channels)
             sizes.append(np.int32(strip))
             memory += max(
@@ -505,7 +510,7 @@ class _Writer:
             self._array(f"tensors{self.n}", table.shape, np.int32, table),
             np.int32(shape[0]),
             *map(Pointer, ("partials", "step")),
-            self._array("rates", (self.examples,)),
+            self._array("rates", (self.steps,)),
             self._real(momentum),
             self._real(weight_decay),
             Pointer("parameters"),
@@ -539,8 +544,7 @@ class _Writer:
         self, name: str, shape: tuple[int, ...], dtype: Any = None, value: Any = None
     ) -> Pointer:
         spec = ArraySpec(shape, self.dtype if dtype is None else dtype, value)
-        if name not in self.arrays or spec.nbytes > self.arrays[name].nbytes:
-            self.arrays[name] = spec
+        self.arrays.setdefault(name, spec)
         return Pointer(name)
 
     def _launch(

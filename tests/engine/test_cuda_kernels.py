@@ -330,6 +330,23 @@ def test_a_label_out_of_range_makes_the_loss_nan(builds):
     device.close()
 
 
+def test_more_examples_than_a_block_has_threads(builds):
+    model = Sequential(Flatten(), Linear(4, 3, generator=np.random.default_rng(0)))
+    model.to(NUMPY, "float64")
+    blocks, split = plan(model, (1, 2, 2)), a_split((1, 2, 2), 300, 1)
+    program = launch.training(blocks, 300, examples=300)
+    device = Emulator(library(builds), [program])
+    write(device.arrays, blocks, split)
+    device.arrays["order"][:] = np.arange(300)
+    device.arrays["rates"][:] = 0
+    device.run(program)
+    logits = model.forward(split.images / 255)
+    loss, _ = F.softmax_cross_entropy(logits, split.labels)
+    assert abs(device.arrays["train.losses"][0].sum() - loss) <= 1e-10
+    assert device.arrays["train.hits"][0].sum() == (logits.argmax(1) == split.labels).sum()
+    device.close()
+
+
 def test_of_equal_logits_the_first_counts(builds):
     model = Sequential(Flatten(), Linear(4, 3, bias=False))
     model.layers[1].weight.data[...] = 0
@@ -388,9 +405,12 @@ def test_runs_are_identical_to_the_bit(builds):
         np.testing.assert_array_equal(other[name], value, err_msg=name)
 
 
-def compare_everywhere(library, **options):
-    """Models and divisions of the work that between them need every barrier."""
-    for model, processors in ((small_model, MANY), (small_model, 4), (wide_model, 4)):
+def compare_everywhere(library, *cases, **options):
+    """Models and numbers of processors; those that between them need every barrier, unless given."""
+    for model, processors in cases or (
+        *((small_model, MANY), (small_model, 4)),
+        (wide_model, 4),
+    ):
         sizes = {"batch_sizes": (6, 9), "bound": 1e-10, "processors": processors}
         compare(library, model(), SMALL, "float64", **sizes, **options)
 
@@ -398,6 +418,49 @@ def compare_everywhere(library, **options):
 def test_weights_of_a_few_channels_at_a_time(builds, monkeypatch):
     monkeypatch.setattr(launch, "WEIGHTS_AT_A_TIME", 1)
     compare_everywhere(library(builds))
+
+
+def many_maps() -> Sequential:
+    """More maps and logits than a block has threads; 272 outputs fill the tiles of a product."""
+    generator = np.random.default_rng(0)
+    return Sequential(
+        *(Conv2d(2, 260, (2, 3), stride=3, generator=generator), BatchNorm(260, 4), ReLU()),
+        *(MaxPool2d((3, 2)), Flatten(), Linear(260, 272, generator=generator)),
+        *(BatchNorm(272, 2), Sigmoid(), Linear(272, 260, generator=generator)),
+        BatchNorm(260, 2),
+    )
+
+
+def wide_kernels() -> Sequential:
+    """Kernels wider than what a thread computes of their gradient; the last stage's are maps."""
+    generator = np.random.default_rng(0)
+    return Sequential(
+        *(Conv2d(2, 3, (2, 7), stride=(2, 1), padding=(0, 3), generator=generator), Sigmoid()),
+        *(AvgPool2d((1, 2)), Conv2d(3, 5, (3, 6), padding=(1, 2), generator=generator)),
+        *(MaxPool2d((2, 1)), Conv2d(5, 3, 1, stride=(1, 2), generator=generator)),
+        *(BatchNorm(3, 4), Sigmoid(), AvgPool2d(2), Flatten()),
+    )
+
+
+def long_strides() -> Sequential:
+    """In the backward pass, the input's gradient needs more shared memory than the weights'."""
+    generator = np.random.default_rng(0)
+    return Sequential(
+        *(Conv2d(2, 5, 1, padding=20, generator=generator), BatchNorm(5, 4), Sigmoid()),
+        *(Conv2d(5, 2, 3, stride=3, padding=1, generator=generator), AvgPool2d(8), Flatten()),
+        Linear(8, 3, generator=generator),
+    )
+
+
+@pytest.mark.parametrize("model", [many_maps, wide_kernels])
+@pytest.mark.parametrize("processors", [1, 4, MANY])
+def test_more_than_a_block_does_at_once(builds, monkeypatch, model, processors):
+    """And loss, statistics and gradients in many parts, of which some have fewer examples."""
+    monkeypatch.setattr(launch, "LOGITS_AT_A_TIME", 200)
+    monkeypatch.setattr(launch, "LONG", 8)
+    sizes = {"batch_sizes": (39, 21), "bound": 1e-10, "processors": processors}
+    options = {"momentum": 0.9, "weight_decay": 0.1}
+    compare(library(builds), model(), SMALL, "float64", **sizes, **options)
 
 
 @pytest.mark.parametrize("line", BARRIERS)
@@ -458,11 +521,17 @@ def sanitized(builds, checks, source=None, mutant=0) -> subprocess.CompletedProc
     )
 
 
-def test_no_access_out_of_bounds_and_no_undefined_behaviour(builds):
-    for strip in (launch.WEIGHTS_AT_A_TIME, 1):
-        checks = f"launch.WEIGHTS_AT_A_TIME = {strip}; compare_everywhere(library)"
-        process = sanitized(builds, checks)
-        assert process.returncode == 0, process.stderr
+@pytest.mark.parametrize(
+    "checks",
+    [
+        "compare_everywhere(library)",
+        "launch.WEIGHTS_AT_A_TIME = 1; compare_everywhere(library)",
+        "compare_everywhere(library, (wide_kernels, 1), (wide_kernels, MANY), (long_strides, 4))",
+    ],
+)
+def test_no_access_out_of_bounds_and_no_undefined_behaviour(builds, checks):
+    process = sanitized(builds, checks)
+    assert process.returncode == 0, process.stderr
 
 
 @pytest.mark.parametrize("mutant", MUTANTS)

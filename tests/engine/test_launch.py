@@ -16,7 +16,7 @@ from test_engine import models
 from npbn.engine import launch, plan
 from npbn.engine.launch import Pointer, Program, Structure
 from npbn.errors import UnsupportedError
-from npbn.layers import Conv2d, Flatten, Linear, Sequential
+from npbn.layers import BatchNorm, Conv2d, Flatten, Linear, Sequential
 from npbn.models import LeNet
 
 
@@ -69,6 +69,27 @@ def test_what_holds_for_every_program(drawn, n, processors, fixed):
     taken = sorted((start, start + size * parts) for _, size, start, parts, _ in tensors if parts)
     assert all(end <= start for (_, end), (start, _) in itertools.pairwise(taken))
     assert taken[-1][1] <= program.arrays["partials"].shape[0]
+
+
+def test_a_thousand_classes_fit_into_shared_memory():
+    blocks = plan(Sequential(Flatten(), Linear(4, 1000)), (1, 2, 2))
+    for step in launch.training(blocks, 256, examples=1000).launches:
+        assert step.shared <= 48 * 1024
+
+
+def test_images_may_be_more_numbers_than_an_int_counts():
+    program = launch.training(plan(LeNet(), (1, 28, 28)), 4, examples=3_000_000)
+    assert program.arrays["train.images"].shape == (3_000_000, 784)
+
+
+def test_a_bias_before_batch_norm_has_no_partial_sums():
+    """Its gradient stays exactly 0."""
+    layers = Conv2d(1, 2, 3), BatchNorm(2, 4), Flatten(), Linear(8, 3), BatchNorm(3, 2)
+    blocks = plan(Sequential(*layers), (1, 4, 4))
+    program = launch.training(blocks, 4, examples=4)
+    parts = {offset: count for offset, _, _, count, _ in program.arrays["tensors4"].value}
+    for name, (offset, _) in launch.parameter_offsets(blocks).items():
+        assert (parts[offset] > 0) == name.endswith(".weight"), name
 
 
 def test_programs_of_one_model_share_what_outlives_a_step():
