@@ -45,7 +45,7 @@ constexpr int WIDTH = 32;   // neighbouring parameters that a block of `sgd` upd
 // Blocks for which a processor is to have registers. A thread may have its share of them, which it
 // needs for the numbers that it waits for together: the compiler, left alone, is more sparing.
 template <typename real>
-constexpr int RESIDENT = sizeof(real) == 4 ? 3 : 1;
+constexpr int RESIDENT = sizeof(real) == 4 ? 2 : 1;
 
 // The sizes of a stage, known when the program runs.
 struct Shape {

@@ -444,6 +444,7 @@ class _Writer:
         self, before: _Stage, stage: _Stage, decay_all: bool
     ) -> Iterator[tuple[int, ...]]:
         """The stage's tensors, for `_sgd`."""
+        assert stage.block is not None
         name, first = stage.name, before.block is None  # nobody asks for the gradient by the images
         bias = stage.norm is None and self._parameter(stage, "bias") is not NULL
         across = _over(stage.inputs, SIDE) if stage.linear else 1
