@@ -42,8 +42,8 @@ constexpr int TAPS = 5;     // of a kernel's row whose gradient a thread compute
 constexpr int BANKS = 32;   // of shared memory, neighbours in neighbouring ones; a power of two
 constexpr int WIDTH = 32;   // neighbouring parameters that a block of `sgd` updates together
 
-// Blocks for which a processor is to have registers. A thread may have its share of them, which it
-// needs for the numbers that it waits for together: the compiler, left alone, is more sparing.
+// Blocks for which a processor is to have registers, no more: a thread needs many for the numbers
+// that it waits for together, and the compiler, left alone, is sparing with them.
 template <typename real>
 constexpr int RESIDENT = sizeof(real) == 4 ? 2 : 1;
 
@@ -132,9 +132,10 @@ struct alignas(COUNT * sizeof(real)) Vector {
 };
 
 // store(t, load(t)) for 0 <= t < count, by all threads. A load from far memory takes hundreds of
-// cycles, and a store might change what later loads find, for all the compiler knows. So each thread
-// loads TOGETHER numbers before it stores any: they are under way at the same time. Where there are
-// fewer, it loads the last one again, because a branch would have to wait for what is within it.
+// cycles, and a store might change what later loads find, for all the compiler knows. So each
+// thread loads TOGETHER numbers before it stores any: they are under way at the same time. Where
+// there are fewer, it loads the last one again, because a branch would have to wait for what is
+// within it.
 template <int TOGETHER, typename real, typename Load, typename Store>
 __device__ __forceinline__ void transfer(int count, Load load, Store store) {
     for (int start = threadIdx.x; start < count; start += TOGETHER * THREADS) {
@@ -215,10 +216,10 @@ struct Normalization {
 // The above of a stage P, merged from the parts' statistics where that is still to be done:
 //   μ = Σ_t m_t μ_t / m,   m v = Σ_t (q_t + m_t (μ_t - μ)²)
 // (Chan, Golub and LeVeque, "Updating formulae and a pairwise algorithm for computing sample
-// variances", 1979, (2.1b) for several parts), in one pass: in double precision, and about the first
-// part's mean, the last sum is Σ_t (q_t + m_t (μ_t - μ_0)²) - m (μ - μ_0)². Every block does it,
-// which costs less than another launch; the first one leaves μ and v in `mean`, `rest` and `var`,
-// and moves the moving averages.
+// variances", 1979, (2.1b) for several parts), in one pass: in double precision, and about the
+// first part's mean, the last sum is Σ_t (q_t + m_t (μ_t - μ_0)²) - m (μ - μ_0)². Every block does
+// it, which costs less than another launch; the first one leaves μ and v in `mean`, `rest` and
+// `var`, and moves the moving averages.
 template <typename real, typename P>
 __device__ Normalization<real> normalization(P p, int n, const Norm<real>& norm,
                                              Memory<real>& memory) {
@@ -375,8 +376,7 @@ struct Gradient {
         if (!norm) {
             return dz[at];
         }
-        return normalized.scale[o] *
-               (dz[at] - shift[o] - normalized.centred(o, y[at]) * factor[o]);
+        return normalized.scale[o] * (dz[at] - shift[o] - normalized.centred(o, y[at]) * factor[o]);
     }
 };
 
@@ -385,12 +385,8 @@ template <typename real, typename S>
 __device__ Gradient<real> gradient_of(S s, int n, const Norm<real>& norm, const Sums<real>& sums,
                                       const real* y, const real* dz, Memory<real>& memory) {
     const Normalization<real> normalized = normalization(s, n, norm, memory);
-    const Gradient<real> found = {y,
-                                  dz,
-                                  normalized,
-                                  memory.take(s.maps),
-                                  memory.take(s.maps),
-                                  norm.gamma != nullptr};
+    const Gradient<real> found = {
+        y, dz, normalized, memory.take(s.maps), memory.take(s.maps), norm.gamma != nullptr};
     const int lanes = lanes_of(s.maps), lane = threadIdx.x % lanes;
     const real m = real(n) * s.rows * s.columns;
     for (int first = 0; found.norm && first < s.maps; first += THREADS / lanes) {
@@ -416,8 +412,8 @@ __device__ Gradient<real> gradient_of(S s, int n, const Norm<real>& norm, const 
 }
 
 // Adds `count` numbers of a channel to the `before` that its part of the statistics has already
-// (Chan et al., (2.1)). `mean` is theirs but for rounding; `sums` are those of their distances to it,
-// and of the squares, so that what was lost in rounding is found again.
+// (Chan et al., (2.1)). `mean` is theirs but for rounding; `sums` are those of their distances to
+// it, and of the squares, so that what was lost in rounding is found again.
 template <typename real>
 __device__ void merge(int before, int count, real mean, const real (&sums)[2], double* part_mean,
                       real* part_squares) {
@@ -488,21 +484,20 @@ __device__ real tile_of_product(int rows, int columns, int begin, int end, Left 
 // in, y and x out.
 template <typename real, typename P, typename S>
 __global__ void __launch_bounds__(THREADS, RESIDENT<real>)
-linear_forward(P p, S s, int n, int share, Batch batch, Norm<real> norm,
-               const real* __restrict__ before, const real* __restrict__ weight,
-               const real* __restrict__ bias, real* __restrict__ x, real* __restrict__ y,
-               double* __restrict__ means, real* __restrict__ squares) {
+    linear_forward(P p, S s, int n, int share, Batch batch, Norm<real> norm,
+                   const real* __restrict__ before, const real* __restrict__ weight,
+                   const real* __restrict__ bias, real* __restrict__ x, real* __restrict__ y,
+                   double* __restrict__ means, real* __restrict__ squares) {
     Memory<real> memory;
-    const Input<real, P> input =
-        input_of(p, normalization(p, n, norm, memory), before, batch);
+    const Input<real, P> input = input_of(p, normalization(p, n, norm, memory), before, batch);
     const int inputs = s.channels, begin = blockIdx.x * share, end = min(begin + share, n);
     const int first_map = blockIdx.y * SIDE, o = first_map + threadIdx.x / SIDE;
     for (int e = begin; e < end; e += SIDE) {
         const int count = min(SIDE, end - e), row = threadIdx.x % SIDE;
         real value = tile_of_product<real>(
-            count, s.maps - first_map, 0, inputs,
-            [&](int i, int k) { return input(e + i, k); }, true,
-            [&](int i, int k) { return weight[(first_map + i) * inputs + k]; }, true, memory.free,
+            count, s.maps - first_map, 0, inputs, [&](int i, int k) { return input(e + i, k); },
+            true, [&](int i, int k) { return weight[(first_map + i) * inputs + k]; }, true,
+            memory.free,
             [&](int i, int k, real found) {
                 if (x != nullptr && first_map == 0) {
                     x[(e + i) * inputs + k] = found;
@@ -533,9 +528,10 @@ linear_forward(P p, S s, int n, int share, Batch batch, Norm<real> norm,
 // `sgd` adds up; the bias's as if it were the weight of an input that is always 1:
 //   dw[o,k] = Σ_n dy[n,o] x[n,k]
 //
-// Launch: a grid of input_blocks, tiles of SIDE inputs by parts of `share` examples, and of tiles of
-// (outputs, inputs) by parts of the weight's. Moves x, y, dz, w and the stage before's y in; its dz
-// and the partial sums out. Counts the step, where `step` is given: nobody else reads it meanwhile.
+// Launch: a grid of input_blocks, tiles of SIDE inputs by parts of `share` examples, and of tiles
+// of (outputs, inputs) by parts of the weight's. Moves x, y, dz, w and the stage before's y in; its
+// dz and the partial sums out. Counts the step, where `step` is given: nobody else reads it
+// meanwhile.
 template <typename real, typename P, typename S>
 __global__ void linear_backward(P p, S s, int n, int input_blocks, int share, int weight_share,
                                 Norm<real> norm, Sums<real> sums, Norm<real> norm_before,
@@ -581,9 +577,7 @@ __global__ void linear_backward(P p, S s, int n, int input_blocks, int share, in
         const real value = tile_of_product<real>(
             s.maps - first_map, columns - first, begin, end,
             [&](int i, int e) { return dy(first_map + i, e * s.maps + first_map + i); }, false,
-            [&](int i, int e) {
-                return first + i == inputs ? real(1) : x[e * inputs + first + i];
-            },
+            [&](int i, int e) { return first + i == inputs ? real(1) : x[e * inputs + first + i]; },
             false, memory.free, [](int, int, real) {});
         const int o = first_map + row, k = first + column;
         if (o < s.maps && k < inputs) {
@@ -624,8 +618,8 @@ __device__ constexpr Planes planes_read(int rows, int columns, int kernel_h, int
 // where a channel's rows end in the banks, those of the next begin.
 __device__ constexpr Planes planes_summed(int rows, int columns, int kernel_h, int kernel_w,
                                           int stride_h, int stride_w) {
-    const int height = (rows - 1) * stride_h + kernel_h, width = (columns - 1) * stride_w + kernel_w;
-    const int pitch = width | 1;
+    const int height = (rows - 1) * stride_h + kernel_h;
+    const int width = (columns - 1) * stride_w + kernel_w, pitch = width | 1;
     return {height, width, pitch, raised(height * pitch, kernel_h * pitch, BANKS)};
 }
 
@@ -662,8 +656,8 @@ __device__ __forceinline__ void spread(int maps, int rows, int columns, Planes s
 // The sum that convolution and its backward by the input are:
 //   out[o,p,q] = bias(o) + Σ_cij w(o,c,i,j) in[c, p·stride_h + i, q·stride_w + j]
 // `in` and `out` are in shared memory, and so is a strip of the weights at a time, those of
-// `strip` channels, with a map's neighbours beside it. A thread computes ROWS outputs, one below the
-// other, in MAPS maps: each number it reads is then used several times.
+// `strip` channels, with a map's neighbours beside it. A thread computes ROWS outputs, one below
+// the other, in MAPS maps: each number it reads is then used several times.
 template <typename real, typename Bias, typename Weight>
 __device__ __forceinline__ void correlate(int channels, const real* in, int maps, int rows,
                                           int columns, int kernel_h, int kernel_w, int stride_h,
@@ -736,16 +730,15 @@ __device__ __forceinline__ void correlate(int channels, const real* in, int maps
 // and x out.
 template <typename real, typename P, typename S>
 __global__ void __launch_bounds__(THREADS, RESIDENT<real>)
-conv_forward(P p, S s, int n, int share, int strip, Batch batch, Norm<real> norm,
-             const real* __restrict__ before, const real* __restrict__ weight,
-             const real* __restrict__ bias, real* __restrict__ x, real* __restrict__ y,
-             double* __restrict__ means, real* __restrict__ squares) {
+    conv_forward(P p, S s, int n, int share, int strip, Batch batch, Norm<real> norm,
+                 const real* __restrict__ before, const real* __restrict__ weight,
+                 const real* __restrict__ bias, real* __restrict__ x, real* __restrict__ y,
+                 double* __restrict__ means, real* __restrict__ squares) {
     Memory<real> memory;
-    const Input<real, P> input =
-        input_of(p, normalization(p, n, norm, memory), before, batch);
+    const Input<real, P> input = input_of(p, normalization(p, n, norm, memory), before, batch);
     const int pixels = s.channels * s.height * s.width, area = s.rows * s.columns;
-    const Planes shape = planes_read(s.rows, s.columns, s.kernel_h, s.kernel_w, s.stride_h,
-                                     s.stride_w);
+    const Planes shape =
+        planes_read(s.rows, s.columns, s.kernel_h, s.kernel_w, s.stride_h, s.stride_w);
     real* planes = memory.take(s.channels * shape.area);
     real* out = memory.take(s.maps * area);
     clear(planes, s.channels * shape.area);
@@ -797,12 +790,12 @@ conv_forward(P p, S s, int n, int share, int strip, Batch batch, Norm<real> norm
 
 // An example's gradient by the weights, `functional.conv2d_backward`:
 //   dw[o,c,i,j] += Σ_pq dy[o,p,q] x[c, p·s+i, q·s+j]
-// A thread has TAPS neighbours in j, of MAPS maps: each number it reads is used several times. Where
-// there are more threads than such groups, each group's rows are shared out among `lanes`.
+// A thread has TAPS neighbours in j, of MAPS maps: each number it reads is used several times.
+// Where there are more threads than such groups, each group's rows are shared out among `lanes`.
 template <typename real, typename S>
 __device__ __forceinline__ void add_weight_gradient(S s, bool first, Planes shape,
-                                                    const real* planes, Planes maps,
-                                                    const real* dy, real* sums, real* dw) {
+                                                    const real* planes, Planes maps, const real* dy,
+                                                    real* sums, real* dw) {
     const int across = (s.kernel_w + TAPS - 1) / TAPS, pairs = (s.maps + MAPS - 1) / MAPS;
     const int groups = pairs * s.channels * s.kernel_h * across;
     const int most = max(1, min(s.rows, THREADS / groups)), each = (s.rows + most - 1) / most;
@@ -816,8 +809,7 @@ __device__ __forceinline__ void add_weight_gradient(S s, bool first, Planes shap
             const int c = group / (across * s.kernel_h) % s.channels;
             const int o = group / (across * s.kernel_h * s.channels) * MAPS;
             for (int p = lane; p < s.rows; p += lanes) {
-                const real* seen =
-                    planes + c * shape.area + (p * s.stride_h + i) * shape.pitch + j;
+                const real* seen = planes + c * shape.area + (p * s.stride_h + i) * shape.pitch + j;
                 const real* above = dy + o * maps.area + p * maps.pitch;
 #pragma unroll 8
                 for (int q = 0; q < s.columns; ++q) {
@@ -887,9 +879,10 @@ __global__ void conv_backward(P p, S s, int n, int input_blocks, int share, int 
         clear(planes, s.maps * shape.area);
         const int begin = blockIdx.x * share, end = min(begin + share, n);
         for (int e = begin; e < end; ++e) {
-            spread<8>(s.maps, s.rows, s.columns, shape, s.stride_h, s.stride_w,
-                   s.kernel_h - 1 - s.padding_h, s.kernel_w - 1 - s.padding_w, planes,
-                   [&](int t) { return dy(t / area, e * s.maps * area + t); }, [](int, real) {});
+            spread<8>(
+                s.maps, s.rows, s.columns, shape, s.stride_h, s.stride_w,
+                s.kernel_h - 1 - s.padding_h, s.kernel_w - 1 - s.padding_w, planes,
+                [&](int t) { return dy(t / area, e * s.maps * area + t); }, [](int, real) {});
             correlate<real>(
                 s.maps, planes, s.channels, s.height, s.width, s.kernel_h, s.kernel_w, 1, 1,
                 [](int) { return real(0); },
@@ -911,8 +904,8 @@ __global__ void conv_backward(P p, S s, int n, int input_blocks, int share, int 
                 if (norm_before.gamma != nullptr) {
                     group_sums(found, lanes);
                     for (int k = 0; k < 2 && lane == 0 && o < p.maps; ++k) {
-                        real* sum = sums_before.sums +
-                                    (k * p.maps + o) * sums_before.parts + blockIdx.x;
+                        real* sum =
+                            sums_before.sums + (k * p.maps + o) * sums_before.parts + blockIdx.x;
                         *sum = found[k] + (e == begin ? real(0) : *sum);
                     }
                 }
@@ -921,8 +914,8 @@ __global__ void conv_backward(P p, S s, int n, int input_blocks, int share, int 
     } else {
         const int part = blockIdx.x - input_blocks, pixels = s.channels * seen;
         const Planes maps = planes_of_maps(s.rows, s.columns);
-        const Planes shape = planes_summed(s.rows, s.columns, s.kernel_h, s.kernel_w, s.stride_h,
-                                           s.stride_w);
+        const Planes shape =
+            planes_summed(s.rows, s.columns, s.kernel_h, s.kernel_w, s.stride_h, s.stride_w);
         // TAPS more: what is read, and not used, behind the last.
         real* planes = memory.take(s.channels * shape.area + TAPS);
         real* gradients = memory.take((s.maps + MAPS - 1) / MAPS * MAPS * maps.area);
@@ -931,21 +924,28 @@ __global__ void conv_backward(P p, S s, int n, int input_blocks, int share, int 
         dw += part * s.maps * s.channels * s.kernel_h * s.kernel_w;
         const int begin = part * weight_share, end = min(begin + weight_share, n);
         for (int e = begin; e < end; ++e) {
-            spread<8>(s.channels, s.height, s.width, shape, 1, 1, s.padding_h, s.padding_w, planes,
-                   [&](int t) { return x[e * pixels + t]; }, [](int, real) {});
-            spread<8>(s.maps, s.rows, s.columns, maps, 1, 1, 0, 0, gradients,
-                   [&](int t) { return dy(t / area, e * s.maps * area + t); }, [](int, real) {});
+            spread<8>(
+                s.channels, s.height, s.width, shape, 1, 1, s.padding_h, s.padding_w, planes,
+                [&](int t) { return x[e * pixels + t]; }, [](int, real) {});
+            spread<8>(
+                s.maps, s.rows, s.columns, maps, 1, 1, 0, 0, gradients,
+                [&](int t) { return dy(t / area, e * s.maps * area + t); }, [](int, real) {});
             __syncthreads();
             add_weight_gradient(s, e == begin, shape, planes, maps, gradients, results, dw);
-            for (int o = threadIdx.x; db != nullptr && o < s.maps; o += THREADS) {
-                real sum = e == begin ? real(0) : db[part * s.maps + o];
-                for (int t = 0; t < area; ++t) {
+            const int lanes = lanes_of(s.maps), lane = threadIdx.x % lanes;
+            for (int first = 0; db != nullptr && first < s.maps; first += THREADS / lanes) {
+                const int o = first + threadIdx.x / lanes, last = o < s.maps ? area : 0;
+                real sum = 0;
+                for (int t = lane; t < last; t += lanes) {
                     const int place = t / s.columns * maps.pitch + t % s.columns;
                     sum += gradients[o * maps.area + place];
                 }
-                db[part * s.maps + o] = sum;
+                sum = group_sum(sum, lanes);
+                if (lane == 0 && o < s.maps) {
+                    real* all = db + part * s.maps + o;
+                    *all = sum + (e == begin ? real(0) : *all);
+                }
             }
-            __syncthreads();  // before the next example takes the place of this one
         }
     }
     if (step != nullptr && blockIdx.x == 0 && threadIdx.x == 0) {
@@ -956,15 +956,16 @@ __global__ void conv_backward(P p, S s, int n, int input_blocks, int share, int 
 // -------------------------------------------------------------------------- loss and optimization
 
 // Softmax cross-entropy, `functional.softmax_cross_entropy` and its backward, of the last stage's
-// output, and what the host wants to know of the step: the sum of losses[*step, :] is the mean loss,
-// NaN if a label is out of range; that of hits[*step, :], how often the largest logit (the first of
-// equal ones) was the label's. In training, dz is not null:
+// output, and what the host wants to know of the step: the sum of losses[*step, :] is the mean
+// loss, NaN if a label is out of range; that of hits[*step, :], how often the largest logit (the
+// first of equal ones) was the label's. In training, dz is not null:
 //   dlogits[n,k] = (p[n,k] - [k = label]) / n, and from there dz of the last stage, and its sums.
 //
-// Launch: grid (parts of `share` examples, at most THREADS; some may be empty). Moves y in, dz out.
+// Launch: grid (parts of `share` examples, at most THREADS; some may be empty). A thread has one
+// example's loss. Moves y in, dz out.
 template <typename real, typename P>
-__global__ void cross_entropy(P p, int n, int share, Batch batch, Norm<real> norm,
-                              Sums<real> sums, const real* __restrict__ y, real* __restrict__ dz,
+__global__ void cross_entropy(P p, int n, int share, Batch batch, Norm<real> norm, Sums<real> sums,
+                              const real* __restrict__ y, real* __restrict__ dz,
                               real* __restrict__ losses, int* __restrict__ hits) {
     Memory<real> memory;
     const Normalization<real> normalized = normalization(p, n, norm, memory);
@@ -1034,8 +1035,8 @@ __global__ void cross_entropy(P p, int n, int share, Batch batch, Norm<real> nor
 //   v ← momentum · v + (g + weight_decay · w),   w ← w - rate · v
 // rates[i] is the learning rate of step i; the step has been counted already. `tensors` lie one
 // after the other, `size` parameters together.
-// Launch: a block has WIDTH neighbouring parameters; of its threads, LANES share the partial sums of
-// one. Moves parameters, velocities and partial sums in; parameters, velocities, gradients out.
+// Launch: a block has WIDTH neighbouring parameters; of its threads, LANES share the partial sums
+// of one. Moves parameters, velocities and partial sums in; parameters, velocities, gradients out.
 template <typename real>
 __global__ void sgd(const Tensor* __restrict__ tensors, int size, const real* __restrict__ partials,
                     const int* step, const real* rates, real momentum, real weight_decay,
