@@ -37,6 +37,7 @@ from npbn import functional as F
 from npbn.data import Split
 from npbn.engine import Engine
 from npbn.engine.cupy_stages import CupyEngine
+from npbn.engine.plan import plan
 from npbn.errors import NpbnError
 from npbn.functional._arrays import Array
 from npbn.layers import AvgPool2d, BatchNorm, Conv2d, Flatten, Linear, Sequential, Sigmoid
@@ -94,6 +95,9 @@ TUNED_MALLOC = {  # glibc's names for what npbn.backend.keep_freed_memory sets
     "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1),
     "MALLOC_TOP_PAD_": str(64 * 2**20),
 }
+IMAGE = (1, 28, 28)
+# Compute capabilities whose multiprocessors have 64 lanes for float32; the others of today, 128.
+LANES_64 = ("60", "70", "72", "75", "80")
 # Padding of the first convolution, maps after the first and the second, features after flattening.
 NETWORKS = {"lenet": (0, 6, 16, 256), "blenet": (2, 6, 16, 400), "wide": (0, 24, 64, 1024)}
 
@@ -523,7 +527,7 @@ def npbn_model(arguments: argparse.Namespace) -> Sequential:
 
 def random_pixels(arguments: argparse.Namespace) -> tuple[np.ndarray, np.ndarray]:
     generator = np.random.default_rng(arguments.seed)
-    images = generator.integers(256, size=(arguments.images, 1, 28, 28), dtype=np.uint8)
+    images = generator.integers(256, size=(arguments.images, *IMAGE), dtype=np.uint8)
     return images, generator.integers(10, size=arguments.images)
 
 
@@ -663,12 +667,17 @@ class Worker:
         self.process.communicate()  # closes the pipes and waits for the end
 
 
-def compare(arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """Measure all that is asked for, print the tables, return every value."""
+def check_libraries() -> None:
+    """One line if what a comparison needs is not there."""
     missing = [name for name in ("torch", "psutil") if importlib.util.find_spec(name) is None]
     if missing:
         install = "in npbn's directory: pip install -e '.[benchmark]'"
         raise NpbnError(f"not installed: {', '.join(missing)}; {install}")
+
+
+def compare(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """Measure all that is asked for, print the tables, return every value."""
+    check_libraries()
     comparisons = []
     for threads, batch_size in itertools.product(arguments.threads, arguments.batch_size):
         one = argparse.Namespace(**vars(arguments))
@@ -677,10 +686,20 @@ def compare(arguments: argparse.Namespace) -> list[dict[str, Any]]:
         say(heading(vars(one)))
         results = compare_one(one)
         print_results(results)
+        least = None
         if one.backend == "cupy":
             say("")
             say(f"Microseconds a step: {microseconds(results, batch_size)}.")
-        comparisons.append({"threads": threads, "batch_size": batch_size, "results": results})
+            if CONTESTANTS["engine"] in results:  # and so CuPy is there, which knows the card
+                least = floor(one)
+                say(
+                    "Floor: {microseconds:,.1f}, for {operations:.3g} operations in float32 at "
+                    "{operations_per_second:.3g} a second, and {bytes:.3g} bytes at "
+                    "{bytes_per_second:.3g}, by the card's clocks.".format(**least)
+                )
+        comparisons.append(
+            {"threads": threads, "batch_size": batch_size, "floor": least, "results": results}
+        )
     say("")
     baseline = CONTESTANTS[BASELINE]
     say(f"Median (min-max) of {arguments.rounds} rounds. Ratio: to {baseline} in the same round.")
@@ -797,6 +816,49 @@ def microseconds(results: Mapping[str, Mapping[str, Any]], batch_size: int) -> s
         for title, result in results.items()
     }
     return ", ".join(f"{title} {time:,.1f}" for title, time in times.items())
+
+
+def floor(arguments: argparse.Namespace) -> dict[str, float]:
+    """What a training step takes at least on this GPU: the longer of arithmetic and memory.
+
+    Arithmetic is the layers' products alone, forward and backward, by the weights and, but for the
+    first layer, by what went in. Memory is pixels, parameters and moving averages; the last two are
+    read and written.
+    """
+    model = npbn_model(arguments)
+    first, *others = (block.products for block in plan(model, IMAGE))
+    n = arguments.batch_size
+    operations = 2 * n * (2 * first + 3 * sum(others))  # an addition with each multiplication
+    state = sum(value.nbytes for value in model.state_dict().values())
+    moved = n * math.prod(IMAGE) + 2 * state
+    operations_per_second, bytes_per_second = card_rates()
+    return {
+        "microseconds": max(operations / operations_per_second, moved / bytes_per_second) * 1e6,
+        "operations": operations,
+        "bytes": moved,
+        "operations_per_second": operations_per_second,
+        "bytes_per_second": bytes_per_second,
+    }
+
+
+def card_rates() -> tuple[float, float]:
+    """Operations in float32, and bytes to or from memory, that this GPU can do in a second."""
+    import cupy
+
+    device, runtime = cupy.cuda.Device(), cupy.cuda.runtime
+
+    def attribute(name: str) -> int:
+        """From CUDA 13 on, some of these are no properties any more."""
+        return int(runtime.deviceGetAttribute(getattr(runtime, f"cudaDevAttr{name}"), device.id))
+
+    # A multiplication and an addition a cycle in each; kHz; two edges a cycle, and bits.
+    lanes = attribute("MultiProcessorCount") * (
+        64 if device.compute_capability in LANES_64 else 128
+    )
+    operations = lanes * 2 * attribute("ClockRate") * 1e3
+    bandwidth = 2 * attribute("MemoryClockRate") * 1e3 * attribute("GlobalMemoryBusWidth") / 8
+    # A card that shares the computer's memory may name no clock: then that sets no limit here.
+    return operations, bandwidth or math.inf
 
 
 def ratios(results: Mapping[str, Mapping[str, Any]], title: str, task: str) -> list[float]:

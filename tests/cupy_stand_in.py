@@ -12,10 +12,14 @@ import numpy as np
 
 from emulator import Library, compiled
 from npbn import backend
-from npbn.engine import cupy_stages
+from npbn.engine import cupy_stages, launch
 
 DEVICE = dataclasses.replace(backend.get_backend("numpy"), name="cupy", description="a stand-in")
 """The backend."""
+
+
+ATTRIBUTES = {"MaxSharedMemoryPerBlockOptin": launch.MOST_SHARED}
+"""Of the device."""
 
 
 class CompileError(Exception):
@@ -83,22 +87,23 @@ def stand_in(builds: Path) -> SimpleNamespace:
     """The module; compiled kernels are kept in that directory."""
     streams = []
 
-    def stream():
+    def stream(non_blocking):
+        assert non_blocking
         streams.append(Stream())
         return streams[-1]
 
     def module(code, options, name_expressions):
-        assert options == ("--std=c++17",)
+        assert options == launch.OPTIONS
         library = Library(compiled(builds, name_expressions, source=code))
 
         def function(name):
             def kernel(grid, block, arguments, shared_mem):
                 assert block == (256,)
-                assert all(isinstance(argument, np.generic) for argument in arguments)
+                assert all(argument.shape == () for argument in arguments)
+                assert shared_mem <= kernel.max_dynamic_shared_size_bytes
                 (capturing,) = (s for s in streams if s.captured is not None)
                 capturing.captured.append(lambda: library.launch(name, grid, shared_mem, arguments))
 
-            kernel.attributes = {}
             return kernel
 
         return SimpleNamespace(get_function=function)
@@ -116,6 +121,7 @@ def stand_in(builds: Path) -> SimpleNamespace:
         RawModule=module,
         cuda=SimpleNamespace(
             Stream=stream,
+            Device=lambda: SimpleNamespace(attributes=ATTRIBUTES),
             get_current_stream=lambda: Stream.current[-1],
             memory=SimpleNamespace(OutOfMemoryError=MemoryError),
             compiler=SimpleNamespace(CompileException=CompileError),

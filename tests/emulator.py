@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from npbn.engine import launch
-from npbn.engine.launch import Pointer, Program
+from npbn.engine.launch import Pointer, Program, Structure
 
 SHIM = Path(__file__).with_name("engine") / "cuda_shim.h"
 COMPILER = shutil.which("g++") if sys.platform == "linux" else None
@@ -74,9 +74,9 @@ class Library:
         return found.decode().split()
 
     def launch(
-        self, kernel: str, grid: Sequence[int], shared: int, arguments: Iterable[np.generic]
+        self, kernel: str, grid: Sequence[int], shared: int, arguments: Iterable[np.ndarray]
     ) -> None:
-        values = [np.array([argument]) for argument in arguments]
+        values = list(arguments)
         assert len(values) == len(self.signature(kernel))
         self.seed += 1
         failed = self.functions.launch(
@@ -133,17 +133,12 @@ class Emulator:
             self.library.functions.limit(*map(ctypes.c_size_t, sizes))
         for step in program.launches:
             self._check(step)
-            values = [self._value(argument) for argument in step.arguments]
+            values = [program.value(argument, self._address) for argument in step.arguments]
             self.library.launch(step.kernel, step.grid, step.shared, values)
 
-    def _value(self, argument: launch.Argument) -> np.generic:
-        """What the kernel gets."""
-        if argument is None:
-            return np.uint64(0)
-        if isinstance(argument, Pointer):
-            offset = argument.offset * self.arrays[argument.array].itemsize
-            return np.uint64(self.addresses[argument.array] + offset)
-        return argument
+    def _address(self, pointer: Pointer) -> int:
+        offset = pointer.offset * self.arrays[pointer.array].itemsize
+        return self.addresses[pointer.array] + offset
 
     def _check(self, step: launch.Launch) -> None:
         """The arguments' types are the kernel's; null goes for any pointer."""
@@ -155,5 +150,7 @@ class Emulator:
                 name = self.arrays[argument.array].dtype.name
                 structure = argument.array.startswith("tensors")
                 assert code == "*" + ("s" if structure else codes[name]), (step, argument)
-            elif code != "s":
+            elif isinstance(argument, Structure):
+                assert code == "s", (step, argument)
+            elif code != "s":  # an empty one, for sizes known to the compiler
                 assert code == codes[argument.dtype.name], (step, argument)

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+from npbn.engine import launch
+
 
 @dataclass(frozen=True)
 class Usage:
@@ -62,7 +64,8 @@ def usage(source: str, names: Iterable[str], architecture: int) -> list[Usage]:
         names = sorted(set(names))
         for name in names:
             _check(library.nvrtcAddNameExpression(program, name.encode()), program)
-        options = [f"--gpu-architecture=sm_{architecture}", "--std=c++17", "--ptxas-options=-v"]
+        options = [f"--gpu-architecture=sm_{architecture}", "--ptxas-options=-v", *launch.OPTIONS]
+        options += ["-ftz=true", "--device-as-default-execution-space"]  # CuPy has them, too
         texts = (ctypes.c_char_p * len(options))(*(option.encode() for option in options))
         _check(library.nvrtcCompileProgram(program, len(options), texts), program)
         log, found = _log(program), []

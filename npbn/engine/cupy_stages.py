@@ -18,9 +18,9 @@ import numpy as np
 
 from npbn.data import Split
 from npbn.engine import launch
-from npbn.engine.launch import Launch, Pointer, Program
+from npbn.engine.launch import Pointer, Program
 from npbn.engine.plan import parameters_of, plan
-from npbn.errors import BackendError
+from npbn.errors import BackendError, UnsupportedError
 from npbn.layers import Sequential
 from npbn.optim import SGD
 
@@ -56,8 +56,10 @@ class CupyEngine:
         self.batch_size = min(batch_size, len(train))
         self.blocks = plan(model, tuple(train.images.shape[1:]))
         self.test_size = len(test)
+        self.test_batch = min(EVALUATED_AT_ONCE, self.test_size)
         self.programs = self._write_programs(len(train))
-        self.stream = cupy.cuda.Stream()  # not the one that layers use: no graph is captured there
+        # Not the one that layers use: no graph is captured there, and nothing else goes on here.
+        self.stream = cupy.cuda.Stream(non_blocking=True)
         with self._computing():
             self.arrays = self._allocate()
             for name, split in (("train", train), ("test", test)):
@@ -78,7 +80,7 @@ class CupyEngine:
         for _ in self.steps(order):
             pass
         with self._computing():
-            return self._read(-(-len(order) // self.batch_size))
+            return self._read("train", -(-len(order) // self.batch_size))
 
     def steps(self, order: np.ndarray) -> Iterator[tuple[int, Any, Any]]:
         """The same, a launch at a time, of which none is waited for.
@@ -108,38 +110,36 @@ class CupyEngine:
 
     def evaluate(self) -> tuple[float, int]:
         """Mean loss on the test data in prediction mode, and how many were right."""
-        size = min(EVALUATED_AT_ONCE, self.test_size)
-        batches, rest = divmod(self.test_size, size)
         with self._computing():
             self._adopt()
-            self._run(f"test{size}", batches)
-            self._run(f"test{rest}", int(rest > 0))
-            losses, hits = self._read(batches + (rest > 0))
-        sizes = [size] * batches + [rest] * (rest > 0)
-        total = math.fsum(n * float(loss) for n, loss in zip(sizes, losses, strict=True))
+            self._graph("test", 1).launch(self.stream)
+            losses, hits = self._read("test", len(self.arrays["test.losses"]))
+        first, size = range(0, self.test_size, self.test_batch), self.test_batch
+        total = math.fsum(
+            min(size, self.test_size - start) * float(loss)
+            for start, loss in zip(first, losses, strict=True)
+        )
         return total / self.test_size, hits
 
     # How it is set up.
 
     def _write_programs(self, examples: int) -> dict[str, Program]:
-        """By name and batch size; those of 0 have nothing to do and are not there."""
-        batch, test_batch = self.batch_size, min(EVALUATED_AT_ONCE, self.test_size)
+        """Of training, by name and batch size, and of an evaluation."""
         programs = {}
-        for n in {batch, examples % batch} - {0}:
+        for n in {self.batch_size, examples % self.batch_size} - {0}:
             programs[f"train{n}"] = launch.training(
                 self.blocks,
                 n,
                 examples=examples,
-                stride=batch,
+                stride=self.batch_size,
                 momentum=self.optimizer.momentum,
                 weight_decay=self.optimizer.weight_decay,
                 decay_all=self.optimizer.decay_all,
                 fixed=True,
             )
-        for n in {test_batch, self.test_size % test_batch} - {0}:
-            programs[f"test{n}"] = launch.evaluation(
-                self.blocks, n, examples=self.test_size, stride=test_batch, fixed=True
-            )
+        programs["test"] = launch.evaluation(
+            self.blocks, self.test_batch, examples=self.test_size, fixed=True
+        )
         return programs
 
     def _allocate(self) -> dict[str, Any]:
@@ -158,20 +158,28 @@ class CupyEngine:
         return arrays
 
     def _compile(self) -> dict[str, Any]:
-        names = {step.kernel for program in self.programs.values() for step in program.launches}
+        shared: dict[str, int] = {}
+        for program in self.programs.values():
+            for step in program.launches:
+                shared[step.kernel] = max(step.shared, shared.get(step.kernel, 0))
+        most = self.cupy.cuda.Device().attributes["MaxSharedMemoryPerBlockOptin"]
+        if max(shared.values()) > most:
+            raise UnsupportedError(
+                f"a stage of the model needs {max(shared.values()):,} bytes of shared memory; this "
+                f"GPU has {most:,} for a block"
+            )
         module = self.cupy.RawModule(
             code=launch.SOURCE.read_text(),
-            options=("--std=c++17",),
-            name_expressions=tuple(sorted(names)),
+            options=launch.OPTIONS,
+            name_expressions=tuple(sorted(shared)),
         )
         try:
-            kernels = {name: module.get_function(name) for name in names}
+            kernels = {name: module.get_function(name) for name in shared}
         except self.cupy.cuda.compiler.CompileException as error:
             raise BackendError(f"the GPU engine's kernels do not compile: {error}") from None
-        for kernel in kernels.values():
-            _ = (
-                kernel.attributes
-            )  # so it is loaded now: that would not do while a graph is captured
+        for name, kernel in kernels.items():
+            # So the kernel is loaded now, too: that would not do while a graph is captured.
+            kernel.max_dynamic_shared_size_bytes = shared[name]
         return kernels
 
     def _find_views(self) -> list[tuple[Any, str, str, Any]]:
@@ -232,49 +240,45 @@ class CupyEngine:
     def _launch(self, size: int, start: int, end: int) -> tuple[int, Any, Any]:
         """These steps, on batches of this size."""
         with self._computing():
-            self._run(f"train{size}", end - start)
-            loss = self.arrays["losses"][start:end].mean(dtype=np.float64)
-            hits = self.arrays["hits"][start:end].sum()
+            many, single = divmod(end - start, STEPS_OF_A_GRAPH)
+            for repeats, count in ((STEPS_OF_A_GRAPH, many), (1, single)):
+                for _ in range(count):
+                    self._graph(f"train{size}", repeats).launch(self.stream)
+            loss = self.arrays["train.losses"][start:end].sum(dtype=np.float64) / (end - start)
+            hits = self.arrays["train.hits"][start:end].sum()
         self.optimizer.steps += end - start
         return size * (end - start), loss, hits
 
-    def _read(self, steps: int) -> tuple[np.ndarray, int]:
+    def _read(self, data: str, steps: int) -> tuple[np.ndarray, int]:
         """Losses and hits; waits for the GPU."""
-        losses = self.cupy.asnumpy(self.arrays["losses"][:steps])
-        return losses, int(self.cupy.asnumpy(self.arrays["hits"][:steps]).sum())
-
-    def _run(self, name: str, times: int) -> None:
-        many, single = divmod(times, STEPS_OF_A_GRAPH)
-        for repeats, count in ((STEPS_OF_A_GRAPH, many), (1, single)):
-            for _ in range(count):
-                self._graph(name, repeats).launch(self.stream)
+        losses, hits = (
+            self.cupy.asnumpy(self.arrays[f"{data}.{name}"][:steps]) for name in ("losses", "hits")
+        )
+        return losses.sum(1), int(hits.sum())
 
     def _graph(self, name: str, repeats: int) -> Any:
         """The program so many times; captured when it is first asked for."""
         if (name, repeats) not in self._graphs:
             program = self.programs[name]
-            calls = [self._bound(step) for step in program.launches]
+            calls = [
+                (step, [program.value(argument, self._address) for argument in step.arguments])
+                for step in program.launches
+            ]
             self.stream.begin_capture()
-            for _ in range(repeats):
-                for kernel, grid, arguments, shared in calls:
-                    kernel(grid, (launch.THREADS,), arguments, shared_mem=shared)
-            self._graphs[name, repeats] = self.stream.end_capture()
+            try:
+                for _ in range(repeats):
+                    for step, arguments in calls:
+                        self._kernels[step.kernel](
+                            step.grid, (launch.THREADS,), tuple(arguments), shared_mem=step.shared
+                        )
+            finally:
+                graph = self.stream.end_capture()
+            self._graphs[name, repeats] = graph
         return self._graphs[name, repeats]
 
-    def _bound(self, step: Launch) -> tuple[Any, tuple[int, int, int], tuple[Any, ...], int]:
-        """A launch with addresses for names."""
-        arguments = tuple(map(self._value, step.arguments))
-        return self._kernels[step.kernel], step.grid, arguments, step.shared
-
-    def _value(self, argument: launch.Argument) -> np.generic:
-        address = 0
-        if isinstance(argument, Pointer):
-            array = self.arrays[argument.array]
-            address = _address(array) + argument.offset * array.itemsize
-        elif argument is not None:
-            return argument
-        pointer: np.generic = np.uint64(address)
-        return pointer
+    def _address(self, pointer: Pointer) -> int:
+        array = self.arrays[pointer.array]
+        return _address(array) + pointer.offset * int(array.itemsize)
 
 
 def _address(array: Any) -> int:

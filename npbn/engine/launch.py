@@ -1,9 +1,9 @@
 """From the plan to a sequence of kernel launches, and the arrays they work on. Knows no device.
 
-A `Program` is all that a training step, or a batch's evaluation, asks of a GPU: which arrays there
-have to be, and which kernels of ``kernels.cu`` are launched on them, one after the other. Nothing
-in it changes from step to step: where the batch begins, and the learning rate, are found by a
-counter in the GPU's memory. So the same sequence can be run again and again, or captured in a
+A `Program` is all that a training step, or an evaluation, asks of a GPU: which arrays there have to
+be, and which kernels of ``kernels.cu`` are launched on them, one after the other. Nothing in a
+training step's changes from step to step: where the batch begins, and the learning rate, are found
+by a counter in the GPU's memory. So the same sequence can be run again and again, or captured in a
 graph.
 
 Programs for several batch sizes, and for evaluation, share arrays: those of the same name are the
@@ -11,13 +11,13 @@ same array, as large as the largest of them asks for.
 
 What the host does: it writes images and labels once, parameters and moving averages at
 first, ``order`` and ``rates`` once an epoch, and 0 to ``step``; after the epoch it reads ``losses``
-and ``hits``, one of each a step.
+and ``hits``, a row of each a step, to be added up.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,25 +30,54 @@ from npbn.layers import MaxPool2d, ReLU, Sigmoid
 
 SOURCE = Path(__file__).with_name("kernels.cu")
 
+OPTIONS = ("--std=c++17", "--prec-div=false", "--prec-sqrt=false")
+"""Of the compiler: a quotient or root of floats may be two units of rounding off, for speed."""
+
 # As in kernels.cu.
-THREADS, SIDE, DEPTH = 256, 16, 32
+THREADS, SIDE, DEPTH, VECTOR = 256, 16, 128, 4
+ROWS, MAPS, TAPS, BANKS, WIDTH = 4, 2, 5, 32, 32
 ACTIVATIONS = {type(None): 0, Sigmoid: 1, ReLU: 2}
 SHAPE_FIELDS = (
     *("channels", "height", "width", "maps", "rows", "columns"),
     *("kernel_h", "kernel_w", "stride_h", "stride_w", "padding_h", "padding_w"),
     *("window_h", "window_w", "maximum", "activation"),
 )
-SHAPE = np.dtype([(name, np.int32) for name in SHAPE_FIELDS])
+STRUCTURES = {
+    "Shape": dict.fromkeys(SHAPE_FIELDS, "int"),
+    "Batch": dict.fromkeys(("images", "labels", "order", "step"), "pointer") | {"stride": "int"},
+    "Norm": dict.fromkeys(
+        (
+            *("gamma", "beta", "means", "squares"),
+            *("mean", "rest", "var", "moving_mean", "moving_var"),
+        ),
+        "pointer",
+    )
+    | {"parts": "int", "share": "int", "eps": "real", "momentum": "real"},
+    "Sums": {"sums": "pointer", "parts": "int", "dgamma": "pointer", "dbeta": "pointer"},
+}
 TENSOR_FIELDS = ("offset", "size", "partial_offset", "partials", "decays")
 
 PROCESSORS = 132
 """Streaming multiprocessors of an H100 or H200: so many blocks at least should be under way."""
 
 BLOCKS_OF_A_PROCESSOR = 4
-"""How many blocks of threads that share out an array's numbers there are for each processor."""
+"""How many blocks of threads there are at most for each processor, where each goes through several
+examples: every part of the batch makes the merging of the statistics longer."""
 
 MOST_BLOCKS = 65_535
 """In a grid's second and third axis, in CUDA."""
+
+MOST_SHARED = 227 * 1024
+"""Bytes of shared memory that a block can have on an H100 or H200."""
+
+WEIGHTS_AT_A_TIME = 12 * 1024
+"""Bytes of a convolution's weights in shared memory, unless a single channel has more."""
+
+EXAMPLES_OF_A_LOSS = 32
+"""How many examples' losses a block computes, a thread each: many blocks load more at once."""
+
+LOGITS_AT_A_TIME = 16 * 1024
+"""Bytes of logits in shared memory, unless a single example has more."""
 
 LONG = 256
 """How many terms of a sum are worth a block of their own."""
@@ -62,7 +91,22 @@ class Pointer(NamedTuple):
 
 
 NULL = None
-Argument = Pointer | np.generic | None
+
+
+@dataclass(frozen=True)
+class Structure:
+    """A structure of kernels.cu, passed by value.
+
+    Attributes:
+        name: of `STRUCTURES`.
+        values: by field; what is not there is 0, or null.
+    """
+
+    name: str
+    values: Mapping[str, Any]
+
+
+Argument = Pointer | Structure | np.generic | None
 
 
 @dataclass(frozen=True)
@@ -99,15 +143,33 @@ class Launch:
 
 @dataclass(frozen=True)
 class Program:
-    """What a training step, or the evaluation of a batch, asks of a device.
+    """What a training step, or an evaluation, asks of a device.
 
     Attributes:
         arrays: by name.
         launches: in their order.
+        dtype: of the numbers that the kernels call real.
     """
 
     arrays: dict[str, ArraySpec]
     launches: tuple[Launch, ...]
+    dtype: Any
+
+    def value(self, argument: Argument, address: Callable[[Pointer], int]) -> np.ndarray:
+        """An argument's bytes as the kernel gets them, in an array without axes."""
+        if isinstance(argument, Structure):
+            types = {"int": np.int32, "real": self.dtype, "pointer": np.uint64}
+            fields = STRUCTURES[argument.name]
+            dtype = np.dtype([(name, types[kind]) for name, kind in fields.items()], align=True)
+            found = np.zeros((), dtype)
+            for name, value in argument.values.items():
+                found[name] = self.value(value, address) if fields[name] == "pointer" else value
+            return found
+        if argument is None:
+            return np.array(0, np.uint64)
+        if isinstance(argument, Pointer):
+            return np.array(address(argument), np.uint64)
+        return np.asarray(argument)
 
 
 def parameter_offsets(blocks: Sequence[Block]) -> dict[str, tuple[int, Any]]:
@@ -127,7 +189,6 @@ def training(
     n: int,
     *,
     examples: int,
-    data: str = "train",
     stride: int | None = None,
     momentum: float = 0.0,
     weight_decay: float = 0.0,
@@ -139,16 +200,15 @@ def training(
 
     Args:
         blocks: the plan.
-        examples: of the data set, in the arrays ``{data}.images`` and ``{data}.labels``.
-        data: a name for it.
+        examples: of the data set, in the arrays ``train.images`` and ``train.labels``.
         stride: from one step's examples in ``order`` to those of the next; n unless given.
         momentum, weight_decay, decay_all: as `npbn.optim.SGD` has them.
         fixed: whether kernels are compiled for the sizes of this model.
         processors: for how many the work is divided. The order of sums depends on it, so results
             do, in their last bits.
     """
-    writer = _Writer(blocks, n, examples, data, fixed, processors)
-    return writer.training(n if stride is None else stride, momentum, weight_decay, decay_all)
+    writer = _Writer(blocks, "train", examples, n if stride is None else stride, fixed, processors)
+    return writer.training(n, momentum, weight_decay, decay_all)
 
 
 def evaluation(
@@ -156,14 +216,14 @@ def evaluation(
     n: int,
     *,
     examples: int,
-    data: str = "test",
-    stride: int | None = None,
     fixed: bool = False,
     processors: int = PROCESSORS,
 ) -> Program:
-    """Loss and hits in prediction mode on n examples of the data set, from step · stride on."""
-    writer = _Writer(blocks, n, examples, data, fixed, processors)
-    return writer.evaluation(n if stride is None else stride)
+    """Loss and hits of the data set ``test`` in prediction mode, n examples at a time.
+
+    A batch's row of ``test.losses``, added up, is its mean loss. The last batch may be smaller.
+    """
+    return _Writer(blocks, "test", examples, n, fixed, processors).evaluation()
 
 
 def largest(programs: Iterable[Program]) -> dict[str, ArraySpec]:
@@ -176,277 +236,287 @@ def largest(programs: Iterable[Program]) -> dict[str, ArraySpec]:
     return found
 
 
-def shape_of(block: Block) -> np.void:
-    """The sizes of a block, as the kernels' ``Shape``; a linear layer's image has one pixel."""
-    layer = block.layer
-    if isinstance(block, ConvBlock):
-        kernel = *layer.kernel_size, *layer.stride, *layer.padding
-        sizes = *block.shape, *block.maps, *kernel, *block.window
-    else:
-        assert isinstance(block, LinearBlock)
-        in_features, out_features = block.features
-        sizes = in_features, 1, 1, out_features, 1, 1, *(1, 1), *(1, 1), *(0, 0), *(1, 1)
-    maximum = isinstance(block, ConvBlock) and type(block.pool) is MaxPool2d
-    shape: np.void = np.void((*sizes, maximum, ACTIVATIONS[type(block.activation)]), SHAPE)
-    return shape
-
-
-class _Block:
-    """A block of the plan with the names of its arrays.
+class _Stage:
+    """A block of the plan, or the images, with its sizes as numbers.
 
     Attributes:
-        x, output: what goes in and comes out; y: what the affine map gives, the output itself
-            where nothing follows.
-        dx, doutput: the gradients by x and by the output; dy: that by y, and before batch norm's
-            backward, the gradient by what batch norm gave. It takes doutput's place where nothing
-            but the affine map is.
+        sizes: as the kernels' ``Shape`` has them.
+        values: of an example's y.
+        inputs, outputs: numbers of an example that come in, and that come out after pooling.
+        planes, summed: numbers of an example's padded x in shared memory, forward and backward.
+        wide: the same of dy, with zeros around and between.
+        gradients: of dy as it is.
     """
 
-    def __init__(self, block: Block, i: int, n: int) -> None:
-        self.block, self.name, self.s = block, str(i), shape_of(block)
-        s = {name: int(self.s[name]) for name in SHAPE_FIELDS}
+    def __init__(self, name: str, block: Block | None, sizes: Sequence[int]) -> None:
+        self.name, self.block = name, block
+        self.linear = isinstance(block, LinearBlock)
+        self.norm = None if block is None else block.norm
+        self.sizes = s = dict(zip(SHAPE_FIELDS, map(int, sizes), strict=True))
         self.channels, self.maps = s["channels"], s["maps"]
-        self.places = self.channels * s["kernel_h"] * s["kernel_w"]
-        self.weights = self.maps * self.places
-        self.pixels = n * s["height"] * s["width"]
-        self.positions = n * s["rows"] * s["columns"]
-        self.items = self.positions // (s["window_h"] * s["window_w"])
-        self.plain = (
-            block.norm is None and block.activation is None and self.items == self.positions
+        self.inputs = self.channels * s["height"] * s["width"]
+        self.values = self.maps * s["rows"] * s["columns"]
+        self.outputs = self.values // (s["window_h"] * s["window_w"])
+        self.weights = self.maps * self.channels * s["kernel_h"] * s["kernel_w"]
+        down, across = (
+            (s[axis], s[f"stride_{side}"], s[f"kernel_{side}"])
+            for axis, side in (("rows", "h"), ("columns", "w"))
         )
-        self.x, self.output = f"x{i}", f"x{i + 1}"
-        self.dx, self.doutput = f"dx{i}", f"dx{i + 1}"
-        self.y = self.output if self.plain else f"y{i}"
-        self.dy = self.doutput if self.plain else f"dy{i}"
+        self.planes = self.channels * _plane_read(down, across)
+        self.summed = self.channels * _plane_summed(down, across)
+        self.wide = self.maps * _plane_read(
+            (s["height"], 1, s["kernel_h"]), (s["width"], 1, s["kernel_w"])
+        )
+        self.gradients = _over(self.maps, MAPS) * MAPS * s["rows"] * (s["columns"] | 1)
+
+
+_Axis = tuple[int, int, int]
+"""Outputs, stride and kernel, down or across."""
+
+
+def _plane_read(down: _Axis, across: _Axis) -> int:
+    """The area of ``planes_read``."""
+    rows, stride, kernel = down
+    columns, stride_w, kernel_w = across
+    height = (_over(rows, ROWS) * ROWS - 1) * stride + kernel
+    width = (columns - 1) * stride_w + kernel_w
+    return height * _raised(width, _over(columns, ROWS), BANKS // ROWS)
+
+
+def _plane_summed(down: _Axis, across: _Axis) -> int:
+    """The area of ``planes_summed``."""
+    height, width = ((outputs - 1) * stride + kernel for outputs, stride, kernel in (down, across))
+    return _raised(height * (width | 1), down[2] * (width | 1), BANKS)
+
+
+def _raised(number: int, like: int, divisor: int) -> int:
+    """The number, or the next above it that leaves what the other leaves."""
+    return number + (like - number) % divisor
+
+
+def _images(channels: int, height: int, width: int) -> _Stage:
+    """A stage with nothing in it."""
+    shape = channels, height, width
+    return _Stage("images", None, (*shape, *shape, *(1, 1), *(1, 1), *(0, 0), *(1, 1), 0, 0))
+
+
+def _stage(name: str, block: Block) -> _Stage:
+    """A linear layer's images have one pixel."""
+    layer, activation = block.layer, ACTIVATIONS[type(block.activation)]
+    if isinstance(block, ConvBlock):
+        kernel = *layer.kernel_size, *layer.stride, *layer.padding
+        maximum = type(block.pool) is MaxPool2d
+        return _Stage(
+            name, block, (*block.shape, *block.maps, *kernel, *block.window, maximum, activation)
+        )
+    assert isinstance(block, LinearBlock)
+    inputs, outputs = block.features
+    kernel = *(1, 1), *(1, 1), *(0, 0)
+    return _Stage(name, block, (inputs, 1, 1, outputs, 1, 1, *kernel, *(1, 1), 0, activation))
 
 
 class _Writer:
-    """Writes down one program."""
+    """Writes down one program.
+
+    Attributes:
+        n: examples of the batch that is written down.
+        steps: batches of the data set.
+        shares: of each stage's statistics, examples of a part and parts.
+        sums: of each stage, what batch norm's backward asks for.
+        partials: how many numbers of the partial sums' array are taken.
+    """
 
     def __init__(
         self,
         blocks: Sequence[Block],
-        n: int,
-        examples: int,
         data: str,
+        examples: int,
+        stride: int,
         fixed: bool,
         processors: int,
     ) -> None:
-        self.n, self.examples, self.data = n, examples, data
+        self.data, self.examples, self.stride = data, examples, stride
         self.fixed, self.processors = fixed, processors
-        self.blocks = [_Block(block, i, n) for i, block in enumerate(blocks)]
+        self.train = data == "train"
+        self.steps = _over(examples, stride)
+        self.n, self.partials = stride, 0
+        self.shares: dict[str, tuple[int, int]] = {}
+        self.sums: dict[str, Structure] = {}
+        stages = [_stage(str(i), block) for i, block in enumerate(blocks)]
+        first, self.last = stages[0], stages[-1]
+        images = _images(*(first.sizes[side] for side in ("channels", "height", "width")))
+        self.pairs = list(zip([images, *stages[:-1]], stages, strict=True))
         self.dtype = np.dtype(blocks[0].layer.weight.data.dtype)
         self.real = {"float32": "float", "float64": "double"}[self.dtype.name]
         self.offsets = parameter_offsets(blocks)
         self.arrays: dict[str, ArraySpec] = {}
         self.launches: list[Launch] = []
-        self.pixels = self.blocks[0].pixels // n * self.blocks[0].channels
-        self.classes = self.blocks[-1].maps
-        total = sum(owner.data.size for _, owner in self.offsets.values())
-        self._array("parameters", (total,))
-        self.partials = 0  # how many numbers of the partial sums' array are taken
+        self._array("parameters", (sum(owner.data.size for _, owner in self.offsets.values()),))
+        self._array(f"{data}.images", (examples, first.inputs), np.uint8)
+        self._array(f"{data}.labels", (examples,), np.int32)
 
-    def training(
-        self, stride: int, momentum: float, weight_decay: float, decay_all: bool
-    ) -> Program:
-        self._array("order", (self.examples,), np.int32)
-        self._gather(stride, Pointer("order"))
-        for b in self.blocks:
-            self._forward(b, training=True)
-        self._cross_entropy(Pointer(self.blocks[-1].doutput))
+    def training(self, n: int, momentum: float, weight_decay: float, decay_all: bool) -> Program:
+        self.n = n
+        order = self._array("order", (self.examples,), np.int32)
+        batch = self._batch(order, self._array("step", (1,), np.int32, 0))
+        for before, stage in self.pairs:
+            self._forward(before, stage, batch)
+        self._cross_entropy(batch)
         tensors: list[tuple[int, ...]] = []
-        for b in reversed(self.blocks):
-            tensors += self._backward(b, decay_all)
-        self._sgd(tensors, momentum, weight_decay)
+        for before, stage in reversed(self.pairs):
+            tensors += self._backward(before, stage, decay_all)
         self._array("partials", (self.partials,))
+        self._sgd(tensors, momentum, weight_decay)
         return self._program()
 
-    def evaluation(self, stride: int) -> Program:
-        self._gather(stride, NULL)
-        for b in self.blocks:
-            self._forward(b, training=False)
-        self._cross_entropy(NULL)
+    def evaluation(self) -> Program:
+        counting = np.arange(self.steps, dtype=np.int32)
+        numbers = self._array("steps", counting.shape, np.int32, counting)
+        for step in range(self.steps):
+            self.n = min(self.stride, self.examples - step * self.stride)
+            batch = self._batch(NULL, Pointer(numbers.array, step))
+            for before, stage in self.pairs:
+                self._forward(before, stage, batch)
+            self._cross_entropy(batch)
         return self._program()
 
     # Each part of the program.
 
-    def _gather(self, stride: int, order: Argument) -> None:
-        self._array("step", (1,), np.int32, 0)
-        images, labels = f"{self.data}.images", f"{self.data}.labels"
-        self._array(images, (self.examples, self.pixels), np.uint8)
-        self._array(labels, (self.examples,), np.int32)
-        self._array(self.blocks[0].x, (self.n, self.pixels))
-        self._array("batch_labels", (self.n,), np.int32)
+    def _forward(self, before: _Stage, stage: _Stage, batch: Structure) -> None:
+        name = stage.name
+        across = _over(stage.maps, SIDE) if stage.linear else 1
+        share, parts = self._shared_out(across, SIDE if stage.linear else 1)
+        x = means = squares = NULL
+        if self.train:
+            x = self._array(f"x{name}", (self.n * stage.inputs,))
+            if stage.norm is not None:
+                means = self._array(f"means{name}", (stage.maps * parts,), np.float64)
+                squares = self._array(f"squares{name}", (stage.maps * parts,))
+                self.shares[name] = share, parts
+        sizes, memory = [np.int32(self.n), np.int32(share)], [*_normalization(before)]
+        if stage.linear:
+            memory += _TILE
+        else:
+            strip, weights = self._strip(stage, stage.channels, stage.maps)
+            sizes.append(np.int32(strip))
+            memory += [stage.planes, stage.values, weights]
         self._launch(
-            f"gather<{self.real}>",
-            (_over(self.n * self.pixels, THREADS), 1, 1),
-            *map(np.int32, (self.n, self.pixels, stride)),
-            *map(Pointer, ("step",)),
-            order,
-            *map(Pointer, (images, labels, self.blocks[0].x, "batch_labels")),
+            "linear_forward" if stage.linear else "conv_forward",
+            (before, stage),
+            (parts, across, 1),
+            memory,
+            *sizes,
+            batch,
+            self._norm(before, merging=True),
+            self._output(before),
+            self._parameter(stage, "weight"),
+            self._parameter(stage, "bias"),
+            x,
+            self._array(f"y{name}", (self.n * stage.values,)),
+            means,
+            squares,
         )
 
-    def _forward(self, b: _Block, training: bool) -> None:
-        norm = b.block.norm
-        tall, grid = self._tiles(b.positions, b.maps)
-        statistics: Argument = NULL
-        if training and norm is not None:
-            self._array(f"statistics{b.name}", (2, grid[0], b.maps))
-            statistics = Pointer(f"statistics{b.name}")
-        self._array(b.y, (b.positions * b.maps,))
+    def _cross_entropy(self, batch: Structure) -> None:
+        last = self.last
+        most = LOGITS_AT_A_TIME // (last.outputs * self.dtype.itemsize)
+        share = min(EXAMPLES_OF_A_LOSS, max(1, most))
+        parts = _over(self.stride, share)  # whatever n: so long is a row of losses
+        rows = self.steps, parts * THREADS // SIDE
+        dz = self._array(f"dz{last.name}", (self.n * last.values,)) if self.train else NULL
         self._launch(
-            self._name("affine", b, tall),
-            grid,
-            self._shape(b),
-            np.int32(self.n),
-            Pointer(b.x),
-            self._parameter(b, "weight"),
-            self._parameter(b, "bias"),
-            Pointer(b.y),
-            statistics,
-            shared=self._tile_bytes(tall),
-        )
-        if b.plain:
-            return
-        mean, var, moving_mean, moving_var = self._averages(b, training)
-        self._array(b.output, (b.items * b.maps,))
-        self._launch(
-            self._name("activate", b),
-            (self._sharing(b.items, b.maps), b.maps, 1),
-            self._shape(b),
-            np.int32(self.n),
-            Pointer(b.y),
-            *self._normalization(b),
-            statistics,
-            np.int32(grid[0]),
-            np.int32(tall * SIDE),
-            self._real(0.0 if norm is None else norm.momentum),
-            mean,
-            var,
-            moving_mean,
-            moving_var,
-            Pointer(b.output),
-        )
-
-    def _cross_entropy(self, dlogits: Argument) -> None:
-        last = self.blocks[-1]
-        if dlogits is not None:
-            self._array(last.doutput, (self.n * self.classes,))
-        steps = self.examples  # never more, whatever the batch size
-        self._array("losses", (steps,))
-        self._array("hits", (steps,), np.int32)
-        self._launch(
-            f"cross_entropy<{self.real}>",
-            (1, 1, 1),
-            np.int32(self.n),
-            np.int32(self.classes),
-            Pointer(last.output),
-            Pointer("batch_labels"),
-            dlogits,
-            *map(Pointer, ("step", "losses", "hits")),
-        )
-
-    def _backward(self, b: _Block, decay_all: bool) -> Iterator[tuple[int, ...]]:
-        """The block's tensors, for `_sgd`."""
-        norm = b.block.norm
-        mean, var, _, _ = self._averages(b, training=True)
-        sharing = self._sharing(b.items, b.maps)
-        sums = self._partial_sums(2 * sharing * b.maps)
-        self._array(b.dy, (b.positions * b.maps,))
-        self._launch(
-            self._name("activate_backward", b),
-            (sharing, b.maps, 1),
-            self._shape(b),
-            np.int32(self.n),
-            Pointer(b.y),
-            Pointer(b.doutput),
-            *self._normalization(b),
-            mean,
-            var,
-            Pointer(b.dy),
-            sums,
-        )
-        if norm is not None:
-            self._launch(
-                self._name("batch_norm_backward", b),
-                (self._sharing(b.positions, b.maps), b.maps, 1),
-                self._shape(b),
-                np.int32(self.n),
-                Pointer(b.y),
-                self._parameter(b, "gamma"),
-                self._real(norm.eps),
-                mean,
-                var,
-                sums,
-                np.int32(sharing),
-                Pointer(b.dy),
-                self._parameter(b, "gamma", "gradients"),
-                self._parameter(b, "beta", "gradients"),
-            )
-        parts, partials = self._backward_weight(b)
-        if b.name != "0":  # nobody asks for the gradient by the images
-            self._backward_input(b)
-        for name, owner, attribute in parameters_of(b.block):
-            if attribute != "data":
-                continue
-            offset, _ = self.offsets[f"{b.name}.{name}"]
-            place, count = 0, 0  # the gradient is there, from batch_norm_backward
-            if name == "weight":
-                place, count = partials.offset, parts
-            elif name == "bias" and norm is None:  # batch norm takes a bias back: its gradient is 0
-                place, count = sums.offset, sharing
-            yield offset, owner.data.size, place, count, int(decay_all or name == "weight")
-
-    def _backward_weight(self, b: _Block) -> tuple[int, Pointer]:
-        """How many partial sums there are of the gradient, and where."""
-        most = _over(b.positions, LONG)
-        tall, (row_tiles, column_tiles, _) = self._tiles(b.places, b.maps, most)
-        parts = min(_over(2 * self.processors, row_tiles * column_tiles), most)
-        share = _over(_over(b.positions, parts), DEPTH) * DEPTH
-        parts = _over(b.positions, share)
-        partials = self._partial_sums(parts * b.weights)
-        self._launch(
-            self._name("affine_backward_weight", b, tall),
-            (row_tiles, column_tiles, parts),
-            self._shape(b),
+            "cross_entropy",
+            (last,),
+            (parts, 1, 1),
+            [*_normalization(last), share * last.outputs],
             np.int32(self.n),
             np.int32(share),
-            Pointer(b.x),
-            Pointer(b.dy),
-            partials,
-            shared=self._tile_bytes(tall),
+            batch,
+            self._norm(last, merging=True),
+            self._sums_of(last, parts),
+            self._output(last),
+            dz,
+            self._array(f"{self.data}.losses", rows),
+            self._array(f"{self.data}.hits", rows, np.int32),
         )
-        return parts, partials
 
-    def _backward_input(self, b: _Block) -> None:
-        tall, grid = self._tiles(b.pixels, b.channels)
-        self._array(b.dx, (b.pixels * b.channels,))
+    def _backward(
+        self, before: _Stage, stage: _Stage, decay_all: bool
+    ) -> Iterator[tuple[int, ...]]:
+        """The stage's tensors, for `_sgd`."""
+        assert stage.block is not None
+        name, first = stage.name, before.block is None  # nobody asks for the gradient by the images
+        bias = stage.norm is None and self._parameter(stage, "bias") is not NULL
+        across = _over(stage.inputs, SIDE) if stage.linear else 1
+        share, parts = self._shared_out(across, SIDE if stage.linear else 1)
+        sizes: list[np.generic] = []
+        memory = [*_normalization(stage), stage.maps, stage.maps]
+        if stage.linear:
+            tiles = _over(stage.inputs + bias, SIDE) * _over(stage.maps, SIDE)
+            weight_parts = min(_over(2 * self.processors, tiles), _over(self.n, LONG))
+            memory += [*_normalization(before), *_TILE]
+        else:
+            tiles, weight_parts = 1, 2 * self.processors
+            strip, weights = self._strip(stage, stage.maps, stage.channels)
+            sizes.append(np.int32(strip))
+            memory += max(
+                [] if first else [*_normalization(before), stage.wide, stage.inputs, weights],
+                [stage.summed + TAPS, stage.gradients, MAPS * TAPS * THREADS],
+                key=self._bytes,
+            )
+        weight_share = _over(self.n, weight_parts)
+        weight_parts = _over(self.n, weight_share)
+        input_blocks = 0 if first else across * parts
+        dw = self._partial_sums(weight_parts * stage.weights)
+        db = self._partial_sums(weight_parts * stage.maps) if bias else NULL
         self._launch(
-            self._name("affine_backward_input", b, tall),
-            grid,
-            self._shape(b),
-            np.int32(self.n),
-            Pointer(b.dy),
-            self._parameter(b, "weight"),
-            Pointer(b.dx),
-            shared=self._tile_bytes(tall),
+            "linear_backward" if stage.linear else "conv_backward",
+            (before, stage),
+            (input_blocks + tiles * weight_parts, 1, 1),
+            memory,
+            *map(np.int32, (self.n, input_blocks, share, weight_share)),
+            *sizes,
+            self._norm(stage),
+            self.sums[name],
+            self._norm(before),
+            self._sums_of(before, parts * (before.outputs // before.maps if stage.linear else 1)),
+            self._output(before),
+            self._parameter(stage, "weight"),
+            *(Pointer(f"{array}{name}") for array in ("x", "y", "dz")),
+            NULL if first else self._array(f"dz{before.name}", (self.n * before.values,)),
+            dw,
+            db,
+            Pointer("step") if first else NULL,
         )
+        for parameter, owner, attribute in parameters_of(stage.block):
+            if attribute != "data":
+                continue
+            offset, _ = self.offsets[f"{name}.{parameter}"]
+            place, count = 0, 0  # the gradient is there; batch norm takes a bias back: its is 0
+            if parameter == "weight":
+                place, count = dw.offset, weight_parts
+            elif parameter == "bias" and db is not NULL:
+                place, count = db.offset, weight_parts
+            yield offset, owner.data.size, place, count, int(decay_all or parameter == "weight")
 
     def _sgd(self, tensors: list[tuple[int, ...]], momentum: float, weight_decay: float) -> None:
-        for name in ("gradients", "velocities"):
-            self._array(name, self.arrays["parameters"].shape, value=0)
-        table = np.array(tensors, np.int32)
-        name = f"tensors{self.n}"  # the partial sums of other batch sizes are elsewhere
-        self._array(name, table.shape, np.int32, table)
-        self._array("rates", (self.examples,))
-        largest = max(size for _, size, *_ in tensors)
+        shape = self.arrays["parameters"].shape
+        table = np.array(sorted(tensors), np.int32)
         self._launch(
-            f"sgd<{self.real}>",
-            (self._sharing(largest, len(tensors)), len(tensors), 1),
-            *map(Pointer, (name, "partials", "step", "rates")),
+            "sgd",
+            (),
+            (_over(shape[0], WIDTH), 1, 1),
+            [],
+            # The partial sums of other batch sizes are elsewhere.
+            self._array(f"tensors{self.n}", table.shape, np.int32, table),
+            np.int32(shape[0]),
+            *map(Pointer, ("partials", "step")),
+            self._array("rates", (self.steps,)),
             self._real(momentum),
             self._real(weight_decay),
-            *map(Pointer, ("parameters", "gradients", "velocities")),
+            Pointer("parameters"),
+            self._array("gradients", shape, value=0),
+            self._array("velocities", shape, value=0),
         )
 
     # What they are made of.
@@ -464,80 +534,121 @@ class _Writer:
                     f"{launch.kernel} would need a grid of {launch.grid} blocks; a GPU has at most "
                     f"{MOST_BLOCKS:,} in the second and third"
                 )
-        return Program(self.arrays, tuple(self.launches))
+            if launch.shared > MOST_SHARED:
+                raise UnsupportedError(
+                    f"{launch.kernel} would need {launch.shared:,} bytes of shared memory; a GPU "
+                    f"has at most {MOST_SHARED:,} for a block"
+                )
+        return Program(self.arrays, tuple(self.launches), self.dtype)
 
     def _array(
         self, name: str, shape: tuple[int, ...], dtype: Any = None, value: Any = None
-    ) -> None:
-        self.arrays[name] = ArraySpec(shape, self.dtype if dtype is None else dtype, value)
+    ) -> Pointer:
+        spec = ArraySpec(shape, self.dtype if dtype is None else dtype, value)
+        self.arrays.setdefault(name, spec)
+        return Pointer(name)
 
     def _launch(
         self,
         kernel: str,
+        stages: Sequence[_Stage],
         grid: tuple[int, int, int],
+        memory: Sequence[int],
         *arguments: Argument,
-        shared: int | None = None,
     ) -> None:
-        if shared is None:
-            shared = THREADS * self.dtype.itemsize  # a number a thread, for block_sum
-        self.launches.append(Launch(kernel, grid, shared, arguments))
+        """Of a kernel that is compiled for these stages, and takes their shapes first.
 
-    def _name(self, kernel: str, b: _Block, tall: int | None = None) -> str:
-        """The C++ name of a kernel that works on a block."""
-        sizes = ", ".join(str(b.s[name]) for name in SHAPE_FIELDS)
-        arguments = [self.real] + ([] if tall is None else [str(tall)])
-        return f"{kernel}<{', '.join([*arguments, f'Fixed<{sizes}>' if self.fixed else 'Shape'])}>"
+        ``memory``: how many numbers each piece has that it takes of the shared memory.
+        """
+        shapes = [", ".join(map(str, stage.sizes.values())) for stage in stages]
+        types = [f"Fixed<{sizes}>" if self.fixed else "Shape" for sizes in shapes]
+        # An empty class takes one byte.
+        values = [np.uint8(0) if self.fixed else Structure("Shape", s.sizes) for s in stages]
+        name = f"{kernel}<{', '.join([self.real, *types])}>"
+        shared = 2 * THREADS * 8 + self._bytes(memory)
+        self.launches.append(Launch(name, grid, shared, (*values, *arguments)))
 
-    def _shape(self, b: _Block) -> np.generic:
-        return np.uint8(0) if self.fixed else b.s  # an empty class takes one byte
+    def _bytes(self, memory: Iterable[int]) -> int:
+        """Of these pieces of shared memory, each of whole vectors."""
+        return sum(_over(count, VECTOR) * VECTOR * self.dtype.itemsize for count in memory)
 
     def _real(self, value: float) -> np.generic:
         number: np.generic = self.dtype.type(value)
         return number
 
-    def _parameter(self, b: _Block, name: str, array: str = "parameters") -> Argument:
-        found = self.offsets.get(f"{b.name}.{name}")
+    def _parameter(self, stage: _Stage, name: str, array: str = "parameters") -> Pointer | None:
+        found = self.offsets.get(f"{stage.name}.{name}")
         return NULL if found is None else Pointer(array, found[0])
 
-    def _normalization(self, b: _Block) -> tuple[Argument, Argument, np.generic]:
-        """γ, β and ε; null, null and anything without batch norm."""
-        eps = self._real(0.0 if b.block.norm is None else b.block.norm.eps)
-        return self._parameter(b, "gamma"), self._parameter(b, "beta"), eps
+    def _output(self, stage: _Stage) -> Pointer | None:
+        """What its affine map gives; null for the images."""
+        return NULL if stage.block is None else Pointer(f"y{stage.name}")
 
-    def _averages(self, b: _Block, training: bool) -> tuple[Argument, ...]:
-        """Mean and variance to normalize with, and the moving averages to be moved."""
-        if b.block.norm is None:
-            return NULL, NULL, NULL, NULL
-        names = [f"{b.name}.moving_mean", f"{b.name}.moving_var"]
-        if training:
-            names = [f"mean{b.name}", f"var{b.name}", *names]
-        for name in names:
-            self._array(name, (b.maps,))
-        found = tuple(map(Pointer, names))
-        return found if training else (*found, NULL, NULL)
+    def _batch(self, order: Pointer | None, step: Pointer) -> Structure:
+        images, labels = Pointer(f"{self.data}.images"), Pointer(f"{self.data}.labels")
+        values = {"images": images, "labels": labels, "order": order, "step": step}
+        return Structure("Batch", values | {"stride": self.stride})
+
+    def _norm(self, stage: _Stage, merging: bool = False) -> Structure:
+        """Batch norm of a stage, whose statistics are merged now, in training, or known."""
+        name, norm = stage.name, stage.norm
+        if norm is None:
+            return Structure("Norm", {})
+        values: dict[str, Any] = {"eps": norm.eps, "momentum": norm.momentum}
+        values |= {kind: self._parameter(stage, kind) for kind in ("gamma", "beta")}
+        for moving in ("moving_mean", "moving_var"):
+            values[moving] = self._array(f"{name}.{moving}", (stage.maps,))
+        if not self.train:
+            values |= {"mean": values["moving_mean"], "var": values["moving_var"]}
+            return Structure("Norm", values)
+        for kind in ("mean", "rest", "var"):
+            values[kind] = self._array(f"{kind}{name}", (stage.maps,))
+        if merging:
+            share, parts = self.shares[name]
+            values |= {"share": share, "parts": parts}
+            values |= {kind: Pointer(f"{kind}{name}") for kind in ("means", "squares")}
+        return Structure("Norm", values)
+
+    def _sums_of(self, stage: _Stage, parts: int) -> Structure:
+        """Room for those of a stage's batch norm, which its backward will ask for."""
+        found = Structure("Sums", {})
+        if self.train and stage.norm is not None:
+            values = {
+                "sums": self._array(f"sums{stage.name}", (2 * stage.maps * parts,)),
+                "parts": parts,
+                "dgamma": self._parameter(stage, "gamma", "gradients"),
+                "dbeta": self._parameter(stage, "beta", "gradients"),
+            }
+            found = Structure("Sums", values)
+        self.sums[stage.name] = found
+        return found
 
     def _partial_sums(self, count: int) -> Pointer:
         """Room for so many."""
         self.partials += count
         return Pointer("partials", self.partials - count)
 
-    def _sharing(self, numbers: int, channels: int) -> int:
-        """How many blocks share the numbers of a channel: no more than have something to do."""
-        most = _over(BLOCKS_OF_A_PROCESSOR * self.processors, channels)
-        return min(_over(numbers, THREADS), most)
+    def _shared_out(self, across: int, unit: int) -> tuple[int, int]:
+        """Examples of a part, in whole units, and how many parts: few enough for the GPU."""
+        most = max(1, BLOCKS_OF_A_PROCESSOR * self.processors // across)
+        share = _over(_over(self.n, unit), most) * unit
+        return share, _over(self.n, share)
 
-    def _tiles(self, rows: int, columns: int, parts: int = 1) -> tuple[int, tuple[int, int, int]]:
-        """M of a product's tiles, M·SIDE rows high, and the grid of tiles.
+    def _strip(self, stage: _Stage, channels: int, maps: int) -> tuple[int, int]:
+        """How many channels' weights are in shared memory together, and how many numbers."""
+        taps = stage.sizes["kernel_h"] * stage.sizes["kernel_w"]
+        one = taps * _over(maps, MAPS) * MAPS
+        strip = min(channels, max(1, WEIGHTS_AT_A_TIME // (one * self.dtype.itemsize)))
+        return strip, strip * one
 
-        Higher tiles read their numbers less often, but leave processors idle if they are few.
-        """
-        across = _over(columns, SIDE)
-        tall = 4 if _over(rows, 4 * SIDE) * across * parts >= self.processors else 1
-        return tall, (_over(rows, tall * SIDE), across, 1)
 
-    def _tile_bytes(self, tall: int) -> int:
-        """Of the two strips that `tile_of_product` has in shared memory."""
-        return int(DEPTH * ((tall * SIDE + 1) + (SIDE + 1)) * self.dtype.itemsize)
+_TILE = (2 * SIDE * (DEPTH + VECTOR),)
+"""The two strips of ``tile_of_product``."""
+
+
+def _normalization(stage: _Stage) -> tuple[int, ...]:
+    """What ``normalization`` takes of the shared memory."""
+    return (stage.maps,) * 4
 
 
 def _over(number: int, by: int) -> int:

@@ -42,6 +42,11 @@ class Block:
         return 1
 
     @property
+    def products(self) -> int:
+        """How many the layer sums up for one example; those with padding's zeros count, too."""
+        return int(self.layer.weight.data.size)
+
+    @property
     def bias(self) -> Any:
         """The layer's bias; zeros without."""
         weight = self.layer.weight.data
@@ -83,6 +88,10 @@ class ConvBlock(Block):
         """(O, H'', W'') after pooling."""
         channels, height, width = self.maps
         return channels, height // self.window[0], width // self.window[1]
+
+    @property
+    def products(self) -> int:
+        return super().products * math.prod(self.maps[1:])
 
     @property
     def divisor(self) -> int:

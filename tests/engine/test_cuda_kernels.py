@@ -51,7 +51,7 @@ pytestmark = pytest.mark.skipif(
 
 
 def programs_of(model, shape, batch_sizes, **options):
-    """One for each size of a batch, and one that evaluates 40 examples in tens and twelves."""
+    """One for each size of a batch, and one that evaluates 60 examples, 25 at a time."""
     blocks = plan(model, shape)
     stride = max(batch_sizes)
     sizes = {"fixed": options.pop("fixed", False), "processors": options.pop("processors", 132)}
@@ -59,7 +59,7 @@ def programs_of(model, shape, batch_sizes, **options):
         n: launch.training(blocks, n, examples=60, stride=stride, **sizes, **options)
         for n in batch_sizes
     }
-    return blocks, found, launch.evaluation(blocks, 20, examples=60, data="train", **sizes)
+    return blocks, found, launch.evaluation(blocks, 25, examples=60, **sizes)
 
 
 def kernel_names(programs) -> set[str]:
@@ -69,15 +69,11 @@ def kernel_names(programs) -> set[str]:
 def library(builds, *flags, source=None):
     """All kernels for sizes known when they run; those of LeNet for sizes known before, too."""
     names = set()
-    for dtype in ("float32", "float64"):
-        for processors in (1, MANY):
-            model = LeNet()
-            model.to(NUMPY, dtype)
-            _, programs, evaluation = programs_of(model, (1, 28, 28), (4,), processors=processors)
-            names |= kernel_names([*programs.values(), evaluation])
-    model.to(NUMPY, "float64")
-    _, programs, evaluation = programs_of(model, (1, 28, 28), (9, 16), fixed=True)
-    names |= kernel_names([*programs.values(), evaluation])
+    for dtype, fixed in (("float32", False), ("float64", False), ("float64", True)):
+        model = LeNet()
+        model.to(NUMPY, dtype)
+        _, programs, evaluation = programs_of(model, (1, 28, 28), (9, 16), fixed=fixed)
+        names |= kernel_names([*programs.values(), evaluation])
     return compiled(builds, names, *flags, source=source)
 
 
@@ -109,25 +105,25 @@ def compare(library, model, shape, dtype, *, batch_sizes, bound, classes=3, skip
         for step, n in enumerate(batch_sizes):
             device.run(programs[n])
             right_loss, right_hits = run.step(order[step * stride : step * stride + n])
-            loss = float(arrays["losses"][step])
+            loss = float(arrays["train.losses"][step].sum())
             assert abs(loss - float(right_loss)) <= bound * max(1, abs(float(right_loss)))
-            assert arrays["hits"][step] == right_hits
+            assert arrays["train.hits"][step].sum() == right_hits
             check_parameters(arrays, blocks, plan(expected, shape), bound)
-        arrays["step"][:] = 0
-        for _ in range(3):
-            device.run(evaluation)
+        device.run(evaluation)
         metrics = training.evaluate(expected, split, backend=NUMPY, dtype=dtype)
-        loss = arrays["losses"][:3].mean()
+        loss = np.average(arrays["test.losses"].sum(1), weights=(25, 25, 10))
         assert abs(loss - metrics.loss) <= bound * max(1, abs(loss))
-        assert arrays["hits"][:3].sum() == round(metrics.accuracy * 60)
+        assert arrays["test.hits"].sum() == round(metrics.accuracy * 60)
     finally:
         device.close()
 
 
 def write(arrays, blocks, split) -> None:
     """What the host writes to the device before the first step."""
-    arrays["train.images"][:] = split.images.reshape(len(split), -1)
-    arrays["train.labels"][:] = split.labels
+    for data in ("train", "test"):
+        if f"{data}.images" in arrays:
+            arrays[f"{data}.images"][:] = split.images.reshape(len(split), -1)
+            arrays[f"{data}.labels"][:] = split.labels
     for offset, parameter in launch.parameter_offsets(blocks).values():
         arrays["parameters"][offset : offset + parameter.data.size] = parameter.data.ravel()
     for i, block in enumerate(blocks):
@@ -243,8 +239,17 @@ def small_model() -> Sequential:
     )
 
 
+def wide_model() -> Sequential:
+    """Sums over more than a strip of a product, and more of a kernel's rows than threads."""
+    generator = np.random.default_rng(0)
+    return Sequential(
+        *(Conv2d(2, 80, 5, generator=generator), BatchNorm(80, 4), AvgPool2d(2), Flatten()),
+        Linear(320, 3, generator=generator),
+    )
+
+
 SMALL = (2, 8, 8)
-"""The shape of its images."""
+"""The shape of their images."""
 
 
 def test_a_hundred_losses_in_float32(builds):
@@ -266,8 +271,46 @@ def test_a_hundred_losses_in_float32(builds):
             expected.backward(F.softmax_cross_entropy_backward(cache))
             optimizer.step()
             losses.append(float(loss))
-        np.testing.assert_allclose(device.arrays["losses"][:3], losses[-3:], atol=2e-3)
+        found = device.arrays["train.losses"][:3].sum(1)
+        np.testing.assert_allclose(found, losses[-3:], atol=2e-3)
     assert losses[-1] < losses[0] - 0.1
+    device.close()
+
+
+def test_a_variance_far_from_zero_in_float32(builds):
+    """A mean of 1e4, a deviation of about 1e-2: a float32 of that size has steps of 1e-3.
+
+    Batch norm and its gradients from the very y that the convolution gave, in float64. The bound is
+    a few roundings of a sum of 18 × 16 terms, shared out; without the second centring, or means in
+    single precision, errors are over a thousand times as large.
+    """
+    model = Sequential(
+        *(Conv2d(2, 3, 3, generator=np.random.default_rng(0)), BatchNorm(3, 4), Flatten()),
+        Linear(108, 3, generator=np.random.default_rng(1)),
+    )
+    model.layers[0].weight.data[...] *= 0.04
+    model.layers[0].bias.data[...] = 1e4
+    blocks, programs, _ = programs_of(model, SMALL, (18,))
+    device = Emulator(library(builds), programs.values())
+    arrays = device.arrays
+    write(arrays, blocks, a_split(SMALL, 60, 1))
+    arrays["order"][:] = np.arange(60)
+    arrays["rates"][:] = 0
+    device.run(programs[18])
+    y, x, dz = (arrays[name].reshape(18, 3, 36).astype(np.float64) for name in ("y0", "x1", "dz0"))
+    centred = y - y.mean((0, 2), keepdims=True)
+    root = np.sqrt(centred.var((0, 2)) + 1e-5)
+    assert 5e-3 < centred.std() < 5e-2
+    right = centred / root[:, None]
+    dgamma = (dz * right).sum((0, 2))
+    offset, _ = launch.parameter_offsets(blocks)["0.gamma"]
+    for found, expected in (
+        (x, right),
+        (arrays["0.moving_var"], 0.9 + 0.1 * centred.var((0, 2))),
+        (arrays["gradients"][offset : offset + 3], dgamma),
+    ):
+        bound = 16 * np.finfo(np.float32).eps * np.abs(expected).max()
+        np.testing.assert_allclose(found, expected, rtol=0, atol=bound)
     device.close()
 
 
@@ -278,13 +321,29 @@ def test_a_label_out_of_range_makes_the_loss_nan(builds):
     write(device.arrays, blocks, split)
     device.arrays["order"][:] = np.arange(60)
     for label in (-1, 3):
-        device.arrays["train.labels"][5] = label
-        for program in (evaluation, programs[8]):
+        for data, program in (("train", programs[8]), ("test", evaluation)):
+            device.arrays[f"{data}.labels"][5] = label
             device.arrays["step"][:] = 0
-            device.arrays["losses"][:] = 0
             device.arrays["rates"][:] = 0
             device.run(program)
-            assert np.isnan(device.arrays["losses"][0])
+            assert np.isnan(device.arrays[f"{data}.losses"][0].sum())
+    device.close()
+
+
+def test_more_examples_than_a_block_has_threads(builds):
+    model = Sequential(Flatten(), Linear(4, 3, generator=np.random.default_rng(0)))
+    model.to(NUMPY, "float64")
+    blocks, split = plan(model, (1, 2, 2)), a_split((1, 2, 2), 300, 1)
+    program = launch.training(blocks, 300, examples=300)
+    device = Emulator(library(builds), [program])
+    write(device.arrays, blocks, split)
+    device.arrays["order"][:] = np.arange(300)
+    device.arrays["rates"][:] = 0
+    device.run(program)
+    logits = model.forward(split.images / 255)
+    loss, _ = F.softmax_cross_entropy(logits, split.labels)
+    assert abs(device.arrays["train.losses"][0].sum() - loss) <= 1e-10
+    assert device.arrays["train.hits"][0].sum() == (logits.argmax(1) == split.labels).sum()
     device.close()
 
 
@@ -297,7 +356,7 @@ def test_of_equal_logits_the_first_counts(builds):
     split = a_split((1, 2, 2), 60, 1)
     write(device.arrays, blocks, split)
     device.run(evaluation)
-    assert device.arrays["hits"][0] == np.count_nonzero(split.labels[:20] == 0) > 0
+    assert device.arrays["test.hits"].sum() == np.count_nonzero(split.labels == 0) > 0
     device.close()
 
 
@@ -316,7 +375,7 @@ def test_of_equal_maxima_the_first_alone_has_the_gradient(builds):
     write(device.arrays, blocks, split)
     device.arrays["order"][:] = np.arange(60)
     device.run(programs[4])
-    gradient = device.arrays["dy0"].reshape(4, 2, 2, 2, 2, 2)  # (N, O, rows of windows, 2, ...)
+    gradient = device.arrays["dz0"].reshape(4, 2, 2, 2, 2, 2)  # (N, O, rows of windows, 2, ...)
     assert (gradient[:, :, :, 0, :, 0] != 0).all()
     assert (gradient[:, :, :, 1] == 0).all() and (gradient[..., 1] == 0).all()
     device.close()
@@ -336,7 +395,7 @@ def test_runs_are_identical_to_the_bit(builds):
             device.run(programs[12])
         found = {
             name: device.arrays[name].copy()
-            for name in ("parameters", "losses", "0.moving_mean", "0.moving_var")
+            for name in ("parameters", "train.losses", "0.moving_mean", "0.moving_var")
         }
         device.close()
         return found
@@ -346,20 +405,79 @@ def test_runs_are_identical_to_the_bit(builds):
         np.testing.assert_array_equal(other[name], value, err_msg=name)
 
 
+def compare_everywhere(library, *cases, **options):
+    """Models and numbers of processors; unless given, such as need every barrier between them."""
+    for model, processors in cases or ((small_model, MANY), (small_model, 4), (wide_model, 4)):
+        sizes = {"batch_sizes": (6, 9), "bound": 1e-10, "processors": processors}
+        compare(library, model(), SMALL, "float64", **sizes, **options)
+
+
+def test_weights_of_a_few_channels_at_a_time(builds, monkeypatch):
+    monkeypatch.setattr(launch, "WEIGHTS_AT_A_TIME", 1)
+    compare_everywhere(library(builds))
+
+
+def many_maps() -> Sequential:
+    """More maps and logits than a block has threads; 272 outputs fill the tiles of a product."""
+    generator = np.random.default_rng(0)
+    return Sequential(
+        *(Conv2d(2, 260, (2, 3), stride=3, generator=generator), BatchNorm(260, 4), ReLU()),
+        *(MaxPool2d((3, 2)), Flatten(), Linear(260, 272, generator=generator)),
+        *(BatchNorm(272, 2), Sigmoid(), Linear(272, 260, generator=generator)),
+        BatchNorm(260, 2),
+    )
+
+
+def wide_kernels() -> Sequential:
+    """Kernels wider than what a thread computes of their gradient; the last stage's are maps."""
+    generator = np.random.default_rng(0)
+    return Sequential(
+        *(Conv2d(2, 3, (2, 7), stride=(2, 1), padding=(0, 3), generator=generator), Sigmoid()),
+        *(AvgPool2d((1, 2)), Conv2d(3, 5, (3, 6), padding=(1, 2), generator=generator)),
+        *(MaxPool2d((2, 1)), Conv2d(5, 3, 1, stride=(1, 2), generator=generator)),
+        *(BatchNorm(3, 4), Sigmoid(), AvgPool2d(2), Flatten()),
+    )
+
+
+def long_strides() -> Sequential:
+    """In the backward pass, the input's gradient needs more shared memory than the weights'."""
+    generator = np.random.default_rng(0)
+    return Sequential(
+        *(Conv2d(2, 5, 1, padding=20, generator=generator), BatchNorm(5, 4), Sigmoid()),
+        *(Conv2d(5, 2, 3, stride=3, padding=1, generator=generator), AvgPool2d(8), Flatten()),
+        Linear(8, 3, generator=generator),
+    )
+
+
+@pytest.mark.parametrize("model", [many_maps, wide_kernels])
+@pytest.mark.parametrize("processors", [1, 4, MANY])
+def test_more_than_a_block_does_at_once(builds, monkeypatch, model, processors):
+    """And loss, statistics and gradients in many parts, of which some have fewer examples."""
+    monkeypatch.setattr(launch, "LOGITS_AT_A_TIME", 200)
+    monkeypatch.setattr(launch, "LONG", 8)
+    sizes = {"batch_sizes": (39, 21), "bound": 1e-10, "processors": processors}
+    options = {"momentum": 0.9, "weight_decay": 0.1}
+    compare(library(builds), model(), SMALL, "float64", **sizes, **options)
+
+
 @pytest.mark.parametrize("line", BARRIERS)
-def test_a_missing_barrier_is_caught(builds, line):
+def test_a_missing_barrier_is_caught(builds, monkeypatch, line):
     """Every __syncthreads of the source is needed, and without it, results are wrong here."""
-    options = {"batch_sizes": (6, 9), "bound": 1e-10, "processors": MANY}
-    compare(library(builds), small_model(), SMALL, "float64", **options)
+    monkeypatch.setattr(launch, "WEIGHTS_AT_A_TIME", 1)
     with pytest.raises(AssertionError):
-        compare(library(builds), small_model(), SMALL, "float64", skipped=line, **options)
+        compare_everywhere(library(builds), skipped=line)
 
 
 MUTANTS = {
-    1: ("item < items;", "item < items + (mutant_number == 1);"),
-    2: ("i >= n * pixels", "i >= n * pixels + (mutant_number == 2)"),
-    3: ("p >= s.rows", "p >= s.rows + (mutant_number == 3)"),
-    4: ("k * RIGHT_PITCH", "(k + (mutant_number == 4)) * RIGHT_PITCH"),
+    1: (
+        "y[e * s.maps * area + t] = out[t];",
+        "y[e * s.maps * area + t + (mutant_number == 1)] = 0;",
+    ),
+    2: ("row < count && o < s.maps", "row < count && o < s.maps + (mutant_number == 2)"),
+    3: ("o < p.maps ? norm.parts : 0", "o < p.maps ? norm.parts + (mutant_number == 3) : 0"),
+    4: ("(maps * rows * columns, load", "(maps * rows * columns + (mutant_number == 4), load"),
+    5: ("k < inputs)", "k < inputs + (mutant_number == 5))"),
+    6: ("at < size", "at < size + (mutant_number == 6)"),
 }
 """Indices that go too far, by number: the text, and what it becomes."""
 
@@ -372,21 +490,16 @@ def mutated() -> str:
     return source
 
 
-def sanitized(builds, processors, source=None, mutant=0) -> subprocess.CompletedProcess:
-    """The small model in a process of its own, by kernels that watch over every access."""
-    names = set()
+def sanitized(builds, checks, source=None, mutant=0) -> subprocess.CompletedProcess:
+    """Checks of this module, in a process of its own, by kernels that watch over every access."""
     model = small_model()
     model.to(NUMPY, "float64")
-    for number in processors:
-        _, programs, evaluation = programs_of(model, SMALL, (5, 3), processors=number)
-        names |= kernel_names([*programs.values(), evaluation])
+    _, programs, evaluation = programs_of(model, SMALL, (5,))
+    names = kernel_names([*programs.values(), evaluation])
     built = compiled(builds, names, *emulator.SANITIZERS, source=source)
     code = (
-        f"import ctypes, test_cuda_kernels as t; library = {str(built)!r}\n"
-        f"ctypes.c_int.in_dll(ctypes.CDLL(library), 'mutant_number').value = {mutant}\n"
-        f"for number in {processors}:\n"
-        "    t.compare(library, t.small_model(), t.SMALL, 'float64', batch_sizes=(5, 3), "
-        "bound=1e-10, processors=number)\n"
+        f"import ctypes\nfrom test_cuda_kernels import *\nlibrary = {str(built)!r}\n"
+        f"ctypes.c_int.in_dll(ctypes.CDLL(library), 'mutant_number').value = {mutant}\n{checks}"
     )
     runtime = subprocess.run(
         [emulator.COMPILER, "-print-file-name=libasan.so"],
@@ -405,14 +518,22 @@ def sanitized(builds, processors, source=None, mutant=0) -> subprocess.Completed
     )
 
 
-def test_no_access_out_of_bounds_and_no_undefined_behaviour(builds):
-    process = sanitized(builds, (1, MANY))
+@pytest.mark.parametrize(
+    "checks",
+    [
+        "compare_everywhere(library)",
+        "launch.WEIGHTS_AT_A_TIME = 1; compare_everywhere(library)",
+        "compare_everywhere(library, (wide_kernels, 1), (wide_kernels, MANY), (long_strides, 4))",
+    ],
+)
+def test_no_access_out_of_bounds_and_no_undefined_behaviour(builds, checks):
+    process = sanitized(builds, checks)
     assert process.returncode == 0, process.stderr
 
 
 @pytest.mark.parametrize("mutant", MUTANTS)
 def test_an_index_that_goes_too_far_is_caught(builds, mutant):
-    process = sanitized(builds, (MANY,), mutated(), mutant)
+    process = sanitized(builds, "compare_everywhere(library)", mutated(), mutant)
     assert process.returncode != 0
     assert "SUMMARY: AddressSanitizer: " in process.stderr, process.stderr
     assert "kernels.cu:" in process.stderr, process.stderr

@@ -12,11 +12,11 @@ from test_cuda_kernels import SMALL, small_model
 from test_engine import a_split
 
 import emulator
-from cupy_stand_in import CompileError
+from cupy_stand_in import ATTRIBUTES, CompileError
 from npbn import backend, training
 from npbn.engine import cupy_stages
 from npbn.engine.cupy_stages import CupyEngine
-from npbn.errors import BackendError
+from npbn.errors import BackendError, UnsupportedError
 from npbn.optim import SGD, StepDecay
 
 NUMPY = backend.get_backend("numpy")
@@ -100,6 +100,12 @@ def test_kernels_that_do_not_compile_are_one_clear_error(cupy, monkeypatch):
 
     monkeypatch.setattr(cupy, "RawModule", module)
     with pytest.raises(BackendError, match=re.escape("do not compile: kernels.cu(1): error")):
+        an_engine()
+
+
+def test_a_gpu_with_too_little_shared_memory_is_refused(cupy, monkeypatch):
+    monkeypatch.setitem(ATTRIBUTES, "MaxSharedMemoryPerBlockOptin", 10_000)
+    with pytest.raises(UnsupportedError, match="bytes of shared memory; this GPU has 10,000 for"):
         an_engine()
 
 

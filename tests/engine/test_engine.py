@@ -45,7 +45,12 @@ def models(draw) -> tuple[Sequential, tuple[int, int, int]]:
     def optional(features: int, num_dims: int) -> None:
         if draw(st.booleans()):
             eps, momentum = draw(st.sampled_from([1e-5, 0.1])), draw(st.sampled_from([0.9, 0.5]))
-            layers.append(BatchNorm(features, num_dims, eps=eps, momentum=momentum))
+            norm = BatchNorm(features, num_dims, eps=eps, momentum=momentum)
+            # With β = 0, a channel of padding alone can be normalized to 0 but for rounding, which
+            # is where ReLU's derivative jumps.
+            norm.gamma.data[...] = generator.uniform(0.5, 2, norm.gamma.data.shape)
+            norm.beta.data[...] = generator.normal(size=norm.beta.data.shape)
+            layers.append(norm)
         activation = draw(st.sampled_from([None, Sigmoid, ReLU]))
         if activation is not None:
             layers.append(activation())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import configparser
 import itertools
 import re
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -13,9 +14,9 @@ from hypothesis import strategies as st
 from test_engine import models
 
 from npbn.engine import launch, plan
-from npbn.engine.launch import Pointer, Program
+from npbn.engine.launch import Pointer, Program, Structure
 from npbn.errors import UnsupportedError
-from npbn.layers import Conv2d, Flatten, Linear, Sequential
+from npbn.layers import BatchNorm, Conv2d, Flatten, Linear, Sequential
 from npbn.models import LeNet
 
 
@@ -23,19 +24,21 @@ def names(program: Program) -> list[str]:
     return [step.kernel.split("<")[0] for step in program.launches]
 
 
+def pointers(arguments) -> Iterator[Pointer]:
+    """Those in structures, too."""
+    for argument in arguments:
+        if isinstance(argument, Structure):
+            yield from pointers(argument.values.values())
+        elif isinstance(argument, Pointer):
+            yield argument
+
+
 def test_the_sequence_for_lenet():
     blocks = plan(LeNet(), (1, 28, 28))
-    forward = ["affine", "activate"] * 4 + ["affine"]
-    linear = ["activate_backward", "affine_backward_weight", "affine_backward_input"]
-    normalized = ["activate_backward", "batch_norm_backward", *linear[1:]]
-    assert names(launch.training(blocks, 256, examples=1000)) == [
-        *("gather", *forward, "cross_entropy"),
-        *(*linear, *normalized * 4)[:-1],  # nobody asks for the gradient by the images
-        "sgd",
-    ]
-    assert names(launch.evaluation(blocks, 256, examples=1000)) == [
-        *("gather", *forward, "cross_entropy")
-    ]
+    forward = ["conv_forward"] * 2 + ["linear_forward"] * 3 + ["cross_entropy"]
+    backward = ["linear_backward"] * 3 + ["conv_backward"] * 2
+    assert names(launch.training(blocks, 256, examples=1000)) == [*forward, *backward, "sgd"]
+    assert names(launch.evaluation(blocks, 256, examples=600)) == forward * 3
 
 
 @given(
@@ -51,11 +54,10 @@ def test_what_holds_for_every_program(drawn, n, processors, fixed):
     program = launch.training(blocks, n, **options)
     for each in (program, launch.evaluation(blocks, n, **options)):
         for step in each.launches:
-            assert min(step.grid) >= 1 and step.shared <= 48 * 1024
-            for argument in step.arguments:
-                if isinstance(argument, Pointer):
-                    spec = each.arrays[argument.array]
-                    assert 0 <= argument.offset < max(1, np.prod(spec.shape))
+            assert min(step.grid) >= 1 and step.shared <= launch.MOST_SHARED
+            for argument in pointers(step.arguments):
+                spec = each.arrays[argument.array]
+                assert 0 <= argument.offset < max(1, np.prod(spec.shape))
 
     # Every parameter once, one after the other; no number of the partial sums in two of them.
     (table,) = (spec.value for name, spec in program.arrays.items() if name.startswith("tensors"))
@@ -69,6 +71,27 @@ def test_what_holds_for_every_program(drawn, n, processors, fixed):
     assert taken[-1][1] <= program.arrays["partials"].shape[0]
 
 
+def test_a_thousand_classes_fit_into_shared_memory():
+    blocks = plan(Sequential(Flatten(), Linear(4, 1000)), (1, 2, 2))
+    for step in launch.training(blocks, 256, examples=1000).launches:
+        assert step.shared <= 48 * 1024
+
+
+def test_images_may_be_more_numbers_than_an_int_counts():
+    program = launch.training(plan(LeNet(), (1, 28, 28)), 4, examples=3_000_000)
+    assert program.arrays["train.images"].shape == (3_000_000, 784)
+
+
+def test_a_bias_before_batch_norm_has_no_partial_sums():
+    """Its gradient stays exactly 0."""
+    layers = Conv2d(1, 2, 3), BatchNorm(2, 4), Flatten(), Linear(8, 3), BatchNorm(3, 2)
+    blocks = plan(Sequential(*layers), (1, 4, 4))
+    program = launch.training(blocks, 4, examples=4)
+    parts = {offset: count for offset, _, _, count, _ in program.arrays["tensors4"].value}
+    for name, (offset, _) in launch.parameter_offsets(blocks).items():
+        assert (parts[offset] > 0) == name.endswith(".weight"), name
+
+
 def test_programs_of_one_model_share_what_outlives_a_step():
     blocks = plan(LeNet(), (1, 28, 28))
     large, small = (launch.training(blocks, n, examples=1000).arrays for n in (256, 100))
@@ -78,7 +101,6 @@ def test_programs_of_one_model_share_what_outlives_a_step():
         "velocities",
         "0.moving_mean",
         "train.images",
-        "losses",
     ):
         assert large[name] == small[name]
 
@@ -86,21 +108,35 @@ def test_programs_of_one_model_share_what_outlives_a_step():
 def test_sizes_are_those_of_the_kernels():
     """The numbers that launch.py and kernels.cu have in common."""
     source = launch.SOURCE.read_text()
-    for name in ("THREADS", "SIDE", "DEPTH", "SIGMOID", "RELU"):
+    names = "THREADS", "SIDE", "DEPTH", "VECTOR", "ROWS", "MAPS", "TAPS", "WIDTH"
+    for name in (*names, "SIGMOID", "RELU"):
         (value,) = re.findall(rf"\b{name} = (\d+)", source)
         python = {"SIGMOID": 1, "RELU": 2}.get(name) or getattr(launch, name)
         assert int(value) == python
-    for structure, fields in (("Shape", launch.SHAPE_FIELDS), ("Tensor", launch.TENSOR_FIELDS)):
+    tensor = dict.fromkeys(launch.TENSOR_FIELDS, "int")
+    for structure, fields in (launch.STRUCTURES | {"Tensor": tensor}).items():
         (body,) = re.findall(rf"struct {structure} {{(.*?)}};", source, re.DOTALL)
         body = re.sub(r"//.*", "", body)
-        assert tuple(re.findall(r"\w+(?=[,;])", body)) == fields
+        found = {}
+        for declaration in body.split(";")[:-1]:
+            kind = re.findall(r"\b(?:int|real)\b", declaration)
+            for name in declaration.split(","):
+                pointer = "*" in name or "*" in declaration.split(",")[0]
+                found[re.findall(r"\w+", name)[-1]] = "pointer" if pointer else kind[0]
+        assert list(found.items()) == list(fields.items())
 
 
 @pytest.mark.parametrize(
     ("layers", "shape", "n", "message"),
     [
-        ((Conv2d(1, 8, 3), Flatten(), Linear(8 * 98 * 98, 1)), (1, 100, 100), 30_000, "x1 would"),
-        ((Flatten(), Linear(4, 70_000 * 16)), (1, 2, 2), 2, r"affine<float, 4, Shape> would need"),
+        ((Conv2d(1, 8, 3), Flatten(), Linear(8 * 98 * 98, 1)), (1, 100, 100), 30_000, "y0 would"),
+        ((Flatten(), Linear(4, 70_000 * 16)), (1, 2, 2), 2, "need a grid of"),
+        (
+            (Conv2d(1, 1, 3), Flatten(), Linear(300**2, 1)),
+            (1, 302, 302),
+            2,
+            "bytes of shared memory",
+        ),
     ],
 )
 def test_what_is_too_large_is_refused(layers, shape, n, message):
