@@ -18,7 +18,11 @@ from npbn.engine.launch import Pointer, Program, Structure
 
 SHIM = Path(__file__).with_name("engine") / "cuda_shim.h"
 COMPILER = shutil.which("g++") if sys.platform == "linux" else None
-SANITIZERS = ("-O0", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-g")
+SANITIZERS = {
+    "libasan.so": ("-O0", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-g"),
+    "libtsan.so": ("-O1", "-fsanitize=thread", "-g"),
+}
+"""The compiler's options, by the library that has to be loaded before Python's."""
 
 
 def compiled(directory: Path, names: Iterable[str], *flags: str, source: str | None = None) -> Path:

@@ -7,8 +7,11 @@
 // of NaN when a block begins, and what is behind it is out of bounds to AddressSanitizer. Blocks
 // run in a shuffled order.
 //
-// What is not modelled: the GPU's weak ordering of memory, threads that really run at once, the
-// rounding of its exp and log, -ftz.
+// ThreadSanitizer takes every fibre for a thread, and learns of nothing that orders them but the
+// barriers: two threads that access a number between the same two, one of them to change it, are a
+// race, in whatever order they ran here.
+//
+// What is not modelled: the rounding of the GPU's exp and log, -ftz.
 
 #pragma once
 
@@ -33,6 +36,18 @@
 #define ASAN_POISON_MEMORY_REGION(start, size) ((void)(start), (void)(size))
 #define ASAN_UNPOISON_MEMORY_REGION(start, size) ((void)(start), (void)(size))
 #endif
+
+#if defined(__SANITIZE_THREAD__)
+#include <sanitizer/tsan_interface.h>
+#else
+static void* __tsan_get_current_fiber() { return nullptr; }
+static void* __tsan_create_fiber(unsigned) { return nullptr; }
+static void __tsan_switch_to_fiber(void*, unsigned) {}
+static void __tsan_acquire(void*) {}
+static void __tsan_release(void*) {}
+constexpr unsigned __tsan_switch_to_fiber_no_sync = 0;
+#endif
+#define UNWATCHED __attribute__((no_sanitize("thread")))
 
 #define __global__
 #define __device__
@@ -65,15 +80,17 @@ constexpr unsigned THREADS_OF_A_BLOCK = 256;
 constexpr size_t STACK = 128 * 1024;
 
 // Where the CPU is. Going elsewhere by swapcontext costs a system call, so that happens only the
-// first time, and where AddressSanitizer wants to hear of it.
+// first time, and where a sanitizer wants to hear of it.
 struct Place {
     ucontext_t context;
     jmp_buf jump;
     bool begun;
+    void* thread;  // as ThreadSanitizer sees it
 };
 
-static void go(Place& from, Place& to) {
-#if defined(__SANITIZE_ADDRESS__)
+UNWATCHED static void go(Place& from, Place& to) {
+    __tsan_switch_to_fiber(to.thread, __tsan_switch_to_fiber_no_sync);
+#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
     swapcontext(&from.context, &to.context);
 #else
     if (_setjmp(from.jump) == 0) {
@@ -90,34 +107,44 @@ struct Fibre {
     Place place;
     bool finished;
     int line;  // of the barrier where it waits
+    int passed;  // barriers
 };
 
-static std::vector<Fibre> fibres;
+static Fibre fibres[THREADS_OF_A_BLOCK];
 static std::vector<char> stacks;
-static Place scheduler = {{}, {}, true};
+static Place scheduler = {{}, {}, true, nullptr};
+static char begin, end, barriers[2];  // what orders threads: who goes on after whom
 static unsigned running;
 static std::function<void()> body;
 static int skipped_barrier;  // its line; that of none in production
 
-void barrier(int line) {
+UNWATCHED void barrier(int line) {
     if (line != skipped_barrier) {
-        fibres[running].line = line;
-        go(fibres[running].place, scheduler);
+        Fibre& fibre = fibres[running];
+        char* tag = &barriers[fibre.passed++ % 2];  // who is through may be at the next already
+        __tsan_release(tag);
+        fibre.line = line;
+        go(fibre.place, scheduler);
+        __tsan_acquire(tag);
     }
 }
 
-static void run_bodies() {
+UNWATCHED static void run_bodies() {
     for (;;) {
+        __tsan_acquire(&begin);
         body();
+        __tsan_release(&end);
         fibres[running].finished = true;
         go(fibres[running].place, scheduler);
     }
 }
 
 static void make_fibres() {
-    fibres.assign(THREADS_OF_A_BLOCK, {});
     stacks.resize(THREADS_OF_A_BLOCK * STACK);
+    scheduler.thread = __tsan_get_current_fiber();
     for (unsigned t = 0; t < THREADS_OF_A_BLOCK; ++t) {
+        fibres[t] = {};
+        fibres[t].place.thread = __tsan_create_fiber(0);
         getcontext(&fibres[t].place.context);
         fibres[t].place.context.uc_stack.ss_sp = stacks.data() + t * STACK;
         fibres[t].place.context.uc_stack.ss_size = STACK;
@@ -126,14 +153,15 @@ static void make_fibres() {
 }
 
 // Whether all threads of the block came to its end, by the same barriers.
-static bool run_block(std::mt19937& random) {
+UNWATCHED static bool run_block(std::mt19937& random) {
+    __tsan_release(&begin);
     for (Fibre& fibre : fibres) {
         fibre.finished = false;
     }
-    std::vector<unsigned> order(THREADS_OF_A_BLOCK);
-    std::iota(order.begin(), order.end(), 0);
+    unsigned order[THREADS_OF_A_BLOCK];
+    std::iota(order, order + THREADS_OF_A_BLOCK, 0);
     while (!fibres[0].finished) {
-        std::shuffle(order.begin(), order.end(), random);
+        std::shuffle(order, order + THREADS_OF_A_BLOCK, random);
         for (const unsigned t : order) {
             running = t;
             threadIdx = {t, 0, 0};
@@ -146,6 +174,7 @@ static bool run_block(std::mt19937& random) {
             }
         }
     }
+    __tsan_acquire(&end);
     return true;
 }
 
@@ -208,7 +237,7 @@ int launch(const char* name, const unsigned* grid, size_t shared, void** argumen
     const shim::Kernel& kernel = shim::kernels.at(name);
     shim::body = [&] { kernel.call(arguments); };
     shim::skipped_barrier = skipped_barrier;
-    if (shim::fibres.empty()) {
+    if (shim::stacks.empty()) {
         shim::make_fibres();
     }
     gridDim = {grid[0], grid[1], grid[2]};
@@ -222,7 +251,7 @@ int launch(const char* name, const unsigned* grid, size_t shared, void** argumen
         blockIdx = {b % grid[0], b / grid[0] % grid[1], b / grid[0] / grid[1]};
         std::memset(shared_memory, 0xff, shared);
         if (!shim::run_block(random)) {
-            shim::fibres.clear();  // they are stuck in the middle
+            shim::stacks.clear();  // they are stuck in the middle
             return 1;
         }
     }

@@ -490,34 +490,44 @@ def mutated() -> str:
     return source
 
 
-def sanitized(builds, checks, source=None, mutant=0) -> subprocess.CompletedProcess:
+def sanitized(
+    builds, checks, runtime="libasan.so", source=None, mutant=0
+) -> subprocess.CompletedProcess:
     """Checks of this module, in a process of its own, by kernels that watch over every access."""
     model = small_model()
     model.to(NUMPY, "float64")
     _, programs, evaluation = programs_of(model, SMALL, (5,))
     names = kernel_names([*programs.values(), evaluation])
-    built = compiled(builds, names, *emulator.SANITIZERS, source=source)
+    built = compiled(builds, names, *emulator.SANITIZERS[runtime], source=source)
     code = (
         f"import ctypes\nfrom test_cuda_kernels import *\nlibrary = {str(built)!r}\n"
         f"ctypes.c_int.in_dll(ctypes.CDLL(library), 'mutant_number').value = {mutant}\n{checks}"
     )
-    runtime = subprocess.run(
-        [emulator.COMPILER, "-print-file-name=libasan.so"],
+    path = subprocess.run(
+        [emulator.COMPILER, f"-print-file-name={runtime}"],
         capture_output=True,
         text=True,
         check=True,
     )
     here = Path(__file__).parent
     environment = os.environ | {
-        "LD_PRELOAD": runtime.stdout.strip(),
+        "LD_PRELOAD": path.stdout.strip(),
         "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0",
+        "TSAN_OPTIONS": "halt_on_error=1",
+        "OPENBLAS_NUM_THREADS": "1",  # ThreadSanitizer does not see what orders its threads
         "PYTHONPATH": os.pathsep.join(map(str, (here.parent.parent, here.parent, here))),
     }
-    return subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-c", code], env=environment, capture_output=True, text=True
     )
+    if "FATAL: ThreadSanitizer: unexpected memory mapping" in process.stderr:
+        pytest.skip(
+            "ThreadSanitizer does not run here: vm.mmap_rnd_bits of this Linux is too large"
+        )
+    return process
 
 
+@pytest.mark.parametrize("runtime", emulator.SANITIZERS)
 @pytest.mark.parametrize(
     "checks",
     [
@@ -526,14 +536,25 @@ def sanitized(builds, checks, source=None, mutant=0) -> subprocess.CompletedProc
         "compare_everywhere(library, (wide_kernels, 1), (wide_kernels, MANY), (long_strides, 4))",
     ],
 )
-def test_no_access_out_of_bounds_and_no_undefined_behaviour(builds, checks):
-    process = sanitized(builds, checks)
+def test_no_access_out_of_bounds_no_undefined_behaviour_and_no_race(builds, checks, runtime):
+    process = sanitized(builds, checks, runtime)
     assert process.returncode == 0, process.stderr
 
 
 @pytest.mark.parametrize("mutant", MUTANTS)
 def test_an_index_that_goes_too_far_is_caught(builds, mutant):
-    process = sanitized(builds, "compare_everywhere(library)", mutated(), mutant)
+    checks = "compare_everywhere(library)"
+    process = sanitized(builds, checks, source=mutated(), mutant=mutant)
     assert process.returncode != 0
     assert "SUMMARY: AddressSanitizer: " in process.stderr, process.stderr
+    assert "kernels.cu:" in process.stderr, process.stderr
+
+
+@pytest.mark.parametrize("line", BARRIERS)
+def test_a_missing_barrier_is_a_race(builds, line):
+    """Whatever order threads run in: the sanitizer does not wait for results to be wrong."""
+    checks = f"launch.WEIGHTS_AT_A_TIME = 1; compare_everywhere(library, skipped={line})"
+    process = sanitized(builds, checks, "libtsan.so")
+    assert process.returncode != 0
+    assert "SUMMARY: ThreadSanitizer: data race" in process.stderr, process.stderr
     assert "kernels.cu:" in process.stderr, process.stderr
