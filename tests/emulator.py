@@ -28,6 +28,7 @@ SANITIZERS = {
 def compiled(directory: Path, names: Iterable[str], *flags: str, source: str | None = None) -> Path:
     """The library of these kernels, built once for all processes that share the directory."""
     text = launch.SOURCE.read_text() if source is None else source
+    text = text.replace("double shared_memory[];", "double* shared_memory;")  # the shim's
     entries = "\n".join(
         f'static shim::Register kernel{i}("{name}", {name});'
         for i, name in enumerate(sorted(set(names)))

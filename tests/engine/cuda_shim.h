@@ -7,9 +7,11 @@
 // of NaN when a block begins, and what is behind it is out of bounds to AddressSanitizer. Blocks
 // run in a shuffled order.
 //
-// ThreadSanitizer takes every fibre for a thread, and learns of nothing that orders them but the
-// barriers: two threads that access a number between the same two, one of them to change it, are a
-// race, in whatever order they ran here.
+// ThreadSanitizer takes every fibre for a thread, and learns of nothing that orders them but a
+// block's barriers, and a launch's begin and end: two threads that access a number with none of them
+// in between, one of them to change it, are a race, in whatever order they ran here. So that those
+// of different blocks are different ones, each of SLOTS blocks has fibres, stacks and shared memory
+// of its own; the next block in a slot comes after the one before.
 //
 // What is not modelled: the rounding of the GPU's exp and log, -ftz.
 
@@ -67,7 +69,7 @@ struct Dim3 {
     unsigned x, y, z;
 };
 static Dim3 threadIdx, blockIdx, gridDim;
-alignas(32) double shared_memory[227 * 1024 / sizeof(double)];  // the most of a kernel on Hopper
+static double* shared_memory;  // of the block that runs; an array in the kernels' source
 
 // Which deliberate error the kernels have, where a test gave them some.
 extern "C" {
@@ -78,6 +80,12 @@ namespace shim {
 
 constexpr unsigned THREADS_OF_A_BLOCK = 256;
 constexpr size_t STACK = 128 * 1024;
+constexpr size_t MOST_SHARED = 227 * 1024;  // a kernel's, in bytes, on Hopper
+#if defined(__SANITIZE_THREAD__)
+constexpr unsigned SLOTS = 4;
+#else
+constexpr unsigned SLOTS = 1;
+#endif
 
 // Where the CPU is. Going elsewhere by swapcontext costs a system call, so that happens only the
 // first time, and where a sanitizer wants to hear of it.
@@ -110,18 +118,26 @@ struct Fibre {
     int passed;  // barriers
 };
 
-static Fibre fibres[THREADS_OF_A_BLOCK];
-static std::vector<char> stacks;
+struct Slot {
+    Fibre fibres[THREADS_OF_A_BLOCK];
+    char* stacks;
+    double* memory;
+    unsigned blocks;  // so many have been there
+    // What orders threads; two of each, as who is through one may be at the next already.
+    char barriers[2], ends[2];
+};
+
+static Slot slots[SLOTS];
 static Place scheduler = {{}, {}, true, nullptr};
-static char begin, end, barriers[2];  // what orders threads: who goes on after whom
-static unsigned running;
+static char begin, end;
+static unsigned slot, running;
 static std::function<void()> body;
 static int skipped_barrier;  // its line; that of none in production
 
 UNWATCHED void barrier(int line) {
     if (line != skipped_barrier) {
-        Fibre& fibre = fibres[running];
-        char* tag = &barriers[fibre.passed++ % 2];  // who is through may be at the next already
+        Fibre& fibre = slots[slot].fibres[running];
+        char* tag = &slots[slot].barriers[fibre.passed++ % 2];
         __tsan_release(tag);
         fibre.line = line;
         go(fibre.place, scheduler);
@@ -132,31 +148,54 @@ UNWATCHED void barrier(int line) {
 UNWATCHED static void run_bodies() {
     for (;;) {
         __tsan_acquire(&begin);
+        Slot& own = slots[slot];
+        __tsan_acquire(&own.ends[(own.blocks - 1) % 2]);  // of the block that was here before
         body();
+        __tsan_release(&own.ends[own.blocks % 2]);
         __tsan_release(&end);
-        fibres[running].finished = true;
-        go(fibres[running].place, scheduler);
+        Fibre& fibre = slots[slot].fibres[running];
+        fibre.finished = true;
+        go(fibre.place, scheduler);
     }
 }
 
-static void make_fibres() {
-    stacks.resize(THREADS_OF_A_BLOCK * STACK);
-    scheduler.thread = __tsan_get_current_fiber();
+static void make(Slot& made) {
+    made.stacks = static_cast<char*>(std::malloc(THREADS_OF_A_BLOCK * STACK));
+    made.memory = static_cast<double*>(std::aligned_alloc(32, MOST_SHARED));
     for (unsigned t = 0; t < THREADS_OF_A_BLOCK; ++t) {
-        fibres[t] = {};
-        fibres[t].place.thread = __tsan_create_fiber(0);
-        getcontext(&fibres[t].place.context);
-        fibres[t].place.context.uc_stack.ss_sp = stacks.data() + t * STACK;
-        fibres[t].place.context.uc_stack.ss_size = STACK;
-        makecontext(&fibres[t].place.context, run_bodies, 0);
+        Place& place = made.fibres[t].place;
+        place.thread = __tsan_create_fiber(0);
+        getcontext(&place.context);
+        place.context.uc_stack.ss_sp = made.stacks + t * STACK;
+        place.context.uc_stack.ss_size = STACK;
+        makecontext(&place.context, run_bodies, 0);
+    }
+}
+
+static void give_up() {  // they are stuck in the middle
+    for (Slot& stuck : slots) {
+        std::free(stuck.stacks);
+        std::free(stuck.memory);
+        stuck = {};
     }
 }
 
 // Whether all threads of the block came to its end, by the same barriers.
-UNWATCHED static bool run_block(std::mt19937& random) {
-    __tsan_release(&begin);
-    for (Fibre& fibre : fibres) {
-        fibre.finished = false;
+UNWATCHED static bool run_block(unsigned number, size_t shared, std::mt19937& random) {
+    blockIdx = {number % gridDim.x, number / gridDim.x % gridDim.y,
+                number / gridDim.x / gridDim.y};
+    slot = number % SLOTS;
+    slots[slot].blocks += 1;
+    Fibre* fibres = slots[slot].fibres;
+    shared_memory = slots[slot].memory;
+    ASAN_POISON_MEMORY_REGION(shared_memory, MOST_SHARED);
+    ASAN_UNPOISON_MEMORY_REGION(shared_memory, shared);
+    volatile char* bytes = reinterpret_cast<char*>(shared_memory);  // no memset, which is watched
+    for (size_t i = 0; i < shared; ++i) {
+        bytes[i] = -1;
+    }
+    for (unsigned t = 0; t < THREADS_OF_A_BLOCK; ++t) {
+        fibres[t].finished = false;
     }
     unsigned order[THREADS_OF_A_BLOCK];
     std::iota(order, order + THREADS_OF_A_BLOCK, 0);
@@ -167,14 +206,14 @@ UNWATCHED static bool run_block(std::mt19937& random) {
             threadIdx = {t, 0, 0};
             go(scheduler, fibres[t].place);
         }
-        for (const Fibre& fibre : fibres) {
+        for (unsigned t = 0; t < THREADS_OF_A_BLOCK; ++t) {
+            const Fibre& fibre = fibres[t];
             if (fibre.finished != fibres[0].finished ||
                 (!fibre.finished && fibre.line != fibres[0].line)) {
                 return false;
             }
         }
     }
-    __tsan_acquire(&end);
     return true;
 }
 
@@ -237,24 +276,25 @@ int launch(const char* name, const unsigned* grid, size_t shared, void** argumen
     const shim::Kernel& kernel = shim::kernels.at(name);
     shim::body = [&] { kernel.call(arguments); };
     shim::skipped_barrier = skipped_barrier;
-    if (shim::stacks.empty()) {
-        shim::make_fibres();
+    shim::scheduler.thread = __tsan_get_current_fiber();
+    for (shim::Slot& slot : shim::slots) {
+        if (slot.stacks == nullptr) {
+            shim::make(slot);
+        }
     }
     gridDim = {grid[0], grid[1], grid[2]};
     std::vector<unsigned> blocks(grid[0] * grid[1] * grid[2]);
     std::iota(blocks.begin(), blocks.end(), 0);
     std::mt19937 random(seed);
     std::shuffle(blocks.begin(), blocks.end(), random);
-    ASAN_POISON_MEMORY_REGION(shared_memory, sizeof shared_memory);
-    ASAN_UNPOISON_MEMORY_REGION(shared_memory, shared);
+    __tsan_release(&shim::begin);
     for (const unsigned b : blocks) {
-        blockIdx = {b % grid[0], b / grid[0] % grid[1], b / grid[0] / grid[1]};
-        std::memset(shared_memory, 0xff, shared);
-        if (!shim::run_block(random)) {
-            shim::stacks.clear();  // they are stuck in the middle
+        if (!shim::run_block(b, shared, random)) {
+            shim::give_up();
             return 1;
         }
     }
+    __tsan_acquire(&shim::end);
     return 0;
 }
 }

@@ -481,10 +481,18 @@ MUTANTS = {
 }
 """Indices that go too far, by number: the text, and what it becomes."""
 
+RACES = {
+    1: ("blockIdx.y == 0 && lane == 0", "blockIdx.y == 0 && (lane == 0 || mutant_number == 1)"),
+    2: ("blockIdx.x == 0 && blockIdx.y", "(blockIdx.x == 0 || mutant_number == 2) && blockIdx.y"),
+    3: ("x != nullptr && first_map == 0", "x != nullptr && (first_map == 0 || mutant_number == 3)"),
+    4: ("dw += part *", "dw += part * (mutant_number != 4) *"),
+}
+"""The same of writes by several threads or blocks, most of which leave what was right anyway."""
 
-def mutated() -> str:
+
+def mutated(mutants) -> str:
     source = launch.SOURCE.read_text()
-    for old, new in MUTANTS.values():
+    for old, new in mutants.values():
         assert old in source
         source = source.replace(old, new)
     return source
@@ -544,10 +552,18 @@ def test_no_access_out_of_bounds_no_undefined_behaviour_and_no_race(builds, chec
 @pytest.mark.parametrize("mutant", MUTANTS)
 def test_an_index_that_goes_too_far_is_caught(builds, mutant):
     checks = "compare_everywhere(library)"
-    process = sanitized(builds, checks, source=mutated(), mutant=mutant)
+    process = sanitized(builds, checks, source=mutated(MUTANTS), mutant=mutant)
     assert process.returncode != 0
     assert "SUMMARY: AddressSanitizer: " in process.stderr, process.stderr
     assert "kernels.cu:" in process.stderr, process.stderr
+
+
+@pytest.mark.parametrize("race", RACES)
+def test_a_race_is_caught(builds, race):
+    checks = "compare_everywhere(library)"
+    process = sanitized(builds, checks, "libtsan.so", mutated(RACES), race)
+    assert process.returncode != 0
+    assert "SUMMARY: ThreadSanitizer: data race" in process.stderr, process.stderr
 
 
 @pytest.mark.parametrize("line", BARRIERS)
