@@ -8,10 +8,10 @@
 // run in a shuffled order.
 //
 // ThreadSanitizer takes every fibre for a thread, and learns of nothing that orders them but a
-// block's barriers, and a launch's begin and end: two threads that access a number with none of them
-// in between, one of them to change it, are a race, in whatever order they ran here. So that those
-// of different blocks are different ones, each of SLOTS blocks has fibres, stacks and shared memory
-// of its own; the next block in a slot comes after the one before.
+// block's barriers, and a launch's begin and end: two threads that access a number with none of
+// them in between, one of them to change it, are a race, in whatever order they ran here. So that
+// those of different blocks are different ones, each of SLOTS blocks has fibres, stacks and shared
+// memory of its own; the next block in a slot comes after the one before.
 //
 // What is not modelled: the rounding of the GPU's exp and log, -ftz.
 
@@ -114,7 +114,7 @@ UNWATCHED static void go(Place& from, Place& to) {
 struct Fibre {
     Place place;
     bool finished;
-    int line;  // of the barrier where it waits
+    int line;    // of the barrier where it waits
     int passed;  // barriers
 };
 
@@ -182,8 +182,7 @@ static void give_up() {  // they are stuck in the middle
 
 // Whether all threads of the block came to its end, by the same barriers.
 UNWATCHED static bool run_block(unsigned number, size_t shared, std::mt19937& random) {
-    blockIdx = {number % gridDim.x, number / gridDim.x % gridDim.y,
-                number / gridDim.x / gridDim.y};
+    blockIdx = {number % gridDim.x, number / gridDim.x % gridDim.y, number / gridDim.x / gridDim.y};
     slot = number % SLOTS;
     slots[slot].blocks += 1;
     Fibre* fibres = slots[slot].fibres;
