@@ -4,7 +4,7 @@ Not yet tried on a GPU. Its kernels and launch sequences run on the CPU in ``tes
 this module, on a stand-in for the few functions of CuPy that it calls.
 
 Data sets, parameters and all that a step works on stay in the GPU's memory. An epoch is a sequence
-of graph launches, each of them many steps, and one wait for the GPU at its end.
+of graph launches, most of them of many steps, and one wait for the GPU at its end.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class CupyEngine:
     """A model with its optimizer and its data on a GPU, planned for one batch size.
 
     Parameters, gradients, velocities and moving averages are those of the layers and the optimizer:
-    these get views of the engine's arrays.
+    these get views of the engine's arrays, when it first trains or evaluates.
 
     Args:
         model: on CuPy.
@@ -43,7 +43,8 @@ class CupyEngine:
         batch_size: a last batch may be smaller.
 
     Raises:
-        UnsupportedError: the model has a layer for which there is no stage.
+        UnsupportedError: there is no stage for a layer, or a stage or a batch is too large for the
+            GPU.
         BackendError: the GPU has too little memory, or the kernels do not compile.
     """
 
@@ -58,7 +59,7 @@ class CupyEngine:
         self.test_size = len(test)
         self.test_batch = min(EVALUATED_AT_ONCE, self.test_size)
         self.programs = self._write_programs(len(train))
-        # Not the one that layers use: no graph is captured there, and nothing else goes on here.
+        # Not the one that layers use: CUDA's default stream cannot be captured in a graph.
         self.stream = cupy.cuda.Stream(non_blocking=True)
         with self._computing():
             self.arrays = self._allocate()
@@ -83,10 +84,10 @@ class CupyEngine:
             return self._read("train", -(-len(order) // self.batch_size))
 
     def steps(self, order: np.ndarray) -> Iterator[tuple[int, Any, Any]]:
-        """The same, a launch at a time, of which none is waited for.
+        """The same, up to STEPS_OF_A_GRAPH steps at a time, none of which is waited for.
 
         Yields:
-            Of each launch: how many examples, their mean loss and how many were right; the last two
+            Of these steps: how many examples, their mean loss and how many were right; the last two
             on the GPU.
         """
         batches, rest = divmod(len(order), self.batch_size)
@@ -102,6 +103,7 @@ class CupyEngine:
             self._adopt()
             self._write("order", order)
             self._write("rates", rates)
+            self._write("step", [0])
         for start in range(0, batches, STEPS_OF_A_GRAPH):
             end = min(start + STEPS_OF_A_GRAPH, batches)
             yield self._launch(self.batch_size, start, end)
@@ -160,8 +162,8 @@ class CupyEngine:
     def _compile(self) -> dict[str, Any]:
         shared: dict[str, int] = {}
         for program in self.programs.values():
-            for step in program.launches:
-                shared[step.kernel] = max(step.shared, shared.get(step.kernel, 0))
+            for call in program.launches:
+                shared[call.kernel] = max(call.shared, shared.get(call.kernel, 0))
         most = self.cupy.cuda.Device().attributes["MaxSharedMemoryPerBlockOptin"]
         if max(shared.values()) > most:
             raise UnsupportedError(
@@ -206,7 +208,7 @@ class CupyEngine:
     def _computing(self) -> Iterator[None]:
         """On the engine's stream, which waits for the one that layers use, and that one for it.
 
-        CUDA's default stream does so by itself, but it need not be that one.
+        CUDA does so by itself for no stream that is non-blocking, not even with the default one.
         """
         outside = self.cupy.cuda.get_current_stream()
         self.stream.wait_event(outside.record())
@@ -217,7 +219,7 @@ class CupyEngine:
     # What is done again and again; on the engine's stream.
 
     def _adopt(self) -> None:
-        """Take over what others have put into the layers and the optimizer; begin at step 0."""
+        """Take over what others have put into the layers and the optimizer."""
         for owner, attribute, name, view in self._views:
             value = getattr(owner, attribute)
             if attribute == "velocity":
@@ -231,7 +233,6 @@ class CupyEngine:
                 # of biases before a batch norm, which are 0 here and rounding errors there.
                 view[...] = 0 if attribute == "gradient" else value
                 setattr(owner, attribute, view)
-        self._write("step", [0])
 
     def _write(self, name: str, values: Any) -> None:
         array = self.arrays[name]
@@ -261,15 +262,15 @@ class CupyEngine:
         if (name, repeats) not in self._graphs:
             program = self.programs[name]
             calls = [
-                (step, [program.value(argument, self._address) for argument in step.arguments])
-                for step in program.launches
+                (call, tuple(program.value(argument, self._address) for argument in call.arguments))
+                for call in program.launches
             ]
             self.stream.begin_capture()
             try:
                 for _ in range(repeats):
-                    for step, arguments in calls:
-                        self._kernels[step.kernel](
-                            step.grid, (launch.THREADS,), tuple(arguments), shared_mem=step.shared
+                    for call, arguments in calls:
+                        self._kernels[call.kernel](
+                            call.grid, (launch.THREADS,), arguments, shared_mem=call.shared
                         )
             finally:
                 graph = self.stream.end_capture()

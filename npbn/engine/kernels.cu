@@ -5,12 +5,13 @@
 // and g++, behind `tests/engine/cuda_shim.h`, for tests without one.
 //
 // A stage of the plan is an affine map (convolution or linear), y = A x + b, and what follows it:
-// batch norm, activation, pooling, each or none. A launch costs about as much as the arithmetic of
-// a stage, so a step has as few as the data allow: only where batch norm needs to know of the whole
-// batch does one kernel have to end before the next begins. So the boundaries are not where those
-// of the layers are. A forward kernel takes the y of the stage *before* it, merges that batch's
-// statistics, normalizes, activates and pools while it reads, and ends with its own y. A backward
-// kernel takes the gradient by what batch norm gave, dz, and ends with the dz of the stage before:
+// batch norm, activation, pooling, each or none. A launch costs more than the arithmetic of a
+// stage, so a step has few: a kernel ends where batch norm needs sums over the whole batch (a stage
+// without it ends there, too), before and after the loss, and before SGD. So the boundaries are not
+// where those of the layers are. A forward kernel takes the y of the stage *before* it, merges that
+// batch's statistics, normalizes, activates and pools while it reads, and ends with its own y. A
+// backward kernel takes the gradient by what batch norm gave, dz, and ends with the dz of the stage
+// before:
 //
 //     y0 → [ norm, activation, pooling · affine map ] → y1 → [ ... ] → y2 → ... → loss
 //     dz0 ← [ pooling', activation' · affine map' · norm' ] ← dz1 ← [ ... ] ← dz2 ← ... ← dlogits
@@ -36,14 +37,14 @@ constexpr int THREADS = 256;
 constexpr int SIDE = 16;    // of the square that a block's threads form in a matrix product
 constexpr int DEPTH = 128;  // how much of the summed axis a product has in shared memory at a time
 constexpr int VECTOR = 4;   // numbers that a thread reads from shared memory at once
-constexpr int ROWS = 4;     // of a convolution's output that a thread computes, below each other,
-constexpr int MAPS = 2;     // in so many maps
-constexpr int TAPS = 5;     // of a kernel's row whose gradient a thread computes, in as many maps
+constexpr int ROWS = 4;     // of a convolution's output, below each other, that a thread computes
+constexpr int MAPS = 2;     // in which it does so
+constexpr int TAPS = 5;     // of a row of weights whose gradient a thread computes, in MAPS maps
 constexpr int BANKS = 32;   // of shared memory, neighbours in neighbouring ones; a power of two
 constexpr int WIDTH = 32;   // neighbouring parameters that a block of `sgd` updates together
 
-// Blocks for which a processor is to have registers, no more: a thread needs many for the numbers
-// that it waits for together, and the compiler, left alone, is sparing with them.
+// For forward kernels: for how many blocks a processor's registers have to do. For few, so that a
+// thread may have many, for all that it waits for together; the compiler by itself gives it fewer.
 template <typename real>
 constexpr int RESIDENT = sizeof(real) == 4 ? 2 : 1;
 
@@ -72,7 +73,8 @@ struct Fixed {
 
 constexpr int SIGMOID = 1, RELU = 2;  // activations; 0 is none
 
-// The batch: example e is the one that order[*step · stride + e] names; itself, if order is null.
+// The batch: its example e is number order[i] of the data set, i = *step · stride + e; number i, if
+// order is null.
 struct Batch {
     const unsigned char* images;
     const int *labels, *order, *step;
@@ -83,7 +85,8 @@ struct Batch {
 // The statistics of a part of the batch, `share` examples but for the last, are what the kernel
 // that computed y left: means[o, part] and squares[o, part], the sum of squares about it. Where
 // means is null, mean and var are known already: in the backward pass, or the moving averages.
-// A mean is two numbers, mean + rest, where one does not say it well enough: see `functional`.
+// A mean is two numbers, mean + rest, as one does not say it well enough where it is large: see
+// "Rounding" in `functional/batch_norm.py`. In prediction, rest is null.
 template <typename real>
 struct Norm {
     const real *gamma, *beta;
@@ -281,7 +284,8 @@ __device__ int window_of(P p, int e, int item, int* channel) {
     return ((e * p.maps + *channel) * p.rows + r * p.window_h) * p.columns + q * p.window_w;
 }
 
-// The largest activation in a window, the first of equal ones, and where it is.
+// The largest activation in a window, the first of equal ones, and where it is. NaN counts as
+// larger.
 template <typename real, typename P>
 __device__ real largest_in(P p, const Normalization<real>& normalized, const real* y, int channel,
                            int first, int* chosen) {
@@ -299,15 +303,15 @@ __device__ real largest_in(P p, const Normalization<real>& normalized, const rea
     return largest;
 }
 
-// What goes into a stage: number `item` of example e, made of the stage's before where that one's
-// y is, or of the images / 255.
+// What goes into a stage, number `item` of example e: computed from the y of the stage before it
+// or, where y is null, a pixel of the image / 255.
 template <typename real, typename P>
 struct Input {
     P p;
     Normalization<real> normalized;
     const real* y;
     Batch batch;
-    int first;  // of the examples
+    int first;  // where the batch begins in `order`
 
     __device__ real operator()(int e, int item) const {
         if (y == nullptr) {
@@ -336,9 +340,9 @@ __device__ Input<real, P> input_of(P p, const Normalization<real>& normalized, c
     return {p, normalized, y, batch, y == nullptr ? *batch.step * batch.stride : 0};
 }
 
-// From the gradient g by what `Input` gives back through pooling and activation: dz, the gradient
-// by what batch norm gave. Adds to the sums that batch norm's backward needs. Activations are
-// computed anew from y.
+// Takes g, the gradient by a number that `Input` computes, back through pooling and activation to
+// dz, the gradient by what batch norm gave, and adds to the sums that batch norm's backward needs.
+// Activations are computed anew from y.
 template <typename real, typename P>
 __device__ void input_backward(P p, const Normalization<real>& normalized, const real* y, int e,
                                int item, real g, real* dz, real (&sums)[2]) {
@@ -411,17 +415,17 @@ __device__ Gradient<real> gradient_of(S s, int n, const Norm<real>& norm, const 
     return found;
 }
 
-// Adds `count` numbers of a channel to the `before` that its part of the statistics has already
+// Adds `count` numbers of a channel to the `had` that its part of the statistics has already
 // (Chan et al., (2.1)). `mean` is theirs but for rounding; `sums` are those of their distances to
 // it, and of the squares, so that what was lost in rounding is found again.
 template <typename real>
-__device__ void merge(int before, int count, real mean, const real (&sums)[2], double* part_mean,
+__device__ void merge(int had, int count, real mean, const real (&sums)[2], double* part_mean,
                       real* part_squares) {
     const double rest = sums[0] / count, squares = sums[1] - sums[0] * rest;
-    const double d = mean + rest - (before == 0 ? 0 : *part_mean);
-    const double weight = count / double(before + count);
-    *part_mean = before == 0 ? d : *part_mean + d * weight;
-    *part_squares = before == 0 ? squares : *part_squares + squares + d * d * before * weight;
+    const double d = mean + rest - (had == 0 ? 0 : *part_mean);
+    const double weight = count / double(had + count);
+    *part_mean = had == 0 ? d : *part_mean + d * weight;
+    *part_squares = had == 0 ? squares : *part_squares + squares + d * d * had * weight;
 }
 
 // ------------------------------------------------------------------------------- matrix products
@@ -640,14 +644,14 @@ __device__ void clear(real* planes, int count) {
 // (i · stride_h + above, j · stride_w + left). What lies outside of the planes, nobody reads.
 // Then keep(t, load(t)).
 template <int TOGETHER, typename real, typename Load, typename Keep>
-__device__ __forceinline__ void spread(int maps, int rows, int columns, Planes shape, int stride_h,
+__device__ __forceinline__ void spread(int maps, int rows, int columns, Planes layout, int stride_h,
                                        int stride_w, int above, int left, real* planes, Load load,
                                        Keep keep) {
     transfer<TOGETHER, real>(maps * rows * columns, load, [&](int t, real found) {
         const int map = t / (rows * columns);
         const int i = t / columns % rows * stride_h + above, j = t % columns * stride_w + left;
-        if (0 <= i && i < shape.height && 0 <= j && j < shape.width) {
-            planes[map * shape.area + i * shape.pitch + j] = found;
+        if (0 <= i && i < layout.height && 0 <= j && j < layout.width) {
+            planes[map * layout.area + i * layout.pitch + j] = found;
         }
         keep(t, found);
     });
@@ -664,8 +668,8 @@ __device__ __forceinline__ void correlate(int channels, const real* in, int maps
                                           int stride_w, Bias bias, Weight weight, int strip,
                                           real* weights, real* out) {
     using Pair = Vector<real, MAPS>;
-    const Planes shape = planes_read(rows, columns, kernel_h, kernel_w, stride_h, stride_w);
-    const int pitch = shape.pitch, plane = shape.area;
+    const Planes layout = planes_read(rows, columns, kernel_h, kernel_w, stride_h, stride_w);
+    const int pitch = layout.pitch, plane = layout.area;
     const int groups = (maps + MAPS - 1) / MAPS, strips = (rows + ROWS - 1) / ROWS;
     const int taps = kernel_h * kernel_w;
     for (int first = 0; first < channels; first += strip) {
@@ -726,8 +730,8 @@ __device__ __forceinline__ void correlate(int channels, const real* in, int maps
 //   y[n,o,p,q] = b[o] + Σ_cij w[o,c,i,j] x[n, c, p·s+i-pad, q·s+j-pad]
 // With it, unless null, x, for the backward pass; and the statistics of this part of the batch.
 //
-// Launch: grid (parts of `share` examples). Moves the stage before's y in (at first: the images), y
-// and x out.
+// Launch: grid (parts of `share` examples). Moves the stage before's y (at first: the images) and w
+// in, y and x out.
 template <typename real, typename P, typename S>
 __global__ void __launch_bounds__(THREADS, RESIDENT<real>)
     conv_forward(P p, S s, int n, int share, int strip, Batch batch, Norm<real> norm,
@@ -737,15 +741,15 @@ __global__ void __launch_bounds__(THREADS, RESIDENT<real>)
     Memory<real> memory;
     const Input<real, P> input = input_of(p, normalization(p, n, norm, memory), before, batch);
     const int pixels = s.channels * s.height * s.width, area = s.rows * s.columns;
-    const Planes shape =
+    const Planes layout =
         planes_read(s.rows, s.columns, s.kernel_h, s.kernel_w, s.stride_h, s.stride_w);
-    real* planes = memory.take(s.channels * shape.area);
+    real* planes = memory.take(s.channels * layout.area);
     real* out = memory.take(s.maps * area);
-    clear(planes, s.channels * shape.area);
+    clear(planes, s.channels * layout.area);
     const int begin = blockIdx.x * share, end = min(begin + share, n);
     for (int e = begin; e < end; ++e) {
         spread<4>(  // no more: each takes long to compute
-            s.channels, s.height, s.width, shape, 1, 1, s.padding_h, s.padding_w, planes,
+            s.channels, s.height, s.width, layout, 1, 1, s.padding_h, s.padding_w, planes,
             [&](int t) { return input(e, t); },
             [&](int t, real found) {
                 if (x != nullptr) {
@@ -789,13 +793,13 @@ __global__ void __launch_bounds__(THREADS, RESIDENT<real>)
 }
 
 // An example's gradient by the weights, `functional.conv2d_backward`:
-//   dw[o,c,i,j] += Σ_pq dy[o,p,q] x[c, p·s+i, q·s+j]
+//   dw[o,c,i,j] += Σ_pq dy[o,p,q] x[c, p·s+i, q·s+j]   (x padded; = for the first example)
 // A thread has TAPS neighbours in j, of MAPS maps: each number it reads is used several times.
 // Where there are more threads than such groups, each group's rows are shared out among `lanes`.
 template <typename real, typename S>
-__device__ __forceinline__ void add_weight_gradient(S s, bool first, Planes shape,
-                                                    const real* planes, Planes maps, const real* dy,
-                                                    real* sums, real* dw) {
+__device__ __forceinline__ void add_weight_gradient(S s, bool first, Planes layout,
+                                                    const real* planes, Planes map_layout,
+                                                    const real* dy, real* sums, real* dw) {
     const int across = (s.kernel_w + TAPS - 1) / TAPS, pairs = (s.maps + MAPS - 1) / MAPS;
     const int groups = pairs * s.channels * s.kernel_h * across;
     const int most = max(1, min(s.rows, THREADS / groups)), each = (s.rows + most - 1) / most;
@@ -809,12 +813,13 @@ __device__ __forceinline__ void add_weight_gradient(S s, bool first, Planes shap
             const int c = group / (across * s.kernel_h) % s.channels;
             const int o = group / (across * s.kernel_h * s.channels) * MAPS;
             for (int p = lane; p < s.rows; p += lanes) {
-                const real* seen = planes + c * shape.area + (p * s.stride_h + i) * shape.pitch + j;
-                const real* above = dy + o * maps.area + p * maps.pitch;
+                const real* seen =
+                    planes + c * layout.area + (p * s.stride_h + i) * layout.pitch + j;
+                const real* above = dy + o * map_layout.area + p * map_layout.pitch;
 #pragma unroll 8
                 for (int q = 0; q < s.columns; ++q) {
                     for (int m = 0; m < MAPS; ++m) {
-                        const real d = above[m * maps.area + q];
+                        const real d = above[m * map_layout.area + q];
                         for (int t = 0; t < TAPS; ++t) {
                             found[m][t] += d * seen[q * s.stride_w + t];
                         }
@@ -853,10 +858,9 @@ __device__ __forceinline__ void add_weight_gradient(S s, bool first, Planes shap
 // is the images):
 //   dx[n,c,h,w] = Σ_oij w[o,c,i,j] dy[n, o, (h+pad-i)/s, (w+pad-j)/s]
 // over the i and j for which the divisions leave nothing and the results are rows and columns of y.
-// That is a convolution of stride 1 by the kernel upside down, of dy with zeros around and, for a
-// larger stride, between its numbers. From dx on to dz before, and its sums.
-// The others compute the gradients by the parameters, in parts of `weight_share` examples, which
-// `sgd` adds up.
+// That is a convolution of stride 1 by the kernel turned by 180°, of dy with zeros around and, for
+// a larger stride, between its numbers. From dx on to dz before, and its sums. The others compute
+// the gradients by the parameters, in parts of `weight_share` examples, which `sgd` adds up.
 //
 // Launch: a grid of both kinds of blocks. Moves x, y, dz, w and the stage before's y in; its dz and
 // the partial sums out. Counts the step, where `step` is given: nobody else reads it meanwhile.
@@ -873,14 +877,14 @@ __global__ void conv_backward(P p, S s, int n, int input_blocks, int share, int 
     const int area = s.rows * s.columns, seen = s.height * s.width;
     if (blockIdx.x < input_blocks) {
         const Normalization<real> normalized = normalization(p, n, norm_before, memory);
-        const Planes shape = planes_read(s.height, s.width, s.kernel_h, s.kernel_w, 1, 1);
-        real* planes = memory.take(s.maps * shape.area);
+        const Planes layout = planes_read(s.height, s.width, s.kernel_h, s.kernel_w, 1, 1);
+        real* planes = memory.take(s.maps * layout.area);
         real* dx = memory.take(s.channels * seen);
-        clear(planes, s.maps * shape.area);
+        clear(planes, s.maps * layout.area);
         const int begin = blockIdx.x * share, end = min(begin + share, n);
         for (int e = begin; e < end; ++e) {
             spread<8>(
-                s.maps, s.rows, s.columns, shape, s.stride_h, s.stride_w,
+                s.maps, s.rows, s.columns, layout, s.stride_h, s.stride_w,
                 s.kernel_h - 1 - s.padding_h, s.kernel_w - 1 - s.padding_w, planes,
                 [&](int t) { return dy(t / area, e * s.maps * area + t); }, [](int, real) {});
             correlate<real>(
@@ -913,32 +917,32 @@ __global__ void conv_backward(P p, S s, int n, int input_blocks, int share, int 
         }
     } else {
         const int part = blockIdx.x - input_blocks, pixels = s.channels * seen;
-        const Planes maps = planes_of_maps(s.rows, s.columns);
-        const Planes shape =
+        const Planes map_layout = planes_of_maps(s.rows, s.columns);
+        const Planes layout =
             planes_summed(s.rows, s.columns, s.kernel_h, s.kernel_w, s.stride_h, s.stride_w);
         // TAPS more: what is read, and not used, behind the last.
-        real* planes = memory.take(s.channels * shape.area + TAPS);
-        real* gradients = memory.take((s.maps + MAPS - 1) / MAPS * MAPS * maps.area);
+        real* planes = memory.take(s.channels * layout.area + TAPS);
+        real* gradients = memory.take((s.maps + MAPS - 1) / MAPS * MAPS * map_layout.area);
         real* results = memory.take(MAPS * TAPS * THREADS);
-        clear(planes, s.channels * shape.area);
+        clear(planes, s.channels * layout.area);
         dw += part * s.maps * s.channels * s.kernel_h * s.kernel_w;
         const int begin = part * weight_share, end = min(begin + weight_share, n);
         for (int e = begin; e < end; ++e) {
             spread<8>(
-                s.channels, s.height, s.width, shape, 1, 1, s.padding_h, s.padding_w, planes,
+                s.channels, s.height, s.width, layout, 1, 1, s.padding_h, s.padding_w, planes,
                 [&](int t) { return x[e * pixels + t]; }, [](int, real) {});
             spread<8>(
-                s.maps, s.rows, s.columns, maps, 1, 1, 0, 0, gradients,
+                s.maps, s.rows, s.columns, map_layout, 1, 1, 0, 0, gradients,
                 [&](int t) { return dy(t / area, e * s.maps * area + t); }, [](int, real) {});
             __syncthreads();
-            add_weight_gradient(s, e == begin, shape, planes, maps, gradients, results, dw);
+            add_weight_gradient(s, e == begin, layout, planes, map_layout, gradients, results, dw);
             const int lanes = lanes_of(s.maps), lane = threadIdx.x % lanes;
             for (int first = 0; db != nullptr && first < s.maps; first += THREADS / lanes) {
                 const int o = first + threadIdx.x / lanes, last = o < s.maps ? area : 0;
                 real sum = 0;
                 for (int t = lane; t < last; t += lanes) {
-                    const int place = t / s.columns * maps.pitch + t % s.columns;
-                    sum += gradients[o * maps.area + place];
+                    const int place = t / s.columns * map_layout.pitch + t % s.columns;
+                    sum += gradients[o * map_layout.area + place];
                 }
                 sum = group_sum(sum, lanes);
                 if (lane == 0 && o < s.maps) {
@@ -961,8 +965,8 @@ __global__ void conv_backward(P p, S s, int n, int input_blocks, int share, int 
 // first of equal ones) was the label's. In training, dz is not null:
 //   dlogits[n,k] = (p[n,k] - [k = label]) / n, and from there dz of the last stage, and its sums.
 //
-// Launch: grid (parts of `share` examples, at most THREADS; some may be empty). A thread has one
-// example's loss. Moves y in, dz out.
+// Launch: grid (parts of `share` <= THREADS examples; some parts may be empty). A thread has one
+// example's loss. Moves y and labels in, dz, losses and hits out.
 template <typename real, typename P>
 __global__ void cross_entropy(P p, int n, int share, Batch batch, Norm<real> norm, Sums<real> sums,
                               const real* __restrict__ y, real* __restrict__ dz,
@@ -1006,7 +1010,8 @@ __global__ void cross_entropy(P p, int n, int share, Batch batch, Norm<real> nor
     loss = group_sum(loss, SIDE);
     right = group_sum(right, SIDE);
     if (threadIdx.x % SIDE == 0) {
-        const int at = (*batch.step * gridDim.x + blockIdx.x) * SIDE + threadIdx.x / SIDE;
+        const int block = *batch.step * gridDim.x + blockIdx.x;
+        const int at = block * (THREADS / SIDE) + threadIdx.x / SIDE;
         losses[at] = loss / n;
         hits[at] = right;
     }

@@ -1,17 +1,17 @@
 """From the plan to a sequence of kernel launches, and the arrays they work on. Knows no device.
 
 A `Program` is all that a training step, or an evaluation, asks of a GPU: which arrays there have to
-be, and which kernels of ``kernels.cu`` are launched on them, one after the other. Nothing in a
-training step's changes from step to step: where the batch begins, and the learning rate, are found
+be, and which kernels of ``kernels.cu`` are launched on them, one after the other. A training step's
+launches are the same in every step: where the batch begins, and the learning rate, the kernels find
 by a counter in the GPU's memory. So the same sequence can be run again and again, or captured in a
 graph.
 
 Programs for several batch sizes, and for evaluation, share arrays: those of the same name are the
 same array, as large as the largest of them asks for.
 
-What the host does: it writes images and labels once, parameters and moving averages at
-first, ``order`` and ``rates`` once an epoch, and 0 to ``step``; after the epoch it reads ``losses``
-and ``hits``, a row of each a step, to be added up.
+What the host does: it writes images and labels once, parameters and moving averages at first,
+``order`` and ``rates`` once an epoch, and 0 to ``step``; after the epoch it reads ``train.losses``
+and ``train.hits``, a row of each a step, to be added up; after an evaluation, those of ``test``.
 """
 
 from __future__ import annotations
@@ -241,8 +241,9 @@ class _Stage:
 
     Attributes:
         sizes: as the kernels' ``Shape`` has them.
-        values: of an example's y.
-        inputs, outputs: numbers of an example that come in, and that come out after pooling.
+        linear, norm: whether it is a linear layer; its batch norm.
+        values: how many numbers an example's y has.
+        inputs, outputs: how many come in, and how many come out after pooling.
         planes, summed: numbers of an example's padded x in shared memory, forward and backward.
         wide: the same of dy, with zeros around and between.
         gradients: of dy as it is.
@@ -339,7 +340,7 @@ class _Writer:
         self.fixed, self.processors = fixed, processors
         self.train = data == "train"
         self.steps = _over(examples, stride)
-        self.n, self.partials = stride, 0
+        self.partials = 0
         self.shares: dict[str, tuple[int, int]] = {}
         self.sums: dict[str, Structure] = {}
         stages = [_stage(str(i), block) for i, block in enumerate(blocks)]
@@ -443,7 +444,7 @@ class _Writer:
     def _backward(
         self, before: _Stage, stage: _Stage, decay_all: bool
     ) -> Iterator[tuple[int, ...]]:
-        """The stage's tensors, for `_sgd`."""
+        """Writes the stage's backward down when iterated over; its tensors, for `_sgd`."""
         assert stage.block is not None
         name, first = stage.name, before.block is None  # nobody asks for the gradient by the images
         bias = stage.norm is None and self._parameter(stage, "bias") is not NULL
@@ -492,7 +493,7 @@ class _Writer:
             if attribute != "data":
                 continue
             offset, _ = self.offsets[f"{name}.{parameter}"]
-            place, count = 0, 0  # the gradient is there; batch norm takes a bias back: its is 0
+            place, count = 0, 0  # the gradient is there; a bias's before batch norm stays 0
             if parameter == "weight":
                 place, count = dw.offset, weight_parts
             elif parameter == "bias" and db is not NULL:
@@ -590,7 +591,7 @@ class _Writer:
         return Structure("Batch", values | {"stride": self.stride})
 
     def _norm(self, stage: _Stage, merging: bool = False) -> Structure:
-        """Batch norm of a stage, whose statistics are merged now, in training, or known."""
+        """Batch norm of a stage; whether the kernel is to merge its statistics, in training."""
         name, norm = stage.name, stage.norm
         if norm is None:
             return Structure("Norm", {})

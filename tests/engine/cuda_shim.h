@@ -13,7 +13,8 @@
 // those of different blocks are different ones, each of SLOTS blocks has fibres, stacks and shared
 // memory of its own; the next block in a slot comes after the one before.
 //
-// What is not modelled: the rounding of the GPU's exp and log, -ftz.
+// What is not modelled: the rounding of the GPU's exp, log, quotients and roots; multiplications
+// and additions in one rounding; -ftz, which takes denormal numbers for 0.
 
 #pragma once
 

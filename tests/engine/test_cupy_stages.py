@@ -82,6 +82,17 @@ def test_epochs_equal_those_of_the_layers(cupy, monkeypatch, momentum):
     assert engine.optimizer.steps == right.optimizer.steps == 18
 
 
+def test_an_evaluation_between_steps_changes_nothing(cupy, monkeypatch):
+    monkeypatch.setattr(cupy_stages, "STEPS_OF_A_GRAPH", 2)
+    order = np.random.default_rng(2).permutation(60)
+    whole, parts = an_engine(), an_engine()
+    whole.train(order)
+    for _ in parts.steps(order):
+        parts.evaluate()
+    for name in ("parameters", "train.losses"):
+        np.testing.assert_array_equal(parts.arrays[name], whole.arrays[name])
+
+
 def test_too_little_memory_is_one_clear_error(cupy, monkeypatch):
     def empty(shape, dtype):
         raise MemoryError
