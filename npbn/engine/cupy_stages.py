@@ -160,28 +160,26 @@ class CupyEngine:
         return arrays
 
     def _compile(self) -> dict[str, Any]:
-        shared: dict[str, int] = {}
-        for program in self.programs.values():
-            for call in program.launches:
-                shared[call.kernel] = max(call.shared, shared.get(call.kernel, 0))
+        calls = [call for program in self.programs.values() for call in program.launches]
+        names, shared = {call.kernel for call in calls}, max(call.shared for call in calls)
         most = self.cupy.cuda.Device().attributes["MaxSharedMemoryPerBlockOptin"]
-        if max(shared.values()) > most:
+        if shared > most:
             raise UnsupportedError(
-                f"a stage of the model needs {max(shared.values()):,} bytes of shared memory; this "
-                f"GPU has {most:,} for a block"
+                f"a stage of the model needs {shared:,} bytes of shared memory; this GPU has "
+                f"{most:,} for a block"
             )
         module = self.cupy.RawModule(
             code=launch.SOURCE.read_text(),
             options=launch.OPTIONS,
-            name_expressions=tuple(sorted(shared)),
+            name_expressions=tuple(sorted(names)),
         )
         try:
-            kernels = {name: module.get_function(name) for name in shared}
+            kernels = {name: module.get_function(name) for name in names}
         except self.cupy.cuda.compiler.CompileException as error:
             raise BackendError(f"the GPU engine's kernels do not compile: {error}") from None
-        for name, kernel in kernels.items():
+        for kernel in kernels.values():
             # So the kernel is loaded now, too: that would not do while a graph is captured.
-            kernel.max_dynamic_shared_size_bytes = shared[name]
+            kernel.max_dynamic_shared_size_bytes = shared
         return kernels
 
     def _find_views(self) -> list[tuple[Any, str, str, Any]]:

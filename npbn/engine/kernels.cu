@@ -5,13 +5,13 @@
 // and g++, behind `tests/engine/cuda_shim.h`, for tests without one.
 //
 // A stage of the plan is an affine map (convolution or linear), y = A x + b, and what follows it:
-// batch norm, activation, pooling, each or none. A launch costs more than the arithmetic of a
-// stage, so a step has few: a kernel ends where batch norm needs sums over the whole batch (a stage
-// without it ends there, too), before and after the loss, and before SGD. So the boundaries are not
-// where those of the layers are. A forward kernel takes the y of the stage *before* it, merges that
-// batch's statistics, normalizes, activates and pools while it reads, and ends with its own y. A
-// backward kernel takes the gradient by what batch norm gave, dz, and ends with the dz of the stage
-// before:
+// batch norm, activation, pooling, each or none. A launch costs about what the arithmetic of a
+// stage does, so a step has few: a kernel ends where batch norm needs sums over the whole batch (a
+// stage without it ends there, too), before and after the loss, and before SGD. So the boundaries
+// are not where those of the layers are. A forward kernel takes the y of the stage *before* it,
+// merges that batch's statistics, normalizes, activates and pools while it reads, and ends with its
+// own y. A backward kernel takes the gradient by what batch norm gave, dz, and ends with the dz of
+// the stage before:
 //
 //     y0 → [ norm, activation, pooling · affine map ] → y1 → [ ... ] → y2 → ... → loss
 //     dz0 ← [ pooling', activation' · affine map' · norm' ] ← dz1 ← [ ... ] ← dz2 ← ... ← dlogits

@@ -42,23 +42,18 @@ SHAPE_FIELDS = (
     *("kernel_h", "kernel_w", "stride_h", "stride_w", "padding_h", "padding_w"),
     *("window_h", "window_w", "maximum", "activation"),
 )
+_STATISTICS = ("means", "squares", "mean", "rest", "var", "moving_mean", "moving_var")
 STRUCTURES = {
     "Shape": dict.fromkeys(SHAPE_FIELDS, "int"),
     "Batch": dict.fromkeys(("images", "labels", "order", "step"), "pointer") | {"stride": "int"},
-    "Norm": dict.fromkeys(
-        (
-            *("gamma", "beta", "means", "squares"),
-            *("mean", "rest", "var", "moving_mean", "moving_var"),
-        ),
-        "pointer",
-    )
+    "Norm": dict.fromkeys(("gamma", "beta", *_STATISTICS), "pointer")
     | {"parts": "int", "share": "int", "eps": "real", "momentum": "real"},
     "Sums": {"sums": "pointer", "parts": "int", "dgamma": "pointer", "dbeta": "pointer"},
+    "Tensor": dict.fromkeys(("offset", "size", "partial_offset", "partials", "decays"), "int"),
 }
-TENSOR_FIELDS = ("offset", "size", "partial_offset", "partials", "decays")
 
 PROCESSORS = 132
-"""Streaming multiprocessors of an H100 or H200: so many blocks at least should be under way."""
+"""Streaming multiprocessors of an H100 or H200, among which the work is to be divided."""
 
 BLOCKS_OF_A_PROCESSOR = 4
 """How many blocks of threads there are at most for each processor, where each goes through several

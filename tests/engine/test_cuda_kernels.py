@@ -36,7 +36,7 @@ from npbn.optim import SGD
 
 NUMPY = backend.get_backend("numpy")
 MANY = 10**6
-"""More processors than there is work for: low tiles, and sums in many parts."""
+"""More processors than there is work for: sums in as many parts as there can be."""
 
 BARRIERS = [
     number
@@ -556,6 +556,31 @@ def test_an_index_that_goes_too_far_is_caught(builds, mutant):
     assert process.returncode != 0
     assert "SUMMARY: AddressSanitizer: " in process.stderr, process.stderr
     assert "kernels.cu:" in process.stderr, process.stderr
+
+
+def test_threads_at_different_barriers_are_caught(builds):
+    """Or at their end; and the next kernel runs as if nothing had been."""
+    source = """
+    __global__ void apart(int) {
+        if (threadIdx.x < 7) {
+            __syncthreads();
+        } else {
+            __syncthreads();
+        }
+    }
+    __global__ void early(int) {
+        if (threadIdx.x < 7) {
+            return;
+        }
+        __syncthreads();
+    }
+    __global__ void together(int) { __syncthreads(); }
+    """
+    kernels = emulator.Library(compiled(builds, ("apart", "early", "together"), source=source))
+    for name in ("apart", "early"):
+        with pytest.raises(RuntimeError, match=f"{name}: a barrier that not all threads came to"):
+            kernels.launch(name, (2, 1, 1), 0, [np.array(1, np.int32)])
+        kernels.launch("together", (2, 1, 1), 0, [np.array(1, np.int32)])
 
 
 @pytest.mark.parametrize("race", RACES)

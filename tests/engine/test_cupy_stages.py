@@ -120,6 +120,21 @@ def test_a_gpu_with_too_little_shared_memory_is_refused(cupy, monkeypatch):
         an_engine()
 
 
+def test_a_launch_that_fails_leaves_no_graph_half_captured(cupy):
+    engine, order = an_engine(), np.arange(60)
+    kernels = dict(engine._kernels)
+
+    def fail(*arguments, **options):
+        raise RuntimeError("no launch")
+
+    engine._kernels[min(kernels)] = fail
+    with pytest.raises(RuntimeError, match="no launch"):
+        engine.train(order)
+    engine._kernels.update(kernels)
+    losses, _ = engine.train(order)
+    np.testing.assert_array_equal(losses, an_engine().train(order)[0])
+
+
 def test_an_order_that_does_not_fit_is_refused(cupy):
     with pytest.raises(ValueError, match=r"expected batches of 8, .* got 59 examples"):
         an_engine().train(np.arange(59))

@@ -337,6 +337,26 @@ def test_speed_is_skipped_without_pytorch(monkeypatch):
 
 @emulated
 @pytest.mark.usefixtures("card")
+def test_the_rates_of_other_cards(monkeypatch):
+    """An A100 has half as many lanes in a multiprocessor; some cards name no memory clock."""
+    import cupy
+
+    runtime = cupy.cuda.runtime
+    attribute = runtime.deviceGetAttribute
+    operations, _ = BENCHMARK.card_rates()
+    cupy.cuda.Device().compute_capability = "80"
+    assert BENCHMARK.card_rates()[0] == operations / 2
+    clock = runtime.cudaDevAttrMemoryClockRate
+    monkeypatch.setattr(
+        runtime,
+        "deviceGetAttribute",
+        lambda number, device: 0 if number == clock else attribute(number, device),
+    )
+    assert BENCHMARK.card_rates()[1] == math.inf
+
+
+@emulated
+@pytest.mark.usefixtures("card")
 def test_the_floor_of_a_step_on_an_h200(monkeypatch, capsys):
     """By hand, for network A: 388 million operations, as they take 6 µs there."""
     results = {"npbn engine": {"train": [256e6 / 50]}}
