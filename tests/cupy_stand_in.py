@@ -68,6 +68,7 @@ class Stream:
         assert self.captured is None
 
     def begin_capture(self) -> None:
+        assert self.captured is None
         self.captured = []
 
     def end_capture(self):

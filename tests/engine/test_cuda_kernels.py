@@ -569,7 +569,7 @@ def test_threads_at_different_barriers_are_caught(builds):
         }
     }
     __global__ void early(int) {
-        if (threadIdx.x < 7) {
+        if (threadIdx.x > 7) {
             return;
         }
         __syncthreads();
