@@ -50,7 +50,7 @@ masks, in numbers for the rest.
 - ``packed``, ``transposed``: its weights as `npbn.engine.cpu.products` reads them; ``partials``: dW of
   each part of the batch, ``partials_size`` numbers.
 - Its parameters; ``bias`` is -1 without one. ``gradient``, ``velocity``: from a parameter to those.
-  ``moving``: mean and variance of each map. ``settings``: rate, momentum, decay of weights, of others.
+  ``moving``: means of all maps, then variances. ``settings``: rate, momentum, decay of weights, of others.
 - ``norm``, ``activation``, ``maximum``, ``window_h``, ``window_w``, ``eps``, ``momentum``: what follows
   the layer; ``constants`` and ``found`` as in `npbn.engine.cpu.normalization`.
 - The same in all: ``dx``, memory of a thread; ``masks``, two vectors, 1 for each example of a whole
@@ -155,14 +155,13 @@ def build(plan: Sequence[StagePlan], dtype: Any, *, batch: int, test: int, threa
     logits["x_size"], logits["x_plane"], logits["x_row"] = classes | 1, 1, 1
     logits["found"] = found
 
-    start = sizes.numbers(0)
-    end = start
+    start = end = sizes.numbers(0)
     for stage, record in zip(plan, stages, strict=False):
-        for name, parameter in parameters(stage):
-            record[name] = end
-            end += parameter.data.size
-        if stage.layer.bias is None:
-            record["bias"] = -1
+        record["bias"] = -1
+        for name, array in stage.state().items():
+            if isinstance(array, Parameter):
+                record[name] = end
+                end += array.data.size
     sizes.numbers(end - start)
     stages["gradient"] = sizes.numbers(end - start) - start
     stages["velocity"] = sizes.numbers(end - start) - start
@@ -189,12 +188,13 @@ def build(plan: Sequence[StagePlan], dtype: Any, *, batch: int, test: int, threa
     )
 
 
-def parameters(stage: StagePlan) -> Iterator[tuple[str, Parameter]]:
-    """A stage's parameters, by the names of their fields in STAGE."""
-    owners = (stage.layer, "weight"), (stage.layer, "bias"), (stage.norm, "gamma"), (stage.norm, "beta")
-    for owner, name in owners:
-        if owner is not None and getattr(owner, name) is not None:
-            yield name, getattr(owner, name)
+def places(stage: StagePlan, record: Any) -> Iterator[tuple[str, int]]:
+    """Where a stage's parameters and moving averages lie, by their names."""
+    for name, array in stage.state().items():
+        if isinstance(array, Parameter):
+            yield name, int(record[name])
+    maps = stage.maps[0]
+    yield from (("moving_mean", int(record["moving"])), ("moving_var", int(record["moving"]) + maps))
 
 
 def aligned(count: int, dtype: Any) -> Array:

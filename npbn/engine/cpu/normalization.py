@@ -321,7 +321,7 @@ def merge(net: Any, k: int, examples: int, training: bool) -> None:
             bias = np.float64(values[stage.bias + o])
         mean, inverse, scale, beta = -bias, 1.0, 1.0, 0.0
         if stage.norm != NO_NORM:
-            moving = stage.moving + 2 * o
+            moving = stage.moving + o
             if training and stage.norm == BATCH_NORM:
                 means, squares = found[stage.found + FOUND * o + MEANS], found[stage.found + FOUND * o + SQUARES]
                 chunks = (examples + lanes - 1) // lanes
@@ -335,9 +335,9 @@ def merge(net: Any, k: int, examples: int, training: bool) -> None:
                 var = q / (sites * examples)
                 keep = stage.momentum
                 values[moving] = keep * values[moving] + (1 - keep) * (mean + bias)
-                values[moving + 1] = keep * values[moving + 1] + (1 - keep) * var
+                values[moving + stage.maps] = keep * values[moving + stage.maps] + (1 - keep) * var
             else:
-                mean, var = values[moving] - bias, np.float64(values[moving + 1])
+                mean, var = values[moving] - bias, np.float64(values[moving + stage.maps])
             inverse = 1 / math.sqrt(var + stage.eps)
             scale = values[stage.gamma + o] * inverse
             beta = np.float64(values[stage.beta + o])
