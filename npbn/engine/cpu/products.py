@@ -29,6 +29,9 @@ from npbn.engine.cpu.vector import at, fma, full, load, put, store, total
 SIX = 6
 """Results at a time. Maps and taps are stored by whole sixes: what is beyond has weights of 0."""
 
+TAPS_AT_A_TIME = 30
+"""Of `affine_backward_weight`: what they see of x stays in the cache for all maps."""
+
 OPTIONS: dict[str, Any] = {
     "error_model": "numpy",
     "nogil": True,
@@ -129,7 +132,7 @@ def affine_backward_weight(
 ) -> None:
     """dW of the maps from ``maps[0]`` to ``maps[1]``, added to the numbers from ``out`` on.
 
-    Two maps and three taps at a time. The sites are rows and columns: of one chunk's image
+    Two maps and three taps at a time: so many, because five loads feed six results. The sites are rows and columns: of one chunk's image
     (convolution), or the chunks (linear layer).
 
     Args:
@@ -142,35 +145,36 @@ def affine_backward_weight(
     rows, columns = sites
     x_first, down, right = x_site
     y_first, step = y_site
-    for r in range(0, stage.taps, 3):
-        tap = stage.first_tap + r
-        tap0, tap1, tap2 = at(tables, tap), at(tables, tap + 1), at(tables, tap + 2)
+    for block in range(0, stage.taps, TAPS_AT_A_TIME):
         for o in range(maps[0], maps[1], 2):
-            a0 = a1 = a2 = b0 = b1 = b2 = full(values, 0.0)
-            place = y_first + o * plane
-            for p in range(rows):
-                site = x_first + p * down
-                for _ in range(columns):
-                    a, b = load(values, place), load(values, place + plane)
-                    seen = load(values, site + tap0)
-                    a0 = fma(a, seen, a0)
-                    b0 = fma(b, seen, b0)
-                    seen = load(values, site + tap1)
-                    a1 = fma(a, seen, a1)
-                    b1 = fma(b, seen, b1)
-                    seen = load(values, site + tap2)
-                    a2 = fma(a, seen, a2)
-                    b2 = fma(b, seen, b2)
-                    place += step
-                    site += right
-            to = out + o * row + r
-            put(values, to, at(values, to) + total(a0))
-            put(values, to + 1, at(values, to + 1) + total(a1))
-            put(values, to + 2, at(values, to + 2) + total(a2))
-            to += row
-            put(values, to, at(values, to) + total(b0))
-            put(values, to + 1, at(values, to + 1) + total(b1))
-            put(values, to + 2, at(values, to + 2) + total(b2))
+            for r in range(block, min(block + TAPS_AT_A_TIME, stage.taps), 3):
+                tap = stage.first_tap + r
+                tap0, tap1, tap2 = at(tables, tap), at(tables, tap + 1), at(tables, tap + 2)
+                a0 = a1 = a2 = b0 = b1 = b2 = full(values, 0.0)
+                place = y_first + o * plane
+                for p in range(rows):
+                    site = x_first + p * down
+                    for _ in range(columns):
+                        a, b = load(values, place), load(values, place + plane)
+                        seen = load(values, site + tap0)
+                        a0 = fma(a, seen, a0)
+                        b0 = fma(b, seen, b0)
+                        seen = load(values, site + tap1)
+                        a1 = fma(a, seen, a1)
+                        b1 = fma(b, seen, b1)
+                        seen = load(values, site + tap2)
+                        a2 = fma(a, seen, a2)
+                        b2 = fma(b, seen, b2)
+                        place += step
+                        site += right
+                to = out + o * row + r
+                put(values, to, at(values, to) + total(a0))
+                put(values, to + 1, at(values, to + 1) + total(a1))
+                put(values, to + 2, at(values, to + 2) + total(a2))
+                to += row
+                put(values, to, at(values, to) + total(b0))
+                put(values, to + 1, at(values, to + 1) + total(b1))
+                put(values, to + 2, at(values, to + 2) + total(b2))
 
 
 @njit(**OPTIONS)
