@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import math
+import os
 import platform
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import array_api_compat
@@ -140,6 +143,49 @@ def blas_threads() -> int | None:
     """How many threads the CPU's matrix products compute with, where that can be known."""
     pools = threadpoolctl.threadpool_info()
     return max((pool["num_threads"] for pool in pools if pool["user_api"] == "blas"), default=None)
+
+
+def usable_cpus() -> int:
+    """Return how many CPUs this process may use, by its affinity and its container's quota."""
+    if hasattr(os, "sched_getaffinity"):
+        count = len(os.sched_getaffinity(0))
+    else:
+        count = os.cpu_count() or 1
+    quota = cpu_quota(Path("/proc/self/cgroup"), Path("/sys/fs/cgroup"))
+    return max(1, min(count, math.ceil(quota) if quota < count else count))
+
+
+def cpu_quota(groups: Path, mounted: Path) -> float:
+    """Return the CPUs' worth of time that control groups grant this process; inf without a limit.
+
+    Args:
+        groups: the file that names the groups of the process, by controller.
+        mounted: where the groups' hierarchies are mounted: version 2, or version 1's controllers.
+    """
+    try:
+        lines = groups.read_text().splitlines()
+    except OSError:
+        return math.inf
+    quotas = [math.inf]
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers == "":
+            hierarchy, files = mounted, ["cpu.max"]
+        elif "cpu" in controllers.split(","):
+            hierarchy, files = mounted / controllers, ["cpu.cfs_quota_us", "cpu.cfs_period_us"]
+        else:
+            continue
+        group = PurePosixPath(path.lstrip("/"))
+        # A group's limit holds for those inside. In a container, only its own may be mounted.
+        for each in (group, *group.parents):
+            try:
+                texts = [(hierarchy / each / name).read_text() for name in files]
+                quota, period = map(int, " ".join(texts).split())
+            except (OSError, ValueError):  # no such group here, or "max"
+                continue
+            if quota > 0 and period > 0:  # -1: no limit
+                quotas.append(quota / period)
+    return min(quotas)
 
 
 def _numpy_backend(note: str = "") -> Backend:

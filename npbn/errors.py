@@ -28,8 +28,4 @@ class NonFiniteError(NpbnError):
 
 
 class UnsupportedError(NpbnError):
-    """The engine has no stage for a part of a model; layers run it."""
-
-
-class WorkerError(NpbnError):
-    """A worker process of the engine failed, or cannot be had."""
+    """A fused engine cannot train a model, or cannot run on this machine; layers can."""

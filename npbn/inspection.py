@@ -55,8 +55,8 @@ def probabilities(
 def preactivations(model: Sequential, x: Array) -> dict[str, np.ndarray]:
     """What enters each sigmoid and ReLU in training on the batch x, by the layer's name.
 
-    The model is in training mode for that, so batch norm uses the statistics of x; its moving
-    averages stay as they are.
+    The model is in training mode for that, so batch norm uses the statistics of x, unless it is
+    frozen; its moving averages stay as they are.
     """
     with batch_norm_momentum(model, 1.0):
         outputs = activations(model, x)
@@ -87,12 +87,14 @@ def batch_norm_momentum(model: Layer, momentum: float) -> Iterator[None]:
     """The model in training mode, its batch norms with another momentum, for a while.
 
     With 1, a forward pass leaves the moving averages alone; with 0, it sets them to the batch's
-    statistics.
+    statistics. As in training, a batch norm in prediction mode within a model in training mode is
+    frozen: it stays in its mode.
     """
     norms = batch_norms(model)
     before = [norm.momentum for norm in norms]
     with modes_kept(model):
-        model.train()
+        if not model.training:
+            model.train()
         for norm in norms:
             norm.momentum = momentum
         try:
@@ -115,7 +117,8 @@ def precise_statistics(
 
     Each layer's $\mu_k$ and $v_k$ are those of what the layers before it make of the batch in
     training mode, as in training. A last batch of a single example is left out, if there is
-    another.
+    another. A batch norm in prediction mode within a model in training mode is frozen and keeps
+    its averages.
 
     Source: Y. Wu and J. Johnson, "Rethinking 'Batch' in BatchNorm", 2021 (arXiv:2105.07576),
     section 3 ("precise BatchNorm").
@@ -126,27 +129,27 @@ def precise_statistics(
         dtype: of the model's arrays.
         batch_size: of the batches; as in training, for the same statistics.
     """
-    norms = batch_norms(model)
     counts: list[int] = []
     found: list[list[tuple[Array, Array]]] = []  # left on the device until the end
     with batch_norm_momentum(model, 0.0):
+        norms = [norm for norm in batch_norms(model) if norm.training]
         for x, _ in split.batches(batch_size, dtype):
             if x.shape[0] == 1 and counts:
                 break
             model.forward(x)
             counts.append(x.shape[0])
-            found.append([(norm.moving_mean, norm.moving_var) for norm in norms])
+            found.append([(norm.moving_mean.data, norm.moving_var.data) for norm in norms])
     share = np.array(counts) / sum(counts)
     for k, norm in enumerate(norms):
         means = np.stack([to_numpy(batch[k][0]).astype(np.float64) for batch in found])
         variances = np.stack([to_numpy(batch[k][1]).astype(np.float64) for batch in found])
         mean = np.tensordot(share, means, axes=1)
         var = np.tensordot(share, variances + (means - mean) ** 2, axes=1)
-        for name, value in (("moving_mean", mean), ("moving_var", var)):
-            old = getattr(norm, name)
+        for buffer, value in ((norm.moving_mean, mean), (norm.moving_var, var)):
+            old = buffer.data
             xp = array_api_compat.array_namespace(old)
             device = array_api_compat.device(old)
-            setattr(norm, name, xp.asarray(value, dtype=old.dtype, device=device))
+            buffer.data = xp.asarray(value, dtype=old.dtype, device=device)
 
 
 def first_non_finite(model: Sequential, x: Array, labels: Array) -> tuple[str, float]:

@@ -1,4 +1,4 @@
-"""Layers: what an operation needs to remember from one call to the next, and nothing else.
+"""Layers: the state (parameters, moving statistics, mode, cache) around the operations.
 
 A layer owns its parameters and moving statistics, knows whether it is training or predicting, and
 keeps the cache of its last forward pass. The mathematics is in `npbn.functional`.
@@ -24,8 +24,25 @@ from npbn.functional._arrays import Array, real_part
 from npbn.functional._windows import check_pooling_padding, pair
 
 
-class Parameter:
-    """An array that is trained, and the gradient of the loss by it.
+class Buffer:
+    """An array that is part of a layer's state but not trained: a moving average.
+
+    Attributes:
+        name: its role in the layer: "moving_mean" or "moving_var".
+        data: the value.
+    """
+
+    def __init__(self, name: str, data: Array) -> None:
+        self.name = name
+        self.data = data
+
+    def __repr__(self) -> str:
+        shape = tuple(self.data.shape)
+        return f"{type(self).__name__}({self.name!r}, shape={shape}, {self.data.dtype})"
+
+
+class Parameter(Buffer):
+    """An array that is trained, and the gradient of the loss with respect to it.
 
     Attributes:
         name: its role in the layer: "weight", "bias", "gamma" or "beta".
@@ -34,23 +51,17 @@ class Parameter:
     """
 
     def __init__(self, name: str, data: Array) -> None:
-        self.name = name
-        self.data = data
+        super().__init__(name, data)
         self.gradient: Array | None = None
-
-    def __repr__(self) -> str:
-        return f"Parameter({self.name!r}, shape={tuple(self.data.shape)}, {self.data.dtype})"
 
 
 class Layer(ABC):
     """What all layers share.
 
     A layer of your own needs ``forward`` and ``backward``, and ``super().__init__()`` first. The
-    parameters and layers that it keeps in attributes are found there, and named after them.
+    parameters, buffers and layers that it keeps in attributes are found there, and named after
+    them.
     """
-
-    _buffers: tuple[str, ...] = ()
-    """Attributes that are part of the state but not trained."""
 
     def __init__(self) -> None:
         self.training = True
@@ -62,7 +73,7 @@ class Layer(ABC):
 
     @abstractmethod
     def backward(self, dy: Array) -> Array:
-        """The gradient by x, given the gradient by the last forward pass's output.
+        """The gradient with respect to x, given that with respect to the last output.
 
         Sets the gradient of every parameter on the way.
         """
@@ -73,9 +84,13 @@ class Layer(ABC):
 
     def parameters(self) -> dict[str, Parameter]:
         """What is trained, by name; a child's have its name and a dot before theirs."""
-        found = {name: value for name, value in vars(self).items() if isinstance(value, Parameter)}
+        return {n: array for n, array in self.state().items() if isinstance(array, Parameter)}
+
+    def state(self) -> dict[str, Buffer]:
+        """Parameters and buffers by name; a child's have its name and a dot before theirs."""
+        found = {name: value for name, value in vars(self).items() if isinstance(value, Buffer)}
         for prefix, child in self.children().items():
-            found |= {f"{prefix}.{name}": p for name, p in child.parameters().items()}
+            found |= {f"{prefix}.{name}": array for name, array in child.state().items()}
         return found
 
     def train(self) -> None:
@@ -99,15 +114,14 @@ class Layer(ABC):
         """
         if dtype is not None and np.dtype(dtype) not in (np.float32, np.float64):
             raise ValueError(f"expected dtype float32 or float64, got {dtype}")
-        for owner, attribute in self._state().values():
-            value = to_numpy(getattr(owner, attribute))
-            setattr(owner, attribute, backend.asarray(value, dtype))
+        for array in self.state().values():
+            array.data = backend.asarray(to_numpy(array.data), dtype)
         for parameter in self.parameters().values():
             parameter.gradient = None
 
     def state_dict(self) -> dict[str, np.ndarray]:
         """Parameters and moving statistics by name, as copies on the host."""
-        return {name: to_numpy(getattr(*place)) for name, place in self._state().items()}
+        return {name: to_numpy(array.data) for name, array in self.state().items()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over the values of ``state``, keeping this layer's dtype and backend.
@@ -117,8 +131,8 @@ class Layer(ABC):
                 then.
             TypeError: complex numbers. Nothing is changed then.
         """
-        places = self._state()
-        missing, unexpected = places.keys() - state.keys(), state.keys() - places.keys()
+        own = self.state()
+        missing, unexpected = own.keys() - state.keys(), state.keys() - own.keys()
         if missing or unexpected:
             raise ValueError(
                 f"expected a state with the names of this model; missing: "
@@ -126,29 +140,16 @@ class Layer(ABC):
                 f"{', '.join(sorted(unexpected)) or 'none'}"
             )
         values = {name: to_numpy(value) for name, value in state.items()}
-        for name, place in places.items():
-            expected = tuple(getattr(*place).shape)
+        for name, array in own.items():
+            expected = tuple(array.data.shape)
             if values[name].shape != expected:
                 raise ValueError(f"expected {name} of shape {expected}, got {values[name].shape}")
             if np.iscomplexobj(values[name]):
                 raise TypeError(f"expected {name} of real numbers, got {values[name].dtype}")
-        for name, place in places.items():
-            array = getattr(*place)
-            xp = array_api_compat.array_namespace(array)
-            device = array_api_compat.device(array)
-            array[...] = xp.asarray(values[name], dtype=array.dtype, device=device)
-
-    def _state(self) -> dict[str, tuple[object, str]]:
-        """Where each array of the state lives: name → (owner, attribute)."""
-        state: dict[str, tuple[object, str]] = {
-            name: (value, "data")
-            for name, value in vars(self).items()
-            if isinstance(value, Parameter)
-        }
-        state |= {name: (self, name) for name in self._buffers}
-        for prefix, child in self.children().items():
-            state |= {f"{prefix}.{name}": place for name, place in child._state().items()}
-        return state
+        for name, array in own.items():
+            xp = array_api_compat.array_namespace(array.data)
+            device = array_api_compat.device(array.data)
+            array.data[...] = xp.asarray(values[name], dtype=array.data.dtype, device=device)
 
     def _last_cache(self) -> Any:
         if self._cache is None:
@@ -332,8 +333,6 @@ class BatchNorm(Layer):
             training step with 0 would scale by 1/√eps.
     """
 
-    _buffers = ("moving_mean", "moving_var")
-
     def __init__(
         self,
         num_features: int,
@@ -361,8 +360,8 @@ class BatchNorm(Layer):
         self.initial_moving_var = initial_moving_var
         self.gamma = Parameter("gamma", np.ones(shape, np.float32))
         self.beta = Parameter("beta", np.zeros(shape, np.float32))
-        self.moving_mean: Array = np.zeros(shape, np.float32)
-        self.moving_var: Array = np.full(shape, initial_moving_var, np.float32)
+        self.moving_mean = Buffer("moving_mean", np.zeros(shape, np.float32))
+        self.moving_var = Buffer("moving_var", np.full(shape, initial_moving_var, np.float32))
 
     def forward(self, x: Array) -> Array:
         if x.ndim != self.num_dims:
@@ -371,15 +370,15 @@ class BatchNorm(Layer):
             x,
             self.gamma.data,
             self.beta.data,
-            self.moving_mean,
-            self.moving_var,
+            self.moving_mean.data,
+            self.moving_var.data,
             training=self.training,
             eps=self.eps,
             momentum=self.momentum,
         )
-        # A complex step belongs to one forward pass; the next must not find it here.
+        # Drop the imaginary part of a complex step: it belongs to this forward pass only.
         xp = array_api_compat.array_namespace(x)
-        self.moving_mean, self.moving_var = (real_part(average, xp) for average in moving)
+        self.moving_mean.data, self.moving_var.data = (real_part(m, xp) for m in moving)
         return y
 
     def backward(self, dy: Array) -> Array:
@@ -473,7 +472,7 @@ class Flatten(Layer):
 
 @contextlib.contextmanager
 def modes_kept(layer: Layer) -> Iterator[None]:
-    """Whatever mode is switched to inside, every layer comes out in its own."""
+    """Restore the mode, training or prediction, of every layer on exit."""
     modes = [(each, each.training) for each in self_and_descendants(layer)]
     try:
         yield
@@ -487,6 +486,14 @@ def self_and_descendants(layer: Layer) -> Iterator[Layer]:
     yield layer
     for child in layer.children().values():
         yield from self_and_descendants(child)
+
+
+def dtype_of(layer: Layer) -> str:
+    """Return the dtype, "float32" or "float64", of a layer's first array; float32 without any."""
+    for array in layer.state().values():
+        xp = array_api_compat.array_namespace(array.data)
+        return "float64" if array.data.dtype == xp.float64 else "float32"
+    return "float32"
 
 
 def _reshape(x: Array, shape: tuple[int, ...]) -> Array:

@@ -4,26 +4,21 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import array_api_compat
 import numpy as np
 
-from npbn import functional as F
 from npbn import inspection
 from npbn.backend import Backend, to_numpy
 from npbn.data import Split
-from npbn.engine import Engine
-from npbn.engine.cupy_stages import CupyEngine
+from npbn.engine import Engine, Result
+from npbn.engine.layers import EVALUATION_BATCH_SIZE, predict
 from npbn.errors import NonFiniteError
-from npbn.functional._arrays import Array, common_library
-from npbn.layers import Layer, Sequential, modes_kept
+from npbn.functional._arrays import common_library
+from npbn.layers import Layer, Sequential, dtype_of
 from npbn.optim import SGD
-
-EVALUATION_BATCH_SIZE = 256
-"""Larger batches are no faster on a CPU: they fall out of its cache."""
 
 
 @dataclass(frozen=True)
@@ -76,43 +71,50 @@ def steps_per_epoch(examples: int, batch_size: int) -> int:
 
 
 class _Totals:
-    """Sums of loss and hits, kept on the device: reading them is what stops a GPU."""
+    """Sums of loss and correct predictions, kept on the device; reading them synchronizes."""
 
     def __init__(
         self,
         backend: Backend,
         loss: float = 0.0,
-        hits: int = 0,
+        correct: int = 0,
         examples: int = 0,
         seconds: float = 0.0,
     ) -> None:
         self.backend = backend
         self.loss = backend.xp.asarray(loss, dtype=backend.xp.float64)
-        self.hits = backend.xp.asarray(hits, dtype=backend.xp.int64)
+        self.correct = backend.xp.asarray(correct, dtype=backend.xp.int64)
         self.examples = examples
         self.started = time.perf_counter() - seconds
 
-    def add(self, n: int, loss: Any, hits: Any) -> None:
-        """A batch of n examples: its mean loss, and how many were right."""
+    def add(self, result: Result) -> None:
+        """Add what a batch gave, or several."""
         xp = self.backend.xp
-        self.loss = self.loss + n * xp.astype(xp.asarray(loss), xp.float64)
-        self.hits = self.hits + hits
-        self.examples += n
+        self.loss = self.loss + result.examples * xp.astype(xp.asarray(result.loss), xp.float64)
+        self.correct = self.correct + result.correct
+        self.examples += result.examples
 
     def read(self) -> dict[str, Any]:
-        """The sums, as arguments of a new one; waits for the device."""
+        """Return the sums as keyword arguments for `_Totals`; synchronizes."""
         return {
             "loss": float(self.loss),
-            "hits": int(self.hits),
+            "correct": int(self.correct),
             "examples": self.examples,
             "seconds": time.perf_counter() - self.started,
         }
 
     def metrics(self) -> Metrics:
-        """The means; waits for the device."""
+        """Return the means; synchronizes."""
         sums = self.read()
         n = sums["examples"] or math.nan
-        return Metrics(sums["loss"] / n, sums["hits"] / n, sums["examples"], sums["seconds"])
+        return Metrics(sums["loss"] / n, sums["correct"] / n, sums["examples"], sums["seconds"])
+
+
+def _metrics(backend: Backend, results: Iterable[Result]) -> Metrics:
+    totals = _Totals(backend)
+    for result in results:
+        totals.add(result)
+    return totals.metrics()
 
 
 def evaluate(
@@ -123,37 +125,27 @@ def evaluate(
     dtype: Any = "float32",
     batch_size: int = EVALUATION_BATCH_SIZE,
 ) -> Metrics:
-    """Loss and accuracy on ``split`` in prediction mode; every layer's own mode is kept."""
-    totals = _Totals(backend)
-    with modes_kept(model):
-        model.eval()
-        for x, labels in split.batches(batch_size, dtype):
-            logits = model.forward(x)
-            loss, _ = F.softmax_cross_entropy(logits, labels)
-            totals.add(labels.shape[0], loss, hits(logits, labels))
-    return totals.metrics()
-
-
-def hits(logits: Array, labels: Array) -> Array:
-    """How many of the largest logits are at the labels; stays on the device."""
-    xp = array_api_compat.array_namespace(logits)
-    return xp.count_nonzero(xp.argmax(logits, axis=1) == labels)
+    """Loss and accuracy on ``split`` by layers, in prediction mode; every layer's mode is kept."""
+    return _metrics(backend, predict(model, split, dtype=dtype, batch_size=batch_size))
 
 
 class Training:
     """A training run: what is trained, on what, and how far it has come.
 
-    After every batch it can be stopped (by an exception in ``on_batch``), its `state` saved and
-    loaded into another one: that goes on as if nothing had happened, to the last bit.
+    The order of the examples in an epoch follows from ``seed`` and the number of the epoch, so
+    every engine on every backend sees the same batches. After every batch a run can be stopped (by
+    an exception in ``on_batch``), its `state` saved and loaded into another one: that goes on as if
+    nothing had happened, to the last bit.
+
+    A batch norm that was put into prediction mode stays in it and is not trained, as long as the
+    model itself is in training mode.
 
     Args:
         model, optimizer, train, test: all on ``backend``.
+        engine: what trains and evaluates them, in batches of ``batch_size``; see
+            `npbn.engine.build`.
         batch_size: a last batch of a single example is left out, unless every batch is one.
-        generator: draws the order of each epoch, on the host, so that every backend sees the same
-            batches. Nobody else may draw from it as long as training goes on.
-        dtype: of the model's arrays.
-        engine: what trains and evaluates in place of the layers, planned for ``model`` and
-            ``optimizer``; one for the GPU, for the data and ``batch_size``, too.
+        seed: of the order of the examples, at least 0.
         precise_bn: before each evaluation, replace batch norm's moving averages by the statistics
             of the training split (`npbn.inspection.precise_statistics`).
 
@@ -174,11 +166,10 @@ class Training:
         train: Split,
         test: Split,
         *,
+        engine: Engine,
         batch_size: int,
-        generator: np.random.Generator,
+        seed: int,
         backend: Backend,
-        dtype: Any = "float32",
-        engine: Engine | CupyEngine | None = None,
         precise_bn: bool = False,
     ) -> None:
         if batch_size < 1:
@@ -192,18 +183,15 @@ class Training:
         self.optimizer = optimizer
         self.train = train
         self.test = test
-        self.batch_size = batch_size
-        self.generator = generator
-        self.backend = backend
-        self.dtype = dtype
         self.engine = engine
+        self.batch_size = batch_size
+        self.seed = seed
+        self.backend = backend
         self.precise_bn = precise_bn
         self.epoch = 0
         self.batch = 0
         self.best = -1.0
         self._totals: _Totals | None = None  # of the epoch that is under way
-        # Before the order of the epoch was drawn, so that it can be drawn once more.
-        self._generator_state = generator.bit_generator.state
 
     def run(
         self,
@@ -222,13 +210,13 @@ class Training:
             max_steps: of the optimizer, likewise; it may cut the last epoch short.
             eval_every: how many epochs to an evaluation; the last epoch is evaluated, too.
             target_accuracy: test accuracy that is enough.
-            on_batch: called with the number of its examples after each batch, or after as many as
-                a GPU's engine launches at a time; must not wait for the device.
+            on_batch: called with the number of its examples after each batch, or after as many
+                batches as the engine runs together; must not wait for the device.
             on_epoch: called after each epoch with what it found.
 
         Raises:
             NonFiniteError: loss, or a test loss, is NaN or infinite. The state is spoilt then.
-            BackendError: the GPU failed. There is no state any more.
+            BackendError: the device failed. There is no state any more.
         """
         with self.backend.explaining_failures():
             while (
@@ -236,13 +224,7 @@ class Training:
                 and self.optimizer.steps < max_steps
                 and self.best < target_accuracy
             ):
-                for examples in self._steps(max_steps):
-                    if on_batch is not None:
-                        on_batch(examples)
-                assert self._totals is not None
-                train = self._totals.metrics()
-                self.epoch, self.batch, self._totals = self.epoch + 1, 0, None
-                self._generator_state = self.generator.bit_generator.state
+                train = self._train(max_steps, on_batch)
                 steps = self.optimizer.steps
                 test = None
                 if self.epoch % eval_every == 0 or self.epoch == epochs or steps >= max_steps:
@@ -256,19 +238,35 @@ class Training:
                 if on_epoch is not None:
                     on_epoch(Epoch(self.epoch, steps, lr, train, test, skipped))
 
-    def step(self, indices: Array) -> tuple[Any, Any]:
-        """One step of the optimizer on these training examples: mean loss, and how many hits.
+    def _train(self, max_steps: float, on_batch: Callable[[int], None] | None) -> Metrics:
+        """Train to the end of the epoch, or up to that step of the optimizer."""
+        if not self.model.training:
+            self.model.train()
+        if self._totals is None:
+            self._totals = _Totals(self.backend)
+        order = self._order()
+        most = (max_steps - self.optimizer.steps) * self.batch_size
+        for result in self.engine.steps(order[: int(min(most, len(order)))]):
+            self._totals.add(result)
+            self.batch += math.ceil(result.examples / self.batch_size)
+            if on_batch is not None:
+                on_batch(result.examples)
+        metrics = self._totals.metrics()
+        self.epoch, self.batch, self._totals = self.epoch + 1, 0, None
+        return metrics
 
-        By the layers, where the engine is one that takes many steps at a time.
-        """
-        if isinstance(self.engine, Engine):
-            return self.engine.step(self.train, indices)
-        x, labels = self._batch(indices)
-        logits = self.model.forward(x)
-        loss, cache = F.softmax_cross_entropy(logits, labels)
-        self.model.backward(F.softmax_cross_entropy_backward(cache))
-        self.optimizer.step()
-        return loss, hits(logits, labels)
+    def _evaluate(self) -> Metrics:
+        if self.precise_bn:
+            inspection.precise_statistics(
+                self.model, self.train, dtype=dtype_of(self.model), batch_size=self.batch_size
+            )
+        return _metrics(self.backend, self.engine.evaluate())
+
+    def _order(self) -> np.ndarray:
+        """Return the examples of the current epoch's remaining batches, in their order."""
+        order = np.random.default_rng((self.seed, self.epoch)).permutation(len(self.train))
+        end = len(order) - left_out(len(order), self.batch_size)
+        return order[self.batch * self.batch_size : end]
 
     def state(self) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         """Everything that is needed to go on: arrays by name, and what JSON can hold.
@@ -290,7 +288,6 @@ class Training:
             "step": self.optimizer.steps,
             "best": self.best,
             "totals": totals,
-            "generator": self._generator_state,
         }
         return arrays, record
 
@@ -298,8 +295,13 @@ class Training:
         """Go on from a `state`, of the same model and settings, on whatever backend it was.
 
         Raises:
-            ValueError: it is of another model, or incomplete.
+            ValueError: it is of another model, incomplete, or of an older npbn.
         """
+        if "generator" in record:
+            raise ValueError(
+                "it was written by an older npbn, which drew the order of the examples otherwise; "
+                "its training cannot go on"
+            )
         parts: dict[str, dict[str, np.ndarray]] = {"model": {}, "velocity": {}}
         for name, value in arrays.items():
             kind, _, rest = name.partition(".")
@@ -307,26 +309,27 @@ class Training:
                 raise ValueError(f"expected arrays of model and velocity, got {name}")
             parts[kind][rest] = value
         self.model.load_state_dict(parts["model"])
+        dtype = dtype_of(self.model)
         self.optimizer.velocity = {
-            name: self.backend.asarray(np.array(value), self.dtype)
+            name: self.backend.asarray(np.array(value), dtype)
             for name, value in parts["velocity"].items()
         }
         self.optimizer.steps = record["step"]
         self.epoch, self.batch, self.best = record["epoch"], record["batch"], record["best"]
-        self._generator_state = record["generator"]
         totals = record["totals"]
         self._totals = None if totals is None else _Totals(self.backend, **totals)
 
     def locate_non_finite(self) -> str:
-        """Do the epoch that is under way over, through the layers, up to the first NaN or infinity.
+        """Replay the current epoch by layers until the first NaN or infinity.
 
         Returns:
             At which step and where it appears, and what the losses before were. If it does not
             appear, the model is at the end of the epoch.
         """
         losses: list[float] = []
-        for indices in self._batches():
-            where, loss = inspection.first_non_finite(self.model, *self._batch(indices))
+        dtype, order = dtype_of(self.model), self.backend.asarray(self._order())
+        for x, labels in self.train.batches(self.batch_size, dtype, order=order):
+            where, loss = inspection.first_non_finite(self.model, x, labels)
             if where:
                 before = ", ".join(f"{value:.3g}" for value in losses[-3:])
                 return f"step {self.optimizer.steps + 1}: {where}" + (
@@ -335,57 +338,3 @@ class Training:
             losses.append(loss)
             self.optimizer.step()
         return "no step of the epoch: the parameters after it, or batch norm's moving averages"
-
-    def _order(self) -> np.ndarray:
-        """The examples of those batches of the epoch under way that are not done yet."""
-        self.generator.bit_generator.state = self._generator_state
-        order = self.generator.permutation(len(self.train))
-        end = len(order) - left_out(len(order), self.batch_size)
-        return order[self.batch * self.batch_size : end]
-
-    def _batches(self) -> Iterator[Array]:
-        """The same, a batch at a time, on the device."""
-        order = self.backend.asarray(self._order())
-        count = order.shape[0]
-        for start in range(0, count, self.batch_size):
-            yield order[start : min(start + self.batch_size, count)]
-
-    def _batch(self, indices: Array) -> tuple[Array, Array]:
-        return next(self.train.batches(indices.shape[0], self.dtype, order=indices))
-
-    def _steps(self, max_steps: float) -> Iterator[int]:
-        """Train to the end of the epoch; how many examples at a time."""
-        self.model.train()
-        if self._totals is None:
-            self._totals = _Totals(self.backend)
-        for n, loss, hits in self._results(max_steps):
-            self._totals.add(n, loss, hits)
-            self.batch += -(-n // self.batch_size)  # several, perhaps, and the last one smaller
-            yield n
-
-    def _results(self, max_steps: float) -> Iterator[tuple[int, Any, Any]]:
-        """The same; examples, mean loss and hits of each batch, or of each launch on a GPU."""
-        if isinstance(self.engine, CupyEngine):
-            order = self._order()
-            most = (max_steps - self.optimizer.steps) * self.engine.batch_size
-            yield from self.engine.steps(order[: min(most, len(order))])
-            return
-        for indices in self._batches():
-            if self.optimizer.steps >= max_steps:
-                break
-            yield int(indices.shape[0]), *self.step(indices)
-
-    def _evaluate(self) -> Metrics:
-        if self.precise_bn:
-            inspection.precise_statistics(
-                self.model, self.train, dtype=self.dtype, batch_size=self.batch_size
-            )
-        if self.engine is None:
-            return evaluate(self.model, self.test, backend=self.backend, dtype=self.dtype)
-        totals = _Totals(self.backend)
-        if isinstance(self.engine, CupyEngine):
-            found = self.engine.evaluate()
-        else:
-            found = self.engine.evaluate(self.test)
-        totals.add(len(self.test), *found)
-        return totals.metrics()

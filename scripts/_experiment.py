@@ -10,9 +10,9 @@ import numpy as np
 
 from npbn import data, layers, models, optim, training
 from npbn.backend import Backend, get_backend
-from npbn.engine import Engine
-from npbn.engine.cupy_stages import CupyEngine
-from npbn.errors import CheckpointError, NpbnError
+from npbn.engine import build
+from npbn.engine.layers import LayersEngine
+from npbn.errors import CheckpointError, NpbnError, UnsupportedError
 from npbn.runs import Run
 
 ACTIVATIONS = {"sigmoid": layers.Sigmoid, "relu": layers.ReLU}
@@ -49,21 +49,18 @@ def build_schedule(config: Mapping[str, Any], steps_per_epoch: int) -> optim.Sch
     return optim.Constant(config["lr"])
 
 
-def count_workers(threads: int) -> int:
-    """How many processes the engine computes with where so many threads are wanted."""
-    return min(threads, os.cpu_count() or 1) if os.name == "posix" else 1
-
-
 def build_training(
-    config: Mapping[str, Any], dataset: data.Dataset, device: Backend
+    config: Mapping[str, Any], dataset: data.Dataset, device: Backend, *, fallback: bool = False
 ) -> training.Training:
-    """Model, optimizer and data on ``device``, at the start of the run.
+    """Model, optimizer, data and engine on ``device``, at the start of the run.
+
+    Args:
+        fallback: whether layers do where the fused engine is wanted and cannot.
 
     Raises:
-        UnsupportedError: the engine is asked for and has no stage for something.
+        UnsupportedError: the fused engine is wanted and cannot.
     """
-    generator = np.random.default_rng(config["seed"])
-    model = build_model(config, generator)
+    model = build_model(config, np.random.default_rng(config["seed"]))
     model.to(device, config["dtype"])
     steps_per_epoch = training.steps_per_epoch(len(dataset.train), config["batch_size"])
     optimizer = optim.SGD(
@@ -73,22 +70,19 @@ def build_training(
         weight_decay=config["weight_decay"],
     )
     train, test = dataset.train.to(device), dataset.test.to(device)
-    engine: Engine | CupyEngine | None = None
-    if config["engine"] == "compiled":
-        if device.name == "cupy":
-            engine = CupyEngine(model, optimizer, train, test, batch_size=config["batch_size"])
-        else:
-            engine = Engine(model, optimizer, train.images.shape[1:], workers=config["workers"])
+    what = model, optimizer, train, test
+    how: dict[str, Any] = {"batch_size": config["batch_size"], "backend": device}
+    try:
+        engine = build(config["engine"], *what, threads=config["threads"], **how)
+    except UnsupportedError as error:
+        if not fallback:
+            raise
+        engine = LayersEngine(*what, reason=str(error), **how)
     return training.Training(
-        model,
-        optimizer,
-        train,
-        test,
-        batch_size=config["batch_size"],
-        generator=generator,
-        backend=device,
-        dtype=config["dtype"],
+        *what,
         engine=engine,
+        seed=config["seed"],
+        **how,
         precise_bn=config["precise_bn"],
     )
 
@@ -98,10 +92,11 @@ def load_training(
 ) -> tuple[training.Training, dict[str, Any]]:
     """What a run had come to, and the record of its last checkpoint.
 
-    ``changes`` are to its configuration, for what is left of it.
+    Args:
+        changes: configuration overrides for the rest of the run.
     """
     arrays, record = run.load()
-    state = build_training(run.config | changes, dataset, device)
+    state = build_training(run.config | changes, dataset, device, fallback=True)
     try:
         state.load_state(arrays, record)
     except (ValueError, TypeError, KeyError) as error:

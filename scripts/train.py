@@ -25,17 +25,10 @@ import numpy as np
 from tqdm import tqdm
 
 import npbn
-from _experiment import (
-    ACTIVATIONS,
-    build_training,
-    count_workers,
-    load_data,
-    load_model,
-    load_training,
-)
+from _experiment import ACTIVATIONS, build_training, load_data, load_model, load_training
 from _pictures import draw_run
-from npbn import backend, data, inspection, plots, training, verify
-from npbn.engine.cupy_stages import CupyEngine
+from npbn import backend, data, engine, inspection, plots, training, verify
+from npbn.engine.layers import LayersEngine
 from npbn.errors import CheckpointError, NonFiniteError, NpbnError, UnsupportedError
 from npbn.runs import Run
 
@@ -77,17 +70,17 @@ def parse_arguments() -> argparse.Namespace:
     )
     where.add_argument(
         "--engine",
-        choices=("auto", "layers", "compiled"),
+        choices=engine.KINDS,
         default="auto",
-        help="layers, the textbook; compiled, the same planned into fused stages; or auto, "
-        "compiled on the CPU where it can be, layers on a GPU (default: auto)",
+        help="layers, the textbook; fused, the same mathematics planned into fused stages; or "
+        "auto, fused on the CPU if it can train this model, else layers (default: auto)",
     )
     where.add_argument(
         "--threads",
         type=integer(1),
         metavar="N",
-        help="that the CPU computes with, or processes with --engine compiled; 1 is fastest beside "
-        "other busy programs (default: the BLAS library's own choice)",
+        help="CPU threads, of the fused engine or of the BLAS library for layers; use 1 on a busy "
+        "machine (default: every CPU that this process may use)",
     )
     where.add_argument(
         "--dtype", choices=("float32", "float64"), default="float32", help="(default: float32)"
@@ -194,8 +187,8 @@ def parse_arguments() -> argparse.Namespace:
         type=integer(0),
         default=0,
         metavar="N",
-        help="of initial weights and shuffling; on one machine, backend and number of "
-        "BLAS threads, two runs of a seed are equal to the last bit (default: 0)",
+        help="of initial weights and shuffling; on one machine and backend, two runs of a seed are "
+        "equal to the last bit, by layers with one number of threads (default: 0)",
     )
 
     kept = parser.add_argument_group("what is kept")
@@ -270,7 +263,7 @@ class Session:
         say(
             f"model: {type(model).__name__} {'without' if config['no_batch_norm'] else 'with'} "
             f"batch norm, {count:,} parameters, {config['dtype']}"
-            f", {self.by}"
+            f", {self.state.engine.description}"
         )
         say(
             f"training: {config['epochs']} epoch{'s' * (config['epochs'] > 1)}, "
@@ -283,17 +276,6 @@ class Session:
                 "note: over a batch of one, batch norm after a linear layer is constant: "
                 "little is learned"
             )
-
-    @property
-    def by(self) -> str:
-        """What computes."""
-        engine = self.state.engine
-        if engine is None:
-            return "by the layers"
-        if isinstance(engine, CupyEngine):
-            return "by the engine on the GPU"
-        workers = engine.workers
-        return f"by the engine with {workers} worker{'s' * (workers > 1)}"
 
     def record(self, epoch: training.Epoch | None) -> dict[str, Any]:
         """A line of the metrics; None stands for the time before the first epoch."""
@@ -335,11 +317,8 @@ def start(arguments: argparse.Namespace) -> Session:
     for note in dataset.notes:
         say(f"note: {note}")
     _, channels, side, _ = dataset.train.images.shape
-    threads = arguments.threads or backend.blas_threads() or 1
     config |= {
         "backend": device.name,
-        "threads": threads,
-        "workers": count_workers(threads),
         "dataset": dataset.key,
         "data": None if arguments.data is None else str(Path(arguments.data).resolve()),
         # What a model needs to predict without the data set.
@@ -348,7 +327,12 @@ def start(arguments: argparse.Namespace) -> Session:
         "side": side,
     }
     with device.explaining_failures():
-        state = begin(config, dataset, device)
+        try:
+            state = build_training(config, dataset, device)
+        except UnsupportedError as error:
+            raise NpbnError(f"--engine fused: {error}; --engine layers can do it") from None
+    # Which it was, so that the rest of the run is computed likewise.
+    config["engine"] = "layers" if isinstance(state.engine, LayersEngine) else "fused"
     session = Session(Run(path, config), state, dataset, device, resumed=False)
     session.describe()
     if arguments.check_gradients:
@@ -369,26 +353,6 @@ def start(arguments: argparse.Namespace) -> Session:
     return session
 
 
-def begin(
-    config: dict[str, Any], dataset: data.Dataset, device: backend.Backend
-) -> training.Training:
-    """The start of a run; says in ``config`` what computes, if that was left open."""
-    asked = config["engine"]
-    if asked != "auto":
-        try:
-            return build_training(config, dataset, device)
-        except UnsupportedError as error:
-            raise NpbnError(f"--engine {asked}: {error}; --engine layers can do it") from None
-    # The GPU's has not run on one yet: it is there for those who ask for it.
-    config["engine"] = "layers" if device.name == "cupy" else "compiled"
-    try:
-        return build_training(config, dataset, device)
-    except UnsupportedError as error:
-        say(f"note: by the layers, because: {error}")
-        config["engine"] = "layers"
-        return build_training(config, dataset, device)
-
-
 def resume(arguments: argparse.Namespace) -> Session:
     """A run that goes on."""
     run = Run.open(arguments.resume)
@@ -398,11 +362,10 @@ def resume(arguments: argparse.Namespace) -> Session:
         raise NpbnError("--data: not allowed with this run of the digits, which need no files")
     try:
         name = config["backend"] if arguments.backend == "auto" else arguments.backend
-        threads = arguments.threads
-        device = open_device(name, threads or config["threads"])
+        changes: dict[str, Any] = {"threads": arguments.threads or config["threads"]}
+        device = open_device(name, changes["threads"])
         options = {"data": arguments.data} if arguments.data else {}
         dataset = load_data(config | options, on_download=say)
-        changes: dict[str, Any] = {"workers": count_workers(threads or config["workers"])}
         if device.name == "cupy" != config["backend"]:
             changes["engine"] = "layers"
         with device.explaining_failures():
@@ -425,8 +388,9 @@ def resume(arguments: argparse.Namespace) -> Session:
 
 
 def open_device(name: str, threads: int | None) -> backend.Backend:
-    if threads is not None:
-        backend.limit_blas_threads(threads)
+    """The backend; without a number of threads, every CPU that this process may use computes."""
+    usable = backend.usable_cpus()
+    backend.limit_blas_threads(threads or min(usable, backend.blas_threads() or usable))
     device = backend.get_backend(name)
     say(f"npbn {npbn.__version__}, Python {platform.python_version()}, {device.description}")
     if device.note:

@@ -1,17 +1,23 @@
-"""From layers to blocks: what a stage of the engine computes in one go. Knows no array library."""
+"""From layers to stages: what an engine computes in one go. Knows no device.
+
+Whether layers fit together is asked of the layers themselves: their forward passes run on one
+example of zeros, on the host, with parameters that have shapes and dtypes but take no memory.
+"""
 
 from __future__ import annotations
 
 import copy
-import math
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields, replace
-from typing import Any
+from collections.abc import Iterator
+from dataclasses import dataclass
 
+import numpy as np
+
+from npbn import functional as F
 from npbn.errors import UnsupportedError
 from npbn.layers import (
     AvgPool2d,
     BatchNorm,
+    Buffer,
     Conv2d,
     Flatten,
     Layer,
@@ -20,68 +26,51 @@ from npbn.layers import (
     ReLU,
     Sequential,
     Sigmoid,
+    dtype_of,
 )
 
+_FOLLOWS: dict[type[Layer], str] = {
+    BatchNorm: "norm",
+    Sigmoid: "activation",
+    ReLU: "activation",
+    AvgPool2d: "pool",
+    MaxPool2d: "pool",
+}
+"""What can follow a convolution or linear layer, and as what."""
 
-@dataclass(frozen=True)
-class Block:
-    """A layer with parameters and what follows it: batch norm and activation, each or none."""
-
-    layer: Any
-    norm: BatchNorm | None
-    activation: Sigmoid | ReLU | None
-
-    @property
-    def halved(self) -> bool:
-        """A sigmoid follows; it is made of the tanh of half its argument."""
-        return type(self.activation) is Sigmoid
-
-    @property
-    def divisor(self) -> int:
-        """How many values average pooling takes the mean of."""
-        return 1
-
-    @property
-    def products(self) -> int:
-        """How many the layer sums up for one example; those with padding's zeros count, too."""
-        return int(self.layer.weight.data.size)
-
-    @property
-    def bias(self) -> Any:
-        """The layer's bias; zeros without."""
-        weight = self.layer.weight.data
-        if self.layer.bias is None:
-            return weight.reshape(len(weight), -1)[:, 0] * 0
-        return self.layer.bias.data
-
-    def folded(self) -> tuple[Any, Any]:
-        """Weight and bias of the same map with batch norm's moving averages in it.
-
-        With tanh's half, too, if a sigmoid follows.
-        """
-        weight, bias, norm = self.layer.weight.data, self.bias, self.norm
-        half = 0.5 if self.halved else 1.0
-        if norm is None:
-            return half * weight, half * bias
-        scale = half * norm.gamma.data.reshape(-1) / (norm.moving_var.reshape(-1) + norm.eps) ** 0.5
-        bias = (bias - norm.moving_mean.reshape(-1)) * scale + half * norm.beta.data.reshape(-1)
-        return weight * scale.reshape(-1, *(1,) * (weight.ndim - 1)), bias
+_ORDER = ("norm", "activation", "pool")
 
 
 @dataclass(frozen=True)
-class ConvBlock(Block):
-    """Convolution, batch norm, activation and pooling.
+class StagePlan:
+    """A convolution or linear layer, and what follows it.
+
+    A linear layer is described as a convolution of images of one pixel, its features as channels.
 
     Attributes:
-        shape: (C, H, W) of an input.
-        maps: (O, H', W') of the convolution's output.
-        window: (kH, kW) of the pooling, (1, 1) without.
+        layer: with the parameters.
+        norm, activation, pool: each or none, in this order.
+        shape: (C, H, W) of the input; of a linear layer (features, 1, 1).
+        maps: (O, H', W') of the layer's output; of a linear layer (out features, 1, 1).
+        kernel, stride, padding: (vertical, horizontal); of a linear layer (1, 1), (1, 1), (0, 0).
+        window: (kH, kW) of the pooling, whose stride it is, too; (1, 1) without.
     """
 
+    layer: Conv2d | Linear
+    norm: BatchNorm | None
+    activation: Sigmoid | ReLU | None
     pool: AvgPool2d | MaxPool2d | None
     shape: tuple[int, int, int]
     maps: tuple[int, int, int]
+    kernel: tuple[int, int]
+    stride: tuple[int, int]
+    padding: tuple[int, int]
     window: tuple[int, int]
+
+    @property
+    def linear(self) -> bool:
+        """Whether the layer is a linear one."""
+        return isinstance(self.layer, Linear)
 
     @property
     def output(self) -> tuple[int, int, int]:
@@ -90,27 +79,17 @@ class ConvBlock(Block):
         return channels, height // self.window[0], width // self.window[1]
 
     @property
-    def products(self) -> int:
-        return super().products * math.prod(self.maps[1:])
+    def frozen(self) -> bool:
+        """Whether batch norm is in prediction mode now, so that training leaves its averages."""
+        return self.norm is not None and not self.norm.training
 
-    @property
-    def divisor(self) -> int:
-        return math.prod(self.window) if type(self.pool) is AvgPool2d else 1
-
-
-@dataclass(frozen=True)
-class LinearBlock(Block):
-    """A linear layer, batch norm and activation."""
-
-    @property
-    def features(self) -> tuple[int, int]:
-        """(in, out)."""
-        out_features, in_features = self.layer.weight.data.shape
-        return in_features, out_features
+    def state(self) -> dict[str, Buffer]:
+        """Parameters and buffers by their own names: weight, bias, gamma, ..., moving_var."""
+        return self.layer.state() | ({} if self.norm is None else self.norm.state())
 
 
-def plan(model: Sequential, input_shape: tuple[int, ...]) -> list[Block]:
-    """The blocks of a model.
+def plan(model: Sequential, input_shape: tuple[int, ...]) -> list[StagePlan]:
+    """Return the stages of a model.
 
     Args:
         model: of npbn's layers.
@@ -118,91 +97,107 @@ def plan(model: Sequential, input_shape: tuple[int, ...]) -> list[Block]:
 
     Raises:
         UnsupportedError: there is no stage for what a layer does there; the message names it.
+        ValueError, TypeError: the layers do not fit together, or not to the input; the messages are
+            those of the layers' forward pass on one example.
     """
     layers = list(enumerate(_leaves(model)))
-    shape = input_shape
-    blocks: list[Block] = []
-
-    def take(*kinds: type[Layer]) -> Any:
-        """The next layer, if it is of one of these kinds."""
-        return layers.pop(0)[1] if layers and type(layers[0][1]) in kinds else None
-
+    for i, layer in layers:
+        if type(layer) not in {Conv2d, Linear, Flatten, *_FOLLOWS}:
+            raise UnsupportedError(f"layer {i} ({layer!r}): the engine has no stage with it")
+    shapes = _shapes(model, [layer for _, layer in layers], input_shape)
+    stages: list[StagePlan] = []
     while layers:
         i, layer = layers.pop(0)
-        if type(layer) is Flatten:
-            shape = (math.prod(shape),)
-        elif type(layer) is Conv2d and len(shape) == 3:
-            conv = _conv_block(layer, take, (shape[0], shape[1], shape[2]))
-            if conv is None:
-                raise UnsupportedError(
-                    f"layer {i} ({layer!r}): the engine pools windows side by side alone, that "
-                    "cover the whole image"
-                )
-            blocks.append(conv)
-            shape = conv.output
-        elif type(layer) is Linear and len(shape) == 1:
-            norm, activation = take(BatchNorm), take(Sigmoid, ReLU)
-            linear = LinearBlock(layer, norm, activation)
-            blocks.append(linear)
-            shape = (linear.features[1],)
-        else:
+        if isinstance(layer, Flatten):
+            continue
+        if not isinstance(layer, Conv2d | Linear):
             raise UnsupportedError(
                 f"layer {i} ({layer!r}): the engine has no stage that begins with it"
             )
-    if len(shape) != 1 or not blocks:
-        raise UnsupportedError("the engine's models end with a linear layer")
-    return blocks
+        following: dict[str, Layer] = {}
+        for role in _ORDER:
+            if layers and _FOLLOWS.get(type(layers[0][1])) == role:
+                following[role] = layers.pop(0)[1]
+        stages.append(_stage(layer, following, shapes[i], shapes[i + 1]))
+        pool, window = stages[-1].pool, stages[-1].window
+        _, height, width = stages[-1].maps
+        fits = height % window[0] == 0 == width % window[1]
+        if pool is not None and not (fits and pool.stride == window and pool.padding == (0, 0)):
+            raise UnsupportedError(
+                f"layer {i + len(following)} ({pool!r}) on maps of {height} x {width}: the engine "
+                "supports only non-overlapping pooling that divides the image exactly"
+            )
+    if not stages:
+        raise UnsupportedError("the model has no convolution and no linear layer")
+    return stages
 
 
-def parameters_of(block: Block) -> list[tuple[str, Any, str]]:
-    """What a block computes with, moving averages included: names, owners, their attributes."""
-    layer, norm = block.layer, block.norm
-    found = [("weight", layer.weight, "data")]
-    if layer.bias is not None:
-        found.append(("bias", layer.bias, "data"))
-    if norm is not None:
-        found += [("gamma", norm.gamma, "data"), ("beta", norm.beta, "data")]
-        found += [("moving_mean", norm, "moving_mean"), ("moving_var", norm, "moving_var")]
-    return found
-
-
-def without_caches(block: Block) -> Block:
-    """The same block of copies of its layers that remember nothing of a forward pass."""
-
-    def bare(value: Any) -> Any:
-        if isinstance(value, Layer):
-            value = copy.copy(value)
-            value._cache = None
-        return value
-
-    values = {field.name: bare(getattr(block, field.name)) for field in fields(block)}
-    return replace(block, **values)
+def _stage(
+    layer: Conv2d | Linear,
+    following: dict[str, Layer],
+    shape: tuple[int, ...],
+    maps: tuple[int, ...],
+) -> StagePlan:
+    """Return the stage of a layer on inputs of this shape, with outputs of the shape ``maps``."""
+    norm, activation, pool = (following.get(role) for role in _ORDER)
+    assert norm is None or isinstance(norm, BatchNorm)
+    assert activation is None or isinstance(activation, Sigmoid | ReLU)
+    assert pool is None or isinstance(pool, AvgPool2d)
+    kernel, stride, padding = (1, 1), (1, 1), (0, 0)
+    if isinstance(layer, Conv2d):
+        _, _, *size = layer.weight.data.shape
+        kernel, stride, padding = (int(size[0]), int(size[1])), layer.stride, layer.padding
+    window = (1, 1) if pool is None else pool.kernel_size
+    (c, h, w), (o, rows, columns) = ((*each, 1, 1)[:3] for each in (shape, maps))
+    return StagePlan(
+        layer,
+        norm,
+        activation,
+        pool,
+        (c, h, w),
+        (o, rows, columns),
+        kernel,
+        stride,
+        padding,
+        window,
+    )
 
 
 def _leaves(layer: Layer) -> Iterator[Layer]:
-    if isinstance(layer, Sequential):
+    """The layers that a model runs one after another."""
+    plain = isinstance(layer, Sequential) and all(
+        getattr(type(layer), name) is getattr(Sequential, name) for name in ("forward", "backward")
+    )
+    if isinstance(layer, Sequential) and plain:
         for child in layer.layers:
             yield from _leaves(child)
     else:
         yield layer
 
 
-def _conv_block(
-    conv: Conv2d, take: Callable[..., Any], shape: tuple[int, int, int]
-) -> ConvBlock | None:
-    """The block that begins with ``conv``; None if its pooling is not one that can be fused."""
-    norm, activation = take(BatchNorm), take(Sigmoid, ReLU)
-    pool = take(AvgPool2d, MaxPool2d)
-    out_channels: int = conv.weight.data.shape[0]
-    height, width = (
-        (size + 2 * p - k) // s + 1
-        for size, p, k, s in zip(
-            shape[1:], conv.padding, conv.kernel_size, conv.stride, strict=True
-        )
-    )
-    window = (1, 1) if pool is None else pool.kernel_size
-    fits = height % window[0] == 0 and width % window[1] == 0
-    if pool is not None and not (fits and pool.stride == window and pool.padding == (0, 0)):
-        return None
-    maps: tuple[int, int, int] = (out_channels, height, width)
-    return ConvBlock(conv, norm, activation, pool, shape, maps, window)
+def _shapes(
+    model: Sequential, layers: list[Layer], input_shape: tuple[int, ...]
+) -> list[tuple[int, ...]]:
+    """Return the shape of one example before each layer and after the last.
+
+    Raises:
+        ValueError, TypeError: as the layers do in a forward pass on one example, and the loss.
+    """
+    x = np.zeros((1, *input_shape), dtype_of(model))
+    shapes = [input_shape]
+    with np.errstate(all="ignore"):
+        for layer in layers:
+            x = _without_values(layer).forward(x)
+            shapes.append(tuple(map(int, x.shape[1:])))
+        F.softmax_cross_entropy(x, np.zeros(1, np.int64))
+    return shapes
+
+
+def _without_values(layer: Layer) -> Layer:
+    """Return a copy of a layer in prediction mode with zeros for its arrays, on the host."""
+    found = copy.copy(layer)
+    found.training = False
+    for name, array in layer.state().items():
+        zeros = np.broadcast_to(np.zeros((), array.data.dtype), tuple(array.data.shape))
+        setattr(found, name, type(array)(array.name, zeros))
+    return found

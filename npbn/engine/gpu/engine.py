@@ -1,4 +1,4 @@
-"""The engine on a GPU: the programs of `npbn.engine.launch`, captured in CUDA graphs by CuPy.
+"""The engine on a GPU: the programs of `npbn.engine.gpu.launch`, captured in CUDA graphs by CuPy.
 
 Not yet tried on a GPU. Its kernels and launch sequences run on the CPU in ``tests/engine``; so does
 this module, on a stand-in for the few functions of CuPy that it calls.
@@ -17,20 +17,21 @@ from typing import Any
 import numpy as np
 
 from npbn.data import Split
-from npbn.engine import launch
-from npbn.engine.launch import Pointer, Program
-from npbn.engine.plan import parameters_of, plan
+from npbn.engine import Result
+from npbn.engine.gpu import launch
+from npbn.engine.gpu.program import OPTIONS, SOURCE, THREADS, Pointer, Program, largest
+from npbn.engine.plan import plan
 from npbn.errors import BackendError, UnsupportedError
-from npbn.layers import Sequential
+from npbn.layers import Buffer, Parameter, Sequential
 from npbn.optim import SGD
 
-STEPS_OF_A_GRAPH = 32
+STEPS_PER_GRAPH = 32
 
 EVALUATED_AT_ONCE = 2048
 """Examples."""
 
 
-class CupyEngine:
+class GpuEngine:
     """A model with its optimizer and its data on a GPU, planned for one batch size.
 
     Parameters, gradients, velocities and moving averages are those of the layers and the optimizer:
@@ -43,19 +44,24 @@ class CupyEngine:
         batch_size: a last batch may be smaller.
 
     Raises:
-        UnsupportedError: there is no stage for a layer, or a stage or a batch is too large for the
-            GPU.
+        UnsupportedError: there is no stage for a layer, a batch norm is frozen, or a stage or a
+            batch is too large for the GPU.
+        ValueError, TypeError: what the model's own forward pass would raise.
         BackendError: the GPU has too little memory, or the kernels do not compile.
     """
+
+    description = "by the fused engine on the GPU"
 
     def __init__(
         self, model: Sequential, optimizer: SGD, train: Split, test: Split, *, batch_size: int
     ) -> None:
         import cupy
 
-        self.cupy, self.optimizer = cupy, optimizer
+        self.cupy, self.model, self.optimizer = cupy, model, optimizer
         self.batch_size = min(batch_size, len(train))
-        self.blocks = plan(model, tuple(train.images.shape[1:]))
+        self.stages = plan(model, tuple(train.images.shape[1:]))
+        if model.training:  # else training will switch all of it to training mode
+            self._refuse_frozen()
         self.test_size = len(test)
         self.test_batch = min(EVALUATED_AT_ONCE, self.test_size)
         self.programs = self._write_programs(len(train))
@@ -69,27 +75,18 @@ class CupyEngine:
                 self.arrays[f"{name}.labels"][...] = cupy.asarray(split.labels).astype(np.int32)
             self._kernels = self._compile()
             self._graphs: dict[tuple[str, int], Any] = {}
-            self._views = self._find_views()
+            self._find_views()
         self.stream.synchronize()
 
-    def train(self, order: np.ndarray) -> tuple[np.ndarray, int]:
-        """A pass over these training examples, in this order, a step of the optimizer a batch.
+    def steps(self, order: np.ndarray) -> Iterator[Result]:
+        """Launch the steps asynchronously, up to STEPS_PER_GRAPH of them for each `Result`.
 
-        Returns:
-            The mean loss of each step, and how many examples were right; waits for the GPU.
+        See `npbn.engine.Engine`. The mean loss of each single step is in ``losses`` afterwards.
+
+        Raises:
+            UnsupportedError: a batch norm has been frozen.
         """
-        for _ in self.steps(order):
-            pass
-        with self._computing():
-            return self._read("train", -(-len(order) // self.batch_size))
-
-    def steps(self, order: np.ndarray) -> Iterator[tuple[int, Any, Any]]:
-        """The same, up to STEPS_OF_A_GRAPH steps at a time, none of which is waited for.
-
-        Yields:
-            Of these steps: how many examples, their mean loss and how many were right; the last two
-            on the GPU.
-        """
+        self._refuse_frozen()
         batches, rest = divmod(len(order), self.batch_size)
         steps = batches + (rest > 0)
         if rest and f"train{rest}" not in self.programs:
@@ -104,24 +101,28 @@ class CupyEngine:
             self._write("order", order)
             self._write("rates", rates)
             self._write("step", [0])
-        for start in range(0, batches, STEPS_OF_A_GRAPH):
-            end = min(start + STEPS_OF_A_GRAPH, batches)
+        for start in range(0, batches, STEPS_PER_GRAPH):
+            end = min(start + STEPS_PER_GRAPH, batches)
             yield self._launch(self.batch_size, start, end)
         if rest:
             yield self._launch(rest, batches, steps)
 
-    def evaluate(self) -> tuple[float, int]:
-        """Mean loss on the test data in prediction mode, and how many were right."""
+    def losses(self, steps: int) -> np.ndarray:
+        """Return the mean loss of each of the first steps of the last pass; waits for the GPU."""
+        with self._computing():
+            rows = self.arrays["train.losses"][:steps]
+            found: np.ndarray = self.cupy.asnumpy(rows.sum(1, dtype=np.float64))
+        return found
+
+    def evaluate(self) -> Iterator[Result]:
+        """Run the whole test split in prediction mode, without waiting for the GPU."""
         with self._computing():
             self._adopt()
             self._graph("test", 1).launch(self.stream)
-            losses, hits = self._read("test", len(self.arrays["test.losses"]))
-        first, size = range(0, self.test_size, self.test_batch), self.test_batch
-        total = math.fsum(
-            min(size, self.test_size - start) * float(loss)
-            for start, loss in zip(first, losses, strict=True)
-        )
-        return total / self.test_size, hits
+            means = self.arrays["test.losses"].sum(1, dtype=np.float64)
+            loss = (means * self._test_shares).sum()
+            correct = self.arrays["test.correct"].sum()
+        yield Result(self.test_size, loss, correct)
 
     # How it is set up.
 
@@ -130,7 +131,7 @@ class CupyEngine:
         programs = {}
         for n in {self.batch_size, examples % self.batch_size} - {0}:
             programs[f"train{n}"] = launch.training(
-                self.blocks,
+                self.stages,
                 n,
                 examples=examples,
                 stride=self.batch_size,
@@ -140,12 +141,12 @@ class CupyEngine:
                 fixed=True,
             )
         programs["test"] = launch.evaluation(
-            self.blocks, self.test_batch, examples=self.test_size, fixed=True
+            self.stages, self.test_batch, examples=self.test_size, fixed=True
         )
         return programs
 
     def _allocate(self) -> dict[str, Any]:
-        specs = launch.largest(self.programs.values())
+        specs = largest(self.programs.values())
         try:
             arrays = {name: self.cupy.empty(s.shape, s.dtype) for name, s in specs.items()}
         except self.cupy.cuda.memory.OutOfMemoryError:
@@ -169,8 +170,8 @@ class CupyEngine:
                 f"{most:,} for a block"
             )
         module = self.cupy.RawModule(
-            code=launch.SOURCE.read_text(),
-            options=launch.OPTIONS,
+            code=SOURCE.read_text(),
+            options=OPTIONS,
             name_expressions=tuple(sorted(names)),
         )
         try:
@@ -182,31 +183,36 @@ class CupyEngine:
             kernel.max_dynamic_shared_size_bytes = shared
         return kernels
 
-    def _find_views(self) -> list[tuple[Any, str, str, Any]]:
-        """Of the arrays, what layers and optimizer are to have: owner, attribute, name, view."""
+    def _find_views(self) -> None:
+        """Find the views of the engine's arrays that layers and optimizer are to have."""
         names = {id(parameter): name for name, parameter in self.optimizer.parameters.items()}
-        views = []
-        for offset, parameter in launch.parameter_offsets(self.blocks).values():
-            for array, owner, attribute in (
-                ("parameters", parameter, "data"),
-                ("gradients", parameter, "gradient"),
-                ("velocities", self.optimizer, "velocity"),
-            ):
-                view = self.arrays[array][offset : offset + parameter.data.size]
-                name = names[id(parameter)]
-                views.append((owner, attribute, name, view.reshape(parameter.data.shape)))
-        for i, block in enumerate(self.blocks):
-            for name, owner, attribute in parameters_of(block):
-                if attribute != "data":
-                    view = self.arrays[f"{i}.{name}"].reshape(getattr(owner, attribute).shape)
-                    views.append((owner, attribute, name, view))
-        return views
+        self._values: list[tuple[Buffer, Any]] = []
+        self._gradients: list[tuple[Parameter, Any]] = []
+        self._velocities: dict[str, Any] = {}
+        for offset, parameter in launch.parameter_offsets(self.stages).values():
+            value, gradient, velocity = (
+                self.arrays[array][offset : offset + parameter.data.size].reshape(
+                    parameter.data.shape
+                )
+                for array in ("parameters", "gradients", "velocities")
+            )
+            self._values.append((parameter, value))
+            self._gradients.append((parameter, gradient))
+            self._velocities[names[id(parameter)]] = velocity
+        for i, stage in enumerate(self.stages):
+            for name, array in stage.state().items():
+                if not isinstance(array, Parameter):
+                    view = self.arrays[f"{i}.{name}"].reshape(array.data.shape)
+                    self._values.append((array, view))
+        starts = range(0, self.test_size, self.test_batch)
+        sizes = [min(self.test_batch, self.test_size - start) for start in starts]
+        self._test_shares = self.cupy.asarray(np.array(sizes) / self.test_size)
 
     @contextlib.contextmanager
     def _computing(self) -> Iterator[None]:
-        """On the engine's stream, which waits for the one that layers use, and that one for it.
+        """Run on the engine's stream, ordered after and before the current one by events.
 
-        CUDA does so by itself for no stream that is non-blocking, not even with the default one.
+        CUDA does not order non-blocking streams by itself, not even with the default one.
         """
         outside = self.cupy.cuda.get_current_stream()
         self.stream.wait_event(outside.record())
@@ -218,45 +224,50 @@ class CupyEngine:
 
     def _adopt(self) -> None:
         """Take over what others have put into the layers and the optimizer."""
-        for owner, attribute, name, view in self._views:
-            value = getattr(owner, attribute)
-            if attribute == "velocity":
-                velocities, value = value, value.get(name)
-                if value is not view:
-                    view[...] = 0 if value is None else value
-                if self.optimizer.momentum:
-                    velocities[name] = view
-            elif value is not view:
-                # What layers found for a gradient is not used: all are computed anew, but for those
+        for array, view in self._values:
+            if array.data is not view:
+                view[...] = array.data
+                array.data = view
+        for parameter, view in self._gradients:
+            if parameter.gradient is not view:
+                # The layers' gradients are not used: every step computes all of them, except those
                 # of biases before a batch norm, which are 0 here and rounding errors there.
-                view[...] = 0 if attribute == "gradient" else value
-                setattr(owner, attribute, view)
+                view[...] = 0
+                parameter.gradient = view
+        velocities = self.optimizer.velocity
+        for name, view in self._velocities.items():
+            value = velocities.get(name)
+            if value is not view:
+                view[...] = 0 if value is None else value
+            if self.optimizer.momentum:
+                velocities[name] = view
+
+    def _refuse_frozen(self) -> None:
+        for stage in self.stages:
+            if stage.frozen:
+                raise UnsupportedError(
+                    f"{stage.norm!r} after {stage.layer!r} is in prediction mode: the GPU's fused "
+                    "engine cannot train with a frozen batch norm"
+                )
 
     def _write(self, name: str, values: Any) -> None:
         array = self.arrays[name]
         array[: len(values)] = self.cupy.asarray(np.asarray(values, array.dtype))
 
-    def _launch(self, size: int, start: int, end: int) -> tuple[int, Any, Any]:
-        """These steps, on batches of this size."""
+    def _launch(self, size: int, start: int, end: int) -> Result:
+        """Launch these steps, on batches of this size."""
         with self._computing():
-            many, single = divmod(end - start, STEPS_OF_A_GRAPH)
-            for repeats, count in ((STEPS_OF_A_GRAPH, many), (1, single)):
+            many, single = divmod(end - start, STEPS_PER_GRAPH)
+            for repeats, count in ((STEPS_PER_GRAPH, many), (1, single)):
                 for _ in range(count):
                     self._graph(f"train{size}", repeats).launch(self.stream)
             loss = self.arrays["train.losses"][start:end].sum(dtype=np.float64) / (end - start)
-            hits = self.arrays["train.hits"][start:end].sum()
+            correct = self.arrays["train.correct"][start:end].sum()
         self.optimizer.steps += end - start
-        return size * (end - start), loss, hits
-
-    def _read(self, data: str, steps: int) -> tuple[np.ndarray, int]:
-        """Losses and hits; waits for the GPU."""
-        losses, hits = (
-            self.cupy.asnumpy(self.arrays[f"{data}.{name}"][:steps]) for name in ("losses", "hits")
-        )
-        return losses.sum(1), int(hits.sum())
+        return Result(size * (end - start), loss, correct)
 
     def _graph(self, name: str, repeats: int) -> Any:
-        """The program so many times; captured when it is first asked for."""
+        """Return the program ``repeats`` times as a graph, captured when first needed."""
         if (name, repeats) not in self._graphs:
             program = self.programs[name]
             calls = [
@@ -268,7 +279,7 @@ class CupyEngine:
                 for _ in range(repeats):
                     for call, arguments in calls:
                         self._kernels[call.kernel](
-                            call.grid, (launch.THREADS,), arguments, shared_mem=call.shared
+                            call.grid, (THREADS,), arguments, shared_mem=call.shared
                         )
             finally:
                 graph = self.stream.end_capture()

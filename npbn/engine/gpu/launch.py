@@ -1,0 +1,465 @@
+"""From the plan to a sequence of kernel launches, and the arrays they work on. Knows no device.
+
+A training step's launches are the same in every step: where the batch begins, and the learning
+rate, the kernels find by a counter in the GPU's memory. So one sequence can be run again and again,
+or captured in a graph.
+
+Programs for several batch sizes, and for evaluation, share arrays: those of the same name are the
+same array, as large as the largest of them asks for.
+
+What the host does: it writes images and labels once, parameters and moving averages at first,
+``order`` and ``rates`` once an epoch, and 0 to ``step``; after the epoch it reads ``train.losses``
+and ``train.correct``, a row of each a step, to be added up; after an evaluation, those of ``test``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+
+from npbn.engine.gpu.program import (
+    NULL,
+    THREADS,
+    Argument,
+    ArraySpec,
+    Launch,
+    Pointer,
+    Program,
+    Structure,
+)
+from npbn.engine.gpu.shapes import (
+    MAPS,
+    SIDE,
+    TAPS,
+    TILE,
+    VECTOR,
+    WIDTH,
+    KernelStage,
+    images_of,
+    normalization,
+    over,
+    stage_of,
+)
+from npbn.engine.plan import StagePlan
+from npbn.errors import UnsupportedError
+from npbn.layers import Parameter
+
+MULTIPROCESSORS = 132
+"""Streaming multiprocessors of an H100 or H200, among which the work is to be divided."""
+
+BLOCKS_PER_MULTIPROCESSOR = 4
+"""How many blocks of threads there are at most for each multiprocessor, where each goes through
+several examples: every part of the batch makes the merging of the statistics longer."""
+
+MOST_BLOCKS = 65_535
+"""In a grid's second and third axis, in CUDA."""
+
+MOST_SHARED = 227 * 1024
+"""Bytes of shared memory that a block can have on an H100 or H200."""
+
+WEIGHTS_AT_A_TIME = 12 * 1024
+"""Bytes of a convolution's weights in shared memory, unless a single channel has more."""
+
+EXAMPLES_OF_A_LOSS = 32
+"""How many examples' losses a block computes, a thread each: many blocks load more at once."""
+
+LOGITS_AT_A_TIME = 16 * 1024
+"""Bytes of logits in shared memory, unless a single example has more."""
+
+LONG = 256
+"""How many terms of a sum are worth a block of their own."""
+
+
+def parameter_offsets(stages: Sequence[StagePlan]) -> dict[str, tuple[int, Parameter]]:
+    """Each parameter, "0.weight" say: where it begins in the arrays that hold all; and itself."""
+    found: dict[str, tuple[int, Parameter]] = {}
+    end = 0
+    for i, stage in enumerate(stages):
+        for name, array in stage.state().items():
+            if isinstance(array, Parameter):
+                found[f"{i}.{name}"] = end, array
+                end += array.data.size
+    return found
+
+
+def training(
+    stages: Sequence[StagePlan],
+    n: int,
+    *,
+    examples: int,
+    stride: int | None = None,
+    momentum: float = 0.0,
+    weight_decay: float = 0.0,
+    decay_all: bool = False,
+    fixed: bool = False,
+    multiprocessors: int = MULTIPROCESSORS,
+) -> Program:
+    """A step of the optimizer on n examples.
+
+    Args:
+        stages: the plan.
+        examples: of the data set, in the arrays ``train.images`` and ``train.labels``.
+        stride: from one step's examples in ``order`` to those of the next; n unless given.
+        momentum, weight_decay, decay_all: as `npbn.optim.SGD` has them.
+        fixed: whether kernels are compiled for the sizes of this model; tests share one compilation
+            among many models instead.
+        multiprocessors: for how many the work is divided. The order of sums depends on it, so
+            results do, in their last bits.
+    """
+    stride = n if stride is None else stride
+    writer = _Writer(stages, "train", examples, stride, fixed, multiprocessors)
+    return writer.training(n, momentum, weight_decay, decay_all)
+
+
+def evaluation(
+    stages: Sequence[StagePlan],
+    n: int,
+    *,
+    examples: int,
+    fixed: bool = False,
+    multiprocessors: int = MULTIPROCESSORS,
+) -> Program:
+    """Evaluate the data set ``test`` in prediction mode, n examples at a time.
+
+    A batch's row of ``test.losses``, added up, is its mean loss. The last batch may be smaller.
+    """
+    return _Writer(stages, "test", examples, n, fixed, multiprocessors).evaluation()
+
+
+class _Writer:
+    """Writes down one program.
+
+    Attributes:
+        n: examples of the batch that is written down.
+        steps: batches of the data set.
+        partition: of each stage's statistics, examples per block and blocks.
+        sums: of each stage, what batch norm's backward asks for.
+        partials: how many numbers of the partial sums' array are taken.
+    """
+
+    def __init__(
+        self,
+        stages: Sequence[StagePlan],
+        data: str,
+        examples: int,
+        stride: int,
+        fixed: bool,
+        multiprocessors: int,
+    ) -> None:
+        self.data, self.examples, self.stride = data, examples, stride
+        self.fixed, self.multiprocessors = fixed, multiprocessors
+        self.train = data == "train"
+        self.steps = over(examples, stride)
+        self.partials = 0
+        self.partition: dict[str, tuple[int, int]] = {}
+        self.sums: dict[str, Structure] = {}
+        sized = [stage_of(str(i), stage) for i, stage in enumerate(stages)]
+        first, self.last = sized[0], sized[-1]
+        self.pairs = list(zip([images_of(*stages[0].shape), *sized[:-1]], sized, strict=True))
+        self.dtype = np.dtype(stages[0].layer.weight.data.dtype)
+        self.real = {"float32": "float", "float64": "double"}[self.dtype.name]
+        self.offsets = parameter_offsets(stages)
+        self.arrays: dict[str, ArraySpec] = {}
+        self.launches: list[Launch] = []
+        self._array("parameters", (sum(owner.data.size for _, owner in self.offsets.values()),))
+        self._array(f"{data}.images", (examples, first.inputs), np.uint8)
+        self._array(f"{data}.labels", (examples,), np.int32)
+
+    def training(self, n: int, momentum: float, weight_decay: float, decay_all: bool) -> Program:
+        self.n = n
+        order = self._array("order", (self.examples,), np.int32)
+        batch = self._batch(order, self._array("step", (1,), np.int32, 0))
+        for before, stage in self.pairs:
+            self._forward(before, stage, batch)
+        self._cross_entropy(batch)
+        tensors: list[tuple[int, ...]] = []
+        for before, stage in reversed(self.pairs):
+            tensors += self._backward(before, stage, decay_all)
+        self._array("partials", (self.partials,))
+        self._sgd(tensors, momentum, weight_decay)
+        return self._program()
+
+    def evaluation(self) -> Program:
+        counting = np.arange(self.steps, dtype=np.int32)
+        numbers = self._array("steps", counting.shape, np.int32, counting)
+        for step in range(self.steps):
+            self.n = min(self.stride, self.examples - step * self.stride)
+            batch = self._batch(NULL, Pointer(numbers.array, step))
+            for before, stage in self.pairs:
+                self._forward(before, stage, batch)
+            self._cross_entropy(batch)
+        return self._program()
+
+    # Each part of the program.
+
+    def _forward(self, before: KernelStage, stage: KernelStage, batch: Structure) -> None:
+        name = stage.name
+        across = over(stage.maps, SIDE) if stage.linear else 1
+        examples_per_block, num_blocks = self._divided(across, SIDE if stage.linear else 1)
+        x = means = squares = NULL
+        if self.train:
+            x = self._array(f"x{name}", (self.n * stage.inputs,))
+            if stage.norm is not None:
+                means = self._array(f"means{name}", (stage.maps * num_blocks,), np.float64)
+                squares = self._array(f"squares{name}", (stage.maps * num_blocks,))
+                self.partition[name] = examples_per_block, num_blocks
+        sizes = [np.int32(self.n), np.int32(examples_per_block)]
+        memory = [*normalization(before)]
+        if stage.linear:
+            memory += TILE
+        else:
+            channels_per_pass, weights = self._weight_passes(stage, stage.channels, stage.maps)
+            sizes.append(np.int32(channels_per_pass))
+            memory += [stage.planes, stage.values, weights]
+        self._launch(
+            "linear_forward" if stage.linear else "conv_forward",
+            (before, stage),
+            (num_blocks, across, 1),
+            memory,
+            *sizes,
+            batch,
+            self._norm(before, merging=True),
+            self._output(before),
+            self._parameter(stage, "weight"),
+            self._parameter(stage, "bias"),
+            x,
+            self._array(f"y{name}", (self.n * stage.values,)),
+            means,
+            squares,
+        )
+
+    def _cross_entropy(self, batch: Structure) -> None:
+        last = self.last
+        most = LOGITS_AT_A_TIME // (last.outputs * self.dtype.itemsize)
+        examples_per_block = min(EXAMPLES_OF_A_LOSS, max(1, most))
+        # Whatever n: a row of losses is that long.
+        num_blocks = over(self.stride, examples_per_block)
+        rows = self.steps, num_blocks * THREADS // SIDE
+        dz = self._array(f"dz{last.name}", (self.n * last.values,)) if self.train else NULL
+        self._launch(
+            "cross_entropy",
+            (last,),
+            (num_blocks, 1, 1),
+            [*normalization(last), examples_per_block * last.outputs],
+            np.int32(self.n),
+            np.int32(examples_per_block),
+            batch,
+            self._norm(last, merging=True),
+            self._sums_of(last, num_blocks),
+            self._output(last),
+            dz,
+            self._array(f"{self.data}.losses", rows),
+            self._array(f"{self.data}.correct", rows, np.int32),
+        )
+
+    def _backward(
+        self, before: KernelStage, stage: KernelStage, decay_all: bool
+    ) -> list[tuple[int, ...]]:
+        """Append the backward launch; return the parameter tensors for `_sgd`."""
+        assert stage.plan is not None
+        name = stage.name
+        first = before.plan is None  # the gradient with respect to the images is not needed
+        bias = stage.norm is None and self._parameter(stage, "bias") is not NULL
+        across = over(stage.inputs, SIDE) if stage.linear else 1
+        examples_per_block, num_blocks = self._divided(across, SIDE if stage.linear else 1)
+        sizes: list[np.generic] = []
+        memory = [*normalization(stage), stage.maps, stage.maps]
+        if stage.linear:
+            tiles = over(stage.inputs + bias, SIDE) * over(stage.maps, SIDE)
+            weight_blocks = min(over(2 * self.multiprocessors, tiles), over(self.n, LONG))
+            memory += [*normalization(before), *TILE]
+        else:
+            tiles, weight_blocks = 1, 2 * self.multiprocessors
+            channels_per_pass, weights = self._weight_passes(stage, stage.maps, stage.channels)
+            sizes.append(np.int32(channels_per_pass))
+            memory += max(
+                [] if first else [*normalization(before), stage.wide, stage.inputs, weights],
+                [stage.summed + TAPS, stage.gradients, MAPS * TAPS * THREADS],
+                key=self._bytes,
+            )
+        examples_per_weight_block = over(self.n, weight_blocks)
+        weight_blocks = over(self.n, examples_per_weight_block)
+        input_blocks = 0 if first else across * num_blocks
+        dw = self._partial_sums(weight_blocks * stage.weights)
+        db = self._partial_sums(weight_blocks * stage.maps) if bias else NULL
+        self._launch(
+            "linear_backward" if stage.linear else "conv_backward",
+            (before, stage),
+            (input_blocks + tiles * weight_blocks, 1, 1),
+            memory,
+            *map(np.int32, (self.n, input_blocks, examples_per_block, examples_per_weight_block)),
+            *sizes,
+            self._norm(stage),
+            self.sums[name],
+            self._norm(before),
+            self._sums_of(
+                before, num_blocks * (before.outputs // before.maps if stage.linear else 1)
+            ),
+            self._output(before),
+            self._parameter(stage, "weight"),
+            *(Pointer(f"{array}{name}") for array in ("x", "y", "dz")),
+            NULL if first else self._array(f"dz{before.name}", (self.n * before.values,)),
+            dw,
+            db,
+            Pointer("step") if first else NULL,
+        )
+        tensors: list[tuple[int, ...]] = []
+        for parameter, array in stage.plan.state().items():
+            if not isinstance(array, Parameter):
+                continue
+            offset, _ = self.offsets[f"{name}.{parameter}"]
+            place, count = 0, 0  # the gradient is there; a bias's before batch norm stays 0
+            if parameter == "weight":
+                place, count = dw.offset, weight_blocks
+            elif parameter == "bias" and db is not NULL:
+                place, count = db.offset, weight_blocks
+            decays = int(decay_all or parameter == "weight")
+            tensors.append((offset, array.data.size, place, count, decays))
+        return tensors
+
+    def _sgd(self, tensors: list[tuple[int, ...]], momentum: float, weight_decay: float) -> None:
+        shape = self.arrays["parameters"].shape
+        table = np.array(sorted(tensors), np.int32)
+        self._launch(
+            "sgd",
+            (),
+            (over(shape[0], WIDTH), 1, 1),
+            [],
+            # The partial sums of other batch sizes are elsewhere.
+            self._array(f"tensors{self.n}", table.shape, np.int32, table),
+            np.int32(shape[0]),
+            *map(Pointer, ("partials", "step")),
+            self._array("rates", (self.steps,)),
+            self._real(momentum),
+            self._real(weight_decay),
+            Pointer("parameters"),
+            self._array("gradients", shape, value=0),
+            self._array("velocities", shape, value=0),
+        )
+
+    # What they are made of.
+
+    def _program(self) -> Program:
+        for name, array in self.arrays.items():
+            if math.prod(array.shape) >= 2**31 and not name.endswith(".images"):
+                raise UnsupportedError(
+                    f"{name} would have {math.prod(array.shape):,} numbers; the GPU engine counts "
+                    f"up to {2**31 - 1:,}: take smaller batches than {self.n}"
+                )
+        for launch in self.launches:
+            if max(launch.grid[1:]) > MOST_BLOCKS:
+                raise UnsupportedError(
+                    f"{launch.kernel} would need a grid of {launch.grid} blocks; a GPU has at most "
+                    f"{MOST_BLOCKS:,} in the second and third"
+                )
+            if launch.shared > MOST_SHARED:
+                raise UnsupportedError(
+                    f"{launch.kernel} would need {launch.shared:,} bytes of shared memory; a GPU "
+                    f"has at most {MOST_SHARED:,} for a block"
+                )
+        return Program(self.arrays, tuple(self.launches), self.dtype)
+
+    def _array(
+        self, name: str, shape: tuple[int, ...], dtype: Any = None, value: Any = None
+    ) -> Pointer:
+        spec = ArraySpec(shape, self.dtype if dtype is None else dtype, value)
+        self.arrays.setdefault(name, spec)
+        return Pointer(name)
+
+    def _launch(
+        self,
+        kernel: str,
+        stages: Sequence[KernelStage],
+        grid: tuple[int, int, int],
+        memory: Sequence[int],
+        *arguments: Argument,
+    ) -> None:
+        """Of a kernel that is compiled for these stages, and takes their shapes first.
+
+        ``memory``: how many numbers each piece has that it takes of the shared memory.
+        """
+        shapes = [", ".join(map(str, stage.sizes.values())) for stage in stages]
+        types = [f"Fixed<{sizes}>" if self.fixed else "Shape" for sizes in shapes]
+        # An empty class takes one byte.
+        values = [np.uint8(0) if self.fixed else Structure("Shape", s.sizes) for s in stages]
+        name = f"{kernel}<{', '.join([self.real, *types])}>"
+        shared = 2 * THREADS * 8 + self._bytes(memory)
+        self.launches.append(Launch(name, grid, shared, (*values, *arguments)))
+
+    def _bytes(self, memory: Iterable[int]) -> int:
+        """Of these pieces of shared memory, each of whole vectors."""
+        return sum(over(count, VECTOR) * VECTOR * self.dtype.itemsize for count in memory)
+
+    def _real(self, value: float) -> np.generic:
+        number: np.generic = self.dtype.type(value)
+        return number
+
+    def _parameter(
+        self, stage: KernelStage, name: str, array: str = "parameters"
+    ) -> Pointer | None:
+        found = self.offsets.get(f"{stage.name}.{name}")
+        return NULL if found is None else Pointer(array, found[0])
+
+    def _output(self, stage: KernelStage) -> Pointer | None:
+        """What its affine map gives; null for the images."""
+        return NULL if stage.plan is None else Pointer(f"y{stage.name}")
+
+    def _batch(self, order: Pointer | None, step: Pointer) -> Structure:
+        images, labels = Pointer(f"{self.data}.images"), Pointer(f"{self.data}.labels")
+        values = {"images": images, "labels": labels, "order": order, "step": step}
+        return Structure("Batch", values | {"stride": self.stride})
+
+    def _norm(self, stage: KernelStage, merging: bool = False) -> Structure:
+        """Batch norm of a stage; whether the kernel is to merge its statistics, in training."""
+        name, norm = stage.name, stage.norm
+        if norm is None:
+            return Structure("Norm", {})
+        values: dict[str, Any] = {"eps": norm.eps, "momentum": norm.momentum}
+        values |= {kind: self._parameter(stage, kind) for kind in ("gamma", "beta")}
+        for moving in ("moving_mean", "moving_var"):
+            values[moving] = self._array(f"{name}.{moving}", (stage.maps,))
+        if not self.train:
+            values |= {"mean": values["moving_mean"], "var": values["moving_var"]}
+            return Structure("Norm", values)
+        for kind in ("mean", "rest", "var"):
+            values[kind] = self._array(f"{kind}{name}", (stage.maps,))
+        if merging:
+            examples_per_block, num_blocks = self.partition[name]
+            values |= {"share": examples_per_block, "parts": num_blocks}
+            values |= {kind: Pointer(f"{kind}{name}") for kind in ("means", "squares")}
+        return Structure("Norm", values)
+
+    def _sums_of(self, stage: KernelStage, num_blocks: int) -> Structure:
+        """Reserve the sums of a stage's batch norm, which its backward needs."""
+        found = Structure("Sums", {})
+        if self.train and stage.norm is not None:
+            values = {
+                "sums": self._array(f"sums{stage.name}", (2 * stage.maps * num_blocks,)),
+                "parts": num_blocks,
+                "dgamma": self._parameter(stage, "gamma", "gradients"),
+                "dbeta": self._parameter(stage, "beta", "gradients"),
+            }
+            found = Structure("Sums", values)
+        self.sums[stage.name] = found
+        return found
+
+    def _partial_sums(self, count: int) -> Pointer:
+        """Reserve ``count`` elements of the partial sums' array."""
+        self.partials += count
+        return Pointer("partials", self.partials - count)
+
+    def _divided(self, across: int, unit: int) -> tuple[int, int]:
+        """Return the examples per block, in whole units, and how many blocks the batch needs."""
+        most = max(1, BLOCKS_PER_MULTIPROCESSOR * self.multiprocessors // across)
+        examples_per_block = over(over(self.n, unit), most) * unit
+        return examples_per_block, over(self.n, examples_per_block)
+
+    def _weight_passes(self, stage: KernelStage, channels: int, maps: int) -> tuple[int, int]:
+        """How many channels' weights are in shared memory together, and how many numbers."""
+        taps = stage.sizes["kernel_h"] * stage.sizes["kernel_w"]
+        one = taps * over(maps, MAPS) * MAPS
+        channels_per_pass = min(channels, max(1, WEIGHTS_AT_A_TIME // (one * self.dtype.itemsize)))
+        return channels_per_pass, channels_per_pass * one

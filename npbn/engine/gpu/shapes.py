@@ -1,0 +1,103 @@
+"""The stages of a plan as the kernels see them: sizes as numbers, and the shared memory they need.
+
+The kernels compute the sizes of their shared memory, too; tests hold both equal.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from npbn.engine.gpu.program import SHAPE_FIELDS
+from npbn.engine.plan import StagePlan
+from npbn.layers import MaxPool2d, ReLU, Sigmoid
+
+# As in kernels.cu.
+SIDE, DEPTH, VECTOR = 16, 128, 4
+ROWS, MAPS, TAPS, BANKS, WIDTH = 4, 2, 5, 32, 32
+ACTIVATIONS = {type(None): 0, Sigmoid: 1, ReLU: 2}
+
+TILE = (2 * SIDE * (DEPTH + VECTOR),)
+"""Numbers in shared memory of each array that ``tile_of_product`` allocates."""
+
+
+def normalization(stage: KernelStage) -> tuple[int, ...]:
+    """Return the numbers in shared memory of each array that ``normalization`` allocates."""
+    return (stage.maps,) * 4
+
+
+def over(number: int, by: int) -> int:
+    """Return the quotient, rounded up."""
+    return -(-number // by)
+
+
+class KernelStage:
+    """A stage of the plan, or the images, with its sizes as numbers.
+
+    Attributes:
+        plan: None for the images.
+        sizes: as the kernels' ``Shape`` has them.
+        linear, norm: whether it is a linear layer; its batch norm.
+        values: how many numbers an example's y has.
+        inputs, outputs: how many come in, and how many come out after pooling.
+        planes, summed: numbers of an example's padded x in shared memory, forward and backward.
+        wide: the same of dy, with zeros around and between.
+        gradients: of dy as it is.
+    """
+
+    def __init__(self, name: str, plan: StagePlan | None, sizes: Sequence[int]) -> None:
+        self.name, self.plan = name, plan
+        self.linear = plan is not None and plan.linear
+        self.norm = None if plan is None else plan.norm
+        self.sizes = s = dict(zip(SHAPE_FIELDS, map(int, sizes), strict=True))
+        self.channels, self.maps = s["channels"], s["maps"]
+        self.inputs = self.channels * s["height"] * s["width"]
+        self.values = self.maps * s["rows"] * s["columns"]
+        self.outputs = self.values // (s["window_h"] * s["window_w"])
+        self.weights = self.maps * self.channels * s["kernel_h"] * s["kernel_w"]
+        down, across = (
+            (s[axis], s[f"stride_{side}"], s[f"kernel_{side}"])
+            for axis, side in (("rows", "h"), ("columns", "w"))
+        )
+        self.planes = self.channels * _plane_read(down, across)
+        self.summed = self.channels * _plane_summed(down, across)
+        self.wide = self.maps * _plane_read(
+            (s["height"], 1, s["kernel_h"]), (s["width"], 1, s["kernel_w"])
+        )
+        self.gradients = over(self.maps, MAPS) * MAPS * s["rows"] * (s["columns"] | 1)
+
+
+_Axis = tuple[int, int, int]
+"""Outputs, stride and kernel, down or across."""
+
+
+def _plane_read(down: _Axis, across: _Axis) -> int:
+    """The area of ``planes_read``."""
+    rows, stride, kernel = down
+    columns, stride_w, kernel_w = across
+    height = (over(rows, ROWS) * ROWS - 1) * stride + kernel
+    width = (columns - 1) * stride_w + kernel_w
+    return height * _raised(width, over(columns, ROWS), BANKS // ROWS)
+
+
+def _plane_summed(down: _Axis, across: _Axis) -> int:
+    """The area of ``planes_summed``."""
+    height, width = ((outputs - 1) * stride + kernel for outputs, stride, kernel in (down, across))
+    return _raised(height * (width | 1), down[2] * (width | 1), BANKS)
+
+
+def _raised(number: int, like: int, divisor: int) -> int:
+    """Return the smallest n >= number with n ≡ like (mod divisor), against bank conflicts."""
+    return number + (like - number) % divisor
+
+
+def images_of(channels: int, height: int, width: int) -> KernelStage:
+    """Return a stage that computes nothing: what comes before the first one."""
+    shape = channels, height, width
+    return KernelStage("images", None, (*shape, *shape, *(1, 1), *(1, 1), *(0, 0), *(1, 1), 0, 0))
+
+
+def stage_of(name: str, plan: StagePlan) -> KernelStage:
+    """Return a stage of the plan with its sizes."""
+    geometry = *plan.kernel, *plan.stride, *plan.padding, *plan.window
+    maximum, activation = type(plan.pool) is MaxPool2d, ACTIVATIONS[type(plan.activation)]
+    return KernelStage(name, plan, (*plan.shape, *plan.maps, *geometry, maximum, activation))
