@@ -40,11 +40,12 @@ def onnx_graph(model: Sequential, image: tuple[int, int, int]) -> bytes:
         constants.append(numpy_helper.from_array(value, name))
         return name
 
+    neighbours = [None, *model.layers, None]
     for i, layer in enumerate(model.layers):
+        previous, following = neighbours[i], neighbours[i + 2]
         y = f"y{i}"
         if isinstance(layer, Conv2d | Linear):
             weight, bias = state[f"{i}.weight"], state[f"{i}.bias"]
-            following = model.layers[i + 1] if i + 1 < len(model.layers) else None
             if isinstance(following, BatchNorm):
                 gamma, beta, mean, var = (
                     state[f"{i + 1}.{name}"].reshape(-1)
@@ -67,7 +68,7 @@ def onnx_graph(model: Sequential, image: tuple[int, int, int]) -> bytes:
             x = node("AveragePool", [x], y, kernel_shape=size, strides=stride)
         elif isinstance(layer, Flatten):
             x = node("Flatten", [x], y)
-        elif not (i > 0 and isinstance(layer, BatchNorm)):
+        elif not (isinstance(layer, BatchNorm) and isinstance(previous, Conv2d | Linear)):
             raise ValueError(f"expected a layer of LeNet, got {layer!r}")
     node("Identity", [x], "logits")
     node("ArgMax", [x], "classes", axis=1, keepdims=0)

@@ -43,7 +43,6 @@ from _machine import about, machine, usable_cores
 from _report import check_writable, print_table, quotients, save, spread
 from npbn import plots
 from npbn.errors import NpbnError
-from npbn.training import EVALUATION_BATCH_SIZE
 
 EPILOG = """\
 Every contestant runs in a process of its own. They take turns, in a new order each round, and the
@@ -87,6 +86,7 @@ CONTESTANTS = {
     "onnx": "ONNX Runtime",
 }
 BASELINE = "eager"
+EVALUATION_BATCH_SIZE = 256
 NEEDED_TO_COUNT = {
     "numpy": ("eager", "eager-malloc", "compile", "compile-malloc", "onnx"),
     "cupy": ("eager", "compile", "graph"),
@@ -566,11 +566,9 @@ def main() -> None:
         check_writable(path)
     if chart_path is not None:
         plots.check_matplotlib()
-    where = machine()
-    say(about(where))
     results = compare(arguments)
     if json_path is not None:
-        report = {"machine": where, "options": vars(arguments), "results": results}
+        report = {"machine": machine(), "options": vars(arguments), "results": results}
         save(json_path, (json.dumps(report, indent=2) + "\n").encode())
     if chart_path is not None:
         title = f"npbn's benchmark, --model {arguments.model}"
