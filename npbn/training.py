@@ -67,7 +67,11 @@ def left_out(examples: int, batch_size: int) -> int:
 
 def steps_per_epoch(examples: int, batch_size: int) -> int:
     """How many batches an epoch has, what it skips left aside."""
-    return -(-(examples - left_out(examples, batch_size)) // batch_size)  # rounded up
+    return _batches(examples - left_out(examples, batch_size), batch_size)
+
+
+def _batches(examples: int, batch_size: int) -> int:
+    return -(-examples // batch_size)  # rounded up
 
 
 class _Totals:
@@ -245,10 +249,10 @@ class Training:
         if self._totals is None:
             self._totals = _Totals(self.backend)
         order = self._order()
-        most = (max_steps - self.optimizer.steps) * self.batch_size
-        for result in self.engine.steps(order[: int(min(most, len(order)))]):
+        steps = min(max_steps - self.optimizer.steps, _batches(len(order), self.batch_size))
+        for result in self.engine.steps(order[: int(steps) * self.batch_size]):
             self._totals.add(result)
-            self.batch += math.ceil(result.examples / self.batch_size)
+            self.batch += _batches(result.examples, self.batch_size)
             if on_batch is not None:
                 on_batch(result.examples)
         metrics = self._totals.metrics()

@@ -30,7 +30,8 @@ from npbn import backend, data, training
 from npbn.backend import Backend, to_numpy
 from npbn.checkpoint import write_file
 from npbn.data import Split
-from npbn.engine.cupy_stages import CupyEngine
+from npbn.engine.gpu import GpuEngine
+from npbn.engine.layers import LayersEngine
 from npbn.errors import DataError, NpbnError
 from npbn.layers import Sequential
 from npbn.models import BLeNet, LeNet
@@ -123,28 +124,22 @@ class Setting:
 
     def engine(
         self, examples: int, name: str | None = None, dtype: str = "float32"
-    ) -> tuple[Sequential, CupyEngine]:
+    ) -> tuple[Sequential, GpuEngine]:
         """On training data of so many examples; the first network unless named."""
         model = self.model(name or next(iter(self.networks)), self.device, dtype)
         train, test = self.split(examples, self.device, 1), self.split(self.tested, self.device, 2)
         optimizer = SGD(model.parameters(), LEARNING_RATE)
-        return model, CupyEngine(model, optimizer, train, test, batch_size=self.batch_size)
+        return model, GpuEngine(model, optimizer, train, test, batch_size=self.batch_size)
 
     def layers(
         self, examples: int, device: Backend, name: str | None = None, dtype: str = "float32"
-    ) -> training.Training:
-        """The same by the layers."""
+    ) -> LayersEngine:
+        """The engine by layers, on the same data."""
         model = self.model(name or next(iter(self.networks)), device, dtype)
-        split = self.split(examples, device, 1)
-        return training.Training(
-            model,
-            SGD(model.parameters(), LEARNING_RATE),
-            split,
-            split,
-            batch_size=self.batch_size,
-            generator=np.random.default_rng(self.seed),
-            backend=device,
-            dtype=dtype,
+        train, test = self.split(examples, device, 1), self.split(self.tested, device, 2)
+        optimizer = SGD(model.parameters(), LEARNING_RATE)
+        return LayersEngine(
+            model, optimizer, train, test, batch_size=self.batch_size, backend=device
         )
 
 
@@ -163,6 +158,13 @@ class Finding:
 
 def verdict(ok: bool) -> str:
     return "ok" if ok else "FAILED"
+
+
+def train(engine: GpuEngine, order: np.ndarray) -> np.ndarray:
+    """Train on these examples, in this order; the mean loss of each step."""
+    for _ in engine.steps(order):
+        pass
+    return engine.losses(-(-len(order) // engine.batch_size))
 
 
 def check_card(setting: Setting) -> Finding:
@@ -198,10 +200,10 @@ def check_step(setting: Setting, name: str, dtype: str) -> Finding:
     model, engine = setting.engine(setting.few, name, dtype)
     layers = setting.layers(setting.few, cpu, name, dtype)
     batch = np.random.default_rng(setting.seed).permutation(setting.few)[: setting.batch_size]
-    losses, _ = engine.train(batch)
-    loss, _ = layers.step(batch)
-    tested = setting.split(setting.tested, cpu, 2)
-    right_test = training.evaluate(layers.model, tested, backend=cpu, dtype=dtype)
+    losses = train(engine, batch)
+    (right_step,) = layers.steps(batch)
+    (result,) = engine.evaluate()
+    right_test = training.evaluate(layers.model, layers.test, backend=cpu, dtype=dtype)
     found, right = (
         {name: to_numpy(p.gradient) for name, p in m.parameters().items()}
         for m in (model, layers.model)
@@ -209,8 +211,8 @@ def check_step(setting: Setting, name: str, dtype: str) -> Finding:
     numbers = {
         "gradients": difference(found, right),
         "state": difference(model.state_dict(), layers.model.state_dict()),
-        "loss": abs(float(losses[0]) - float(loss)),
-        "test_loss": abs(engine.evaluate()[0] - right_test.loss),
+        "loss": abs(float(losses[0]) - float(right_step.loss)),
+        "test_loss": abs(float(result.loss) - right_test.loss),
     }
     text = (
         "largest error of the gradients {gradients:.1e}, of parameters and averages {state:.1e}, "
@@ -237,8 +239,9 @@ def check_repetition(setting: Setting) -> Finding:
         order = np.random.default_rng(setting.seed)
         found: list[Any] = []
         for _ in range(2):
-            found += engine.train(order.permutation(setting.examples))
-            found += engine.evaluate()
+            found.append(train(engine, order.permutation(setting.examples)))
+            (result,) = engine.evaluate()
+            found += float(result.loss), int(result.correct)
         runs.append([np.asarray(part).tobytes() for part in (*found, *model.state_dict().values())])
     differ = sum(a != b for a, b in zip(*runs, strict=True))
     text = f"losses, accuracies and weights of two runs differ in {differ} of {len(runs[0])} parts"
@@ -247,15 +250,14 @@ def check_repetition(setting: Setting) -> Finding:
 
 def check_losses(setting: Setting) -> Finding:
     """The first losses by the engine, and by the layers on the GPU, against those on the CPU."""
-    count, size = setting.steps * setting.batch_size, setting.batch_size
+    count = setting.steps * setting.batch_size
     order = np.random.default_rng(setting.seed).permutation(count)
     _, engine = setting.engine(count)
-    losses, _ = engine.train(order)
+    losses = train(engine, order)
     by_layers = []
     for device in (setting.device, backend.get_backend("numpy")):
-        layers = setting.layers(count, device)
-        steps = (layers.step(order[i : i + size])[0] for i in range(0, count, size))
-        by_layers.append(np.array([float(loss) for loss in steps]))
+        results = setting.layers(count, device).steps(order)
+        by_layers.append(np.array([float(result.loss) for result in results]))
     on_device, right = by_layers
     numbers = {
         "engine": float(np.max(np.abs(losses - right))),
@@ -279,8 +281,9 @@ def check_memory(setting: Setting) -> Finding:
     def used_after(epochs: int) -> tuple[int, int]:
         """By CuPy's arrays; and by all on the GPU, from its whole memory and what is free."""
         for _ in range(epochs):
-            engine.train(order.permutation(setting.few))
-            engine.evaluate()
+            train(engine, order.permutation(setting.few))
+            (result,) = engine.evaluate()
+            float(result.loss)
         gc.collect()
         free, total = cupy.cuda.runtime.memGetInfo()
         return cupy.get_default_memory_pool().used_bytes(), total - free
@@ -326,7 +329,7 @@ def check_training(setting: Setting) -> Finding:
         data.load("fashion-mnist")
     except DataError as error:
         return Finding("skipped", str(error))
-    options = ["--backend", setting.device.name, "--engine", "compiled", *setting.train_options]
+    options = ["--backend", setting.device.name, "--engine", "fused", *setting.train_options]
     options += ["--dataset", "fashion-mnist", "--seed", str(setting.seed), "--run"]
     with tempfile.TemporaryDirectory(prefix="npbn-") as folder:
         first, whole = f"{folder}/first", f"{folder}/whole"

@@ -116,9 +116,9 @@ def builds(tmp_path_factory) -> Path:
 def cupy(builds, monkeypatch):
     """The stand-in for it, which the GPU engine takes."""
     import cupy_stand_in  # which only Linux can
-    from npbn.engine import cupy_stages
+    from npbn.engine.gpu import engine
 
     module = cupy_stand_in.stand_in(builds)
-    monkeypatch.setattr(cupy_stages, "_address", cupy_stand_in.address)
+    monkeypatch.setattr(engine, "_address", cupy_stand_in.address)
     monkeypatch.setitem(sys.modules, "cupy", module)
     return module

@@ -12,7 +12,8 @@ import numpy as np
 
 from emulator import Library, compiled
 from npbn import backend
-from npbn.engine import cupy_stages, launch
+from npbn.engine.gpu import engine, launch
+from npbn.engine.gpu.program import OPTIONS
 
 DEVICE = dataclasses.replace(backend.get_backend("numpy"), name="cupy", description="a stand-in")
 """The backend."""
@@ -94,7 +95,7 @@ def stand_in(builds: Path) -> SimpleNamespace:
         return streams[-1]
 
     def module(code, options, name_expressions):
-        assert options == launch.OPTIONS
+        assert options == OPTIONS
         library = Library(compiled(builds, name_expressions, source=code))
 
         def function(name):
@@ -134,12 +135,12 @@ def stand_in(builds: Path) -> SimpleNamespace:
 
 
 def address(array: np.ndarray) -> int:
-    """In place of cupy_stages._address."""
+    """In place of npbn.engine.gpu.engine._address."""
     return array.ctypes.data
 
 
 def install(builds: Path) -> None:
     """In this process, for good: what takes CuPy gets the stand-in."""
     sys.modules["cupy"] = stand_in(builds)
-    cupy_stages._address = address
+    engine._address = address
     backend._cupy_backend = lambda: DEVICE

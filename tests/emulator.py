@@ -13,8 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from npbn.engine import launch
-from npbn.engine.launch import Pointer, Program, Structure
+from npbn.engine.gpu.program import SOURCE, Launch, Pointer, Program, Structure, largest
 
 SHIM = Path(__file__).with_name("engine") / "cuda_shim.h"
 COMPILER = shutil.which("g++") if sys.platform == "linux" else None
@@ -27,7 +26,7 @@ SANITIZERS = {
 
 def compiled(directory: Path, names: Iterable[str], *flags: str, source: str | None = None) -> Path:
     """The library of these kernels, built once for all processes that share the directory."""
-    text = launch.SOURCE.read_text() if source is None else source
+    text = SOURCE.read_text() if source is None else source
     text = text.replace("double shared_memory[];", "double* shared_memory;")  # the shim's
     entries = "\n".join(
         f'static shim::Register kernel{i}("{name}", {name});'
@@ -112,7 +111,7 @@ class Emulator:
         self.library = Library(library, **options)
         self.arrays: dict[str, np.ndarray] = {}
         self.addresses: dict[str, int] = {}
-        for name, spec in launch.largest(programs).items():
+        for name, spec in largest(programs).items():
             address = self.library.functions.allocate(spec.nbytes)
             memory = (ctypes.c_char * spec.nbytes).from_address(address)
             array = np.frombuffer(memory, np.uint8)
@@ -145,7 +144,7 @@ class Emulator:
         offset = pointer.offset * self.arrays[pointer.array].itemsize
         return self.addresses[pointer.array] + offset
 
-    def _check(self, step: launch.Launch) -> None:
+    def _check(self, step: Launch) -> None:
         """The arguments' types are the kernel's; null goes for any pointer."""
         codes = {"float32": "f", "float64": "d", "int32": "i", "uint8": "b"}
         for code, argument in zip(self.library.signature(step.kernel), step.arguments, strict=True):

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from npbn.engine import launch
+from npbn.engine.gpu.program import OPTIONS
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ def usage(source: str, names: Iterable[str], architecture: int) -> list[Usage]:
         names = sorted(set(names))
         for name in names:
             _check(library.nvrtcAddNameExpression(program, name.encode()), program)
-        options = [f"--gpu-architecture=sm_{architecture}", "--ptxas-options=-v", *launch.OPTIONS]
+        options = [f"--gpu-architecture=sm_{architecture}", "--ptxas-options=-v", *OPTIONS]
         options += ["-ftz=true", "--device-as-default-execution-space"]  # CuPy has them, too
         texts = (ctypes.c_char_p * len(options))(*(option.encode() for option in options))
         _check(library.nvrtcCompileProgram(program, len(options), texts), program)

@@ -23,6 +23,7 @@ from npbn.layers import (
     ReLU,
     Sequential,
     Sigmoid,
+    dtype_of,
 )
 from npbn.models import BLeNet, LeNet
 
@@ -181,10 +182,10 @@ def test_layers_pass_their_options_on(rng, device):
         assert_equal(layer((3, 2), **options).forward(x), expected)
     norm = BatchNorm(2, 4, eps=0.5, momentum=0.25)
     norm.to(device)
-    four = (norm.gamma.data, norm.beta.data, norm.moving_mean, norm.moving_var)
+    four = tuple(array.data for array in norm.state().values())
     expected, _, moving = F.batch_norm(x, *four, training=True, eps=0.5, momentum=0.25)
     assert_equal(norm.forward(x), expected)
-    assert_equal(norm.moving_var, moving[1])
+    assert_equal(norm.moving_var.data, moving[1])
 
 
 def test_moving_forgets_gradients():
@@ -229,8 +230,8 @@ def test_initial_values_are_of_the_published_distributions():
     for array, value in (
         (norm.gamma.data, 1),
         (norm.beta.data, 0),
-        (norm.moving_mean, 0),
-        (norm.moving_var, 1),
+        (norm.moving_mean.data, 0),
+        (norm.moving_var.data, 1),
     ):
         np.testing.assert_array_equal(array, np.full((1, 6, 1, 1), value, np.float32))
 
@@ -318,14 +319,26 @@ def test_state_and_summary_stay_on_the_device():
 
     model = every_layer()
     state = model.state_dict()
-    for owner, attribute in model._state().values():
-        array = array_api_strict.asarray(getattr(owner, attribute))
-        setattr(owner, attribute, array.to_device(array_api_strict.Device("device1")))
+    for array in model.state().values():
+        data = array_api_strict.asarray(array.data)
+        array.data = data.to_device(array_api_strict.Device("device1"))
     assert model.summary((2, 5, 6)) == every_layer().summary((2, 5, 6))
     model.load_state_dict({name: value + 1 for name, value in state.items()})
-    for name, place in model._state().items():
-        assert getattr(*place).device == array_api_strict.Device("device1")
-        np.testing.assert_array_equal(to_host(getattr(*place)), state[name] + 1)
+    for name, array in model.state().items():
+        assert array.data.device == array_api_strict.Device("device1")
+        np.testing.assert_array_equal(to_host(array.data), state[name] + 1)
+
+
+def test_buffers_are_state_that_is_not_trained(dtype, device):
+    norm = BatchNorm(3, 2)
+    assert list(norm.state()) == ["gamma", "beta", "moving_mean", "moving_var"]
+    assert list(norm.parameters()) == ["gamma", "beta"]
+    assert repr(norm.moving_mean) == "Buffer('moving_mean', shape=(1, 3), float32)"
+    moving = norm.moving_mean
+    norm.to(device, dtype)
+    assert norm.moving_mean is moving and to_host(moving.data).dtype == dtype
+    assert dtype_of(norm) == dtype
+    assert dtype_of(Sequential(ReLU())) == "float32"
 
 
 @pytest.mark.parametrize(

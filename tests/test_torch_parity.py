@@ -90,7 +90,7 @@ def test_thirty_steps_in_float64(fashion_mnist, network):
     (ours, theirs), model, oracle = losses_side_by_side(fashion_mnist, network, "float64", 30)
     np.testing.assert_allclose(ours, theirs, rtol=1e-9)
     assert ours[-1] < ours[0] / 1.2  # it did train
-    moved = model.layers[1].moving_mean.ravel()
+    moved = model.layers[1].moving_mean.data.ravel()
     np.testing.assert_allclose(moved, oracle[1].running_mean.numpy(), rtol=1e-8)
 
 

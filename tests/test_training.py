@@ -13,6 +13,7 @@ from arrays import to_host
 from npbn import backend, inspection, training
 from npbn import functional as F
 from npbn.data import Split
+from npbn.engine.layers import LayersEngine
 from npbn.errors import NonFiniteError
 from npbn.layers import (
     AvgPool2d,
@@ -57,21 +58,21 @@ def a_training(
     batch_size=8,
     lr=0.1,
     seed=1,
-    generator=None,
     momentum=0.0,
+    dtype=None,
     **options,
 ):
     model = model or a_model()
-    model.to(device)
-    return training.Training(
+    model.to(device, dtype)
+    what = (
         model,
         SGD(model.parameters(), lr, momentum=momentum),
         split.to(device),
         (split if test is None else test).to(device),
-        batch_size=batch_size,
-        generator=generator or np.random.default_rng(seed),
-        backend=device,
-        **options,
+    )
+    engine = LayersEngine(*what, batch_size=batch_size, backend=device)
+    return training.Training(
+        *what, engine=engine, batch_size=batch_size, seed=seed, backend=device, **options
     )
 
 
@@ -85,21 +86,21 @@ def train(model, split, device=NUMPY, *, epochs=2, on_batch=None, **options):
 
 def test_the_loop_is_the_one_in_the_books(device):
     """A loop of a few lines, written here, sees the same batches and finds the same numbers."""
-    split, test, generator = a_split(20), a_split(11, seed=1), np.random.default_rng(5)
+    split, test = a_split(20), a_split(11, seed=1)
     model = a_model()
-    model.eval()  # the loop has to switch to training, each epoch
-    history = train(model, split, device, test=test, epochs=3, lr=0.25, generator=generator)
+    model.eval()  # the loop has to switch to training
+    history = train(model, split, device, test=test, epochs=3, lr=0.25, seed=5)
 
     def batch(split, indices):
         x = device.asarray(split.images[indices].astype(np.float32) / np.float32(255))
         return x, device.asarray(split.labels[indices])
 
-    expected, generator = a_model(), np.random.default_rng(5)
+    expected = a_model()
     expected.to(device)
-    for epoch in history:
+    for number, epoch in enumerate(history):
         expected.train()
-        order = generator.permutation(20)
-        losses, hits = 0.0, 0
+        order = np.random.default_rng((5, number)).permutation(20)
+        losses, correct = 0.0, 0
         for indices in (order[:8], order[8:16], order[16:]):
             x, labels = batch(split, indices)
             logits = expected.forward(x)
@@ -108,21 +109,21 @@ def test_the_loop_is_the_one_in_the_books(device):
             for parameter in expected.parameters().values():
                 parameter.data -= 0.25 * parameter.gradient
             losses += float(loss) * len(indices)
-            hits += np.sum(np.argmax(to_host(logits), axis=1) == split.labels[indices])
-        assert (epoch.train.loss, epoch.train.accuracy) == (losses / 20, hits / 20)
+            correct += np.sum(np.argmax(to_host(logits), axis=1) == split.labels[indices])
+        assert (epoch.train.loss, epoch.train.accuracy) == (losses / 20, correct / 20)
 
         expected.eval()
         x, labels = batch(test, np.arange(11))
         logits = expected.forward(x)
         assert epoch.test.loss == pytest.approx(float(F.softmax_cross_entropy(logits, labels)[0]))
-        hits = np.sum(np.argmax(to_host(logits), axis=1) == test.labels)
-        assert epoch.test.accuracy == hits / 11
+        correct = np.sum(np.argmax(to_host(logits), axis=1) == test.labels)
+        assert epoch.test.accuracy == correct / 11
     for name, value in model.state_dict().items():
         np.testing.assert_array_equal(value, expected.state_dict()[name])
 
 
 def test_a_pass_reads_the_device_twice(monkeypatch):
-    """The loss and the hits, at its end: whatever else became a Python number would stop a GPU."""
+    """The sums, at its end: whatever else became a Python number would stop a GPU."""
     import array_api_strict
 
     reads = []
@@ -142,11 +143,8 @@ def test_a_pass_reads_the_device_twice(monkeypatch):
     device = backend.Backend("array-api-strict", array_api_strict, "")
     model = lenet_in_small()
     model.to(device)
-    optimizer = SGD(model.parameters(), 0.1, momentum=0.9, weight_decay=0.1)
-    split, generator = a_split(24).to(device), np.random.default_rng(0)
-    run = training.Training(
-        model, optimizer, split, split, batch_size=8, generator=generator, backend=device
-    )
+    run = a_training(a_split(24), device, model=model, momentum=0.9)
+    run.optimizer.weight_decay = 0.1
     reads.clear()
     run.run(2, eval_every=2)
     assert reads == ["__float__", "__int__"] * 3  # two epochs, one evaluation
@@ -290,8 +288,9 @@ def test_data_that_is_not_where_it_should_be_is_named():
                 SGD({}, 0.1),
                 split.to(places[0]),
                 split.to(places[1]),
+                engine=a_training(split).engine,
                 batch_size=8,
-                generator=np.random.default_rng(0),
+                seed=0,
                 backend=places[2],
             )
     model = a_model()
@@ -336,7 +335,7 @@ def test_stopped_and_resumed_equals_never_stopped(stop, device):
     with pytest.raises(StopError):
         first.run(3, on_batch=stop_after(stop), on_epoch=seen.append)
     arrays, record = first.state()
-    second = a_training(a_split(20), device, model=a_model(7), seed=8, **options)
+    second = a_training(a_split(20), device, model=a_model(7), **options)
     second.load_state(arrays, json.loads(json.dumps(record)))
     second.run(3, on_epoch=seen.append)
 
@@ -382,6 +381,8 @@ def test_a_state_of_another_model_is_an_error():
         a_training(a_split(20)).load_state(arrays | {"x.y": np.ones(1)}, record)
     with pytest.raises(ValueError, match=r"got velocity\.9\.weight"):
         a_training(a_split(20)).load_state(arrays | {"velocity.9.weight": np.ones(1)}, record)
+    with pytest.raises(ValueError, match="it was written by an older npbn"):
+        a_training(a_split(20)).load_state(arrays, record | {"generator": {"state": 1}})
 
 
 def test_what_ends_a_run():
@@ -437,7 +438,7 @@ def test_a_state_that_is_not_finite_is_not_given_out():
     """Of weights, statistics, velocity, or the loss so far: there is nothing to go on from."""
     for spoil in (
         lambda run: run.model.layers[1].weight.data.fill(np.nan),
-        lambda run: run.model.layers[2].moving_var.fill(np.inf),
+        lambda run: run.model.layers[2].moving_var.data.fill(np.inf),
         lambda run: run.optimizer.velocity["1.weight"].fill(-np.inf),
         lambda run: setattr(run._totals, "loss", np.float64(np.nan)),
     ):
@@ -506,3 +507,54 @@ def test_preactivations_are_normalized_by_batch_norm_and_leave_no_trace(device):
     np.testing.assert_allclose(found["2"].std((0, 2, 3)), 1, atol=1e-2)
     for name, value in model.state_dict().items():
         np.testing.assert_array_equal(value, before[name])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_arrays_stay_in_the_dtype_of_the_model(device, dtype):
+    run = a_training(a_split(20), device, momentum=0.9, dtype=dtype, precise_bn=True)
+    run.run(2)
+    run.load_state(*run.state())
+    arrays = [array.data for array in run.model.state().values()]
+    for array in (*arrays, *run.optimizer.velocity.values()):
+        assert to_host(array).dtype == dtype
+
+
+@pytest.mark.parametrize("precise_bn", [False, True])
+def test_a_batch_norm_in_prediction_mode_stays_frozen(precise_bn, device):
+    """Its averages are used and kept; γ and β are trained on."""
+    run = a_training(a_split(40), device, lr=0.5, precise_bn=precise_bn)
+    run.run(1)
+    norm = run.model.layers[2]
+    norm.eval()
+    before = run.model.state_dict()
+    x = device.asarray(np.random.default_rng(0).random((8, 1, 4, 4)).astype(np.float32))
+    run.run(3)
+    after = run.model.state_dict()
+    changed = {name for name in after if not np.array_equal(before[name], after[name])}
+    assert changed == {name for name in after if not name.startswith("2.moving_")}
+    assert run.model.training and not norm.training
+    entering = run.model.layers[1].forward(run.model.layers[0].forward(x))
+    averages = norm.moving_mean.data, norm.moving_var.data
+    parameters = norm.gamma.data, norm.beta.data
+    expected, _, _ = F.batch_norm(entering, *parameters, *averages, training=False)
+    np.testing.assert_array_equal(to_host(norm.forward(entering)), to_host(expected))
+
+
+def test_a_model_in_prediction_mode_is_put_into_training_mode_as_a_whole():
+    model = a_model()
+    model.eval()
+    train(model, a_split(20), epochs=1)
+    assert model.training and model.layers[2].training
+
+
+def test_the_order_of_an_epoch_follows_from_seed_and_epoch_only():
+    """So a run can be extended, and does not depend on what else draws random numbers."""
+    longer, shorter = a_training(a_split(20)), a_training(a_split(20))
+    longer.run(3)
+    shorter.run(1)
+    np.random.default_rng(1).permutation(20)
+    shorter.run(3)
+    for name, value in longer.model.state_dict().items():
+        np.testing.assert_array_equal(value, shorter.model.state_dict()[name])
+    orders = [a_training(a_split(20), seed=seed)._order().tolist() for seed in (1, 1, 2)]
+    assert orders[0] == orders[1] != orders[2]

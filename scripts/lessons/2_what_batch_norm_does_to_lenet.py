@@ -57,11 +57,11 @@ def train(run: Training) -> tuple[list[float], dict[int, list[np.ndarray]]]:
     """The loss of each step, and what enters the sigmoids of the test images at the snapshots."""
     losses: list[float] = []
     seen = {0: list(inspection.preactivations(run.model, images).values())}
-    while len(losses) < steps:
-        order = run.generator.permutation(len(run.train))[: 256 * (len(run.train) // 256)]
-        for indices in np.split(order, len(order) // 256):
-            loss, _ = run.step(indices)
-            losses.append(float(loss))
+    of_an_epoch = len(run.train) // 256
+    for epoch in range(math.ceil(steps / of_an_epoch)):
+        order = np.random.default_rng((run.seed, epoch)).permutation(len(run.train))
+        for result in run.engine.steps(order[: 256 * of_an_epoch]):
+            losses.append(float(result.loss))
             if len(losses) in SNAPSHOTS:
                 seen[len(losses)] = list(inspection.preactivations(run.model, images).values())
             if len(losses) == steps:
@@ -249,8 +249,10 @@ for rate in RATES:
 alive = {}
 for name in runs:
     run = new_run(dataset, 1.0, batch_norm=name == WITH, activation=ReLU)
+    epoch = 0
     while run.optimizer.steps < 60:
-        train_steps(run, min(256 * 60, 256 * (len(run.train) // 256)))
+        train_steps(run, min(256 * 60, 256 * (len(run.train) // 256)), epoch)
+        epoch += 1
     *_, entering = inspection.preactivations(run.model, images).values()
     alive[name] = float(np.mean(np.any(entering > 0, axis=0)))
     print(f"{name:15}: {alive[name]:4.0%} are above 0 for any of 256 images")

@@ -296,8 +296,9 @@ start_left = 0.9**steps  # what is left of the 1 that moving variances start at
 print("                  m   moving variance by npbn's: expected   found")
 for i, m in ((1, 256 * 24 * 24), (5, 256 * 8 * 8), (10, 256), (13, 256)):
     norm = model.layers[i]
-    np.testing.assert_allclose(oracle[i].running_mean, norm.moving_mean.ravel(), atol=1e-7)
-    ratio = (oracle[i].running_var.numpy() - start_left) / (norm.moving_var.ravel() - start_left)
+    np.testing.assert_allclose(oracle[i].running_mean, norm.moving_mean.data.ravel(), atol=1e-7)
+    moved = norm.moving_var.data.ravel() - start_left
+    ratio = (oracle[i].running_var.numpy() - start_left) / moved
     print(f"layer {i:2} {m:10,} {m / (m - 1):38.7f} {np.median(ratio):10.7f}")
     if dataset.key == "fashion-mnist":
         np.testing.assert_allclose(ratio, m / (m - 1), rtol=1e-6)
@@ -315,7 +316,7 @@ predictions = {}
 for owner in ("PyTorch's", "npbn's"):
     if owner == "npbn's":
         for i in (1, 5, 10, 13):
-            oracle[i].running_var = torch.from_numpy(model.layers[i].moving_var.ravel())
+            oracle[i].running_var = torch.from_numpy(model.layers[i].moving_var.data.ravel())
     oracle.eval()
     with torch.no_grad():
         predictions[owner] = oracle(torch.from_numpy(x)).argmax(1).numpy()

@@ -27,6 +27,7 @@ import numpy as np
 from _lesson import Lesson
 from npbn import backend, data, inspection
 from npbn.checkpoint import write_file
+from npbn.engine.layers import LayersEngine
 from npbn.errors import NpbnError
 from npbn.layers import ReLU, Sequential, Sigmoid
 from npbn.models import LeNet
@@ -64,8 +65,8 @@ def learning_rates() -> list[dict[str, Any]]:
             for lr in LEARNING_RATES:
                 run = new_run(dataset, lr, batch_norm=batch_norm, activation=activation)
                 losses, accuracies = [], []
-                for _ in range(2):
-                    losses += steps(run, len(dataset.train))
+                for epoch in range(2):
+                    losses += steps(run, len(dataset.train), epoch)
                     metrics = evaluate(run.model, run.test, backend=run.backend)
                     accuracies.append(metrics.accuracy)
                 found.append(
@@ -94,7 +95,7 @@ def batch_sizes() -> list[dict[str, Any]]:
                 {
                     "batch_norm": batch_norm,
                     "batch_size": size,
-                    "loss": in_parts(steps(run, 12_800), 10),
+                    "loss": in_parts(steps(run, 12_800, 0), 10),
                     "test_accuracy": evaluate(run.model, run.test, backend=run.backend).accuracy,
                 }
             )
@@ -141,13 +142,12 @@ def ten_epochs_of_pytorch(networks: dict[str, Callable[[LeNet], Any]]) -> list[d
     dataset, found = data.load("fashion-mnist"), []
     for name, make in networks.items():
         for seed in SEEDS:
-            generator = np.random.default_rng(seed)
-            network = make(LeNet(generator=generator))
+            network = make(LeNet(generator=np.random.default_rng(seed)))
             optimizer = torch.optim.SGD(network.parameters(), lr=1.0)
             epochs = []
-            for _ in range(EPOCHS):
-                order = generator.permutation(len(dataset.train))
-                loss_sum, train_hits, test_hits = 0.0, 0, 0
+            for epoch in range(EPOCHS):
+                order = np.random.default_rng((seed, epoch)).permutation(len(dataset.train))
+                loss_sum, train_correct, test_correct = 0.0, 0, 0
                 network.train()
                 for x, labels in _tensors(dataset.train, order):
                     logits = network(x)
@@ -156,16 +156,16 @@ def ten_epochs_of_pytorch(networks: dict[str, Callable[[LeNet], Any]]) -> list[d
                     torch.autograd.backward(loss)
                     optimizer.step()
                     loss_sum += loss.item() * len(labels)
-                    train_hits += int((logits.argmax(1) == labels).sum())
+                    train_correct += int((logits.argmax(1) == labels).sum())
                 network.eval()
                 with torch.no_grad():
                     for x, labels in _tensors(dataset.test, np.arange(len(dataset.test))):
-                        test_hits += int((network(x).argmax(1) == labels).sum())
+                        test_correct += int((network(x).argmax(1) == labels).sum())
                 epochs.append(
                     {
                         "loss": loss_sum / len(dataset.train),
-                        "train_accuracy": train_hits / len(dataset.train),
-                        "moving": test_hits / len(dataset.test),
+                        "train_accuracy": train_correct / len(dataset.train),
+                        "moving": test_correct / len(dataset.test),
                     }
                 )
             found.append({"network": name, "seed": seed, "epochs": epochs})
@@ -176,29 +176,18 @@ def new_run(
     dataset: data.Dataset, lr: float, batch_size: int = 256, *, seed: int = 0, **options: Any
 ) -> Training:
     """Network A before its first step, as train.py would set it up."""
-    generator = np.random.default_rng(seed)
-    model = LeNet(generator=generator, **options)
-    return Training(
-        model,
-        SGD(model.parameters(), lr),
-        dataset.train,
-        dataset.test,
-        batch_size=batch_size,
-        generator=generator,
-        backend=backend.get_backend("numpy"),
-    )
+    model = LeNet(generator=np.random.default_rng(seed), **options)
+    optimizer, device = SGD(model.parameters(), lr), backend.get_backend("numpy")
+    what = model, optimizer, dataset.train, dataset.test
+    engine = LayersEngine(*what, batch_size=batch_size, backend=device)
+    return Training(*what, engine=engine, batch_size=batch_size, seed=seed, backend=device)
 
 
-def steps(run: Training, examples: int) -> list[float]:
-    """Train on so many examples, in random order; the loss of every step."""
-    order = run.generator.permutation(len(run.train))[:examples]
-    losses = []
-    run.model.train()
+def steps(run: Training, examples: int, epoch: int) -> list[float]:
+    """Train on the first ``examples`` of an epoch's order; the loss of every step."""
+    order = np.random.default_rng((run.seed, epoch)).permutation(len(run.train))[:examples]
     with np.errstate(all="ignore"):  # a loss that becomes infinite is a result, too
-        for start in range(0, len(order), run.batch_size):
-            loss, _ = run.step(order[start : start + run.batch_size])
-            losses.append(float(loss))
-    return losses
+        return [float(result.loss) for result in run.engine.steps(order)]
 
 
 def in_parts(losses: list[float], count: int) -> list[float]:
@@ -210,11 +199,11 @@ def accuracy_with_batch_statistics(
     model: Sequential, split: data.Split, batch_size: int = 256
 ) -> float:
     """What no prediction should do: normalize test examples with one another."""
-    hits = 0
+    correct = 0
     with inspection.batch_norm_momentum(model, 1.0):  # the moving averages stay as they are
         for x, labels in split.batches(batch_size, "float32"):
-            hits += int(np.sum(np.argmax(model.forward(x), axis=1) == labels))
-    return hits / len(split)
+            correct += int(np.sum(np.argmax(model.forward(x), axis=1) == labels))
+    return correct / len(split)
 
 
 def _precise(run: Training) -> float:

@@ -6,7 +6,9 @@ import pytest
 
 import nvrtc
 from npbn import backend
-from npbn.engine import launch, plan
+from npbn.engine.gpu import launch
+from npbn.engine.gpu.program import SOURCE
+from npbn.engine.plan import plan
 from npbn.models import LeNet
 
 pytestmark = pytest.mark.skipif(
@@ -20,9 +22,9 @@ def kernels() -> set[str]:
     for dtype, fixed in (("float32", False), ("float64", False), ("float32", True)):
         model = LeNet()
         model.to(backend.get_backend("numpy"), dtype)
-        blocks = plan(model, (1, 28, 28))
+        stages = plan(model, (1, 28, 28))
         for write in (launch.training, launch.evaluation):
-            program = write(blocks, 256, examples=10_000, fixed=fixed)
+            program = write(stages, 256, examples=10_000, fixed=fixed)
             found |= {step.kernel for step in program.launches}
     return found
 
@@ -33,7 +35,7 @@ def test_every_kernel_compiles_without_spilling(generation, record_property):
     architecture = {"Ampere": 80, "Hopper": 90, "the newest": max(known)}[generation]
     if architecture not in known:
         pytest.skip(f"this NVRTC does not compile for sm_{architecture}")
-    found = nvrtc.usage(launch.SOURCE.read_text(), kernels(), architecture)
+    found = nvrtc.usage(SOURCE.read_text(), kernels(), architecture)
     report = "\n".join(
         f"sm_{architecture} {usage.registers:4} registers {usage.spilled:4} bytes spilled  "
         f"{usage.kernel}"

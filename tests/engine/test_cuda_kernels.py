@@ -12,14 +12,16 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from test_engine import a_split, models
+from models import NUMPY, SMALL, a_split, models, optional_parts, small_model
 
 import emulator
 from emulator import Emulator, compiled
-from npbn import backend, training
 from npbn import functional as F
-from npbn.engine import launch, plan
-from npbn.engine.plan import parameters_of
+from npbn import training
+from npbn.engine.gpu import launch
+from npbn.engine.gpu.program import SOURCE
+from npbn.engine.layers import LayersEngine
+from npbn.engine.plan import plan
 from npbn.layers import (
     AvgPool2d,
     BatchNorm,
@@ -34,13 +36,12 @@ from npbn.layers import (
 from npbn.models import BLeNet, LeNet
 from npbn.optim import SGD
 
-NUMPY = backend.get_backend("numpy")
 MANY = 10**6
-"""More processors than there is work for: sums in as many parts as there can be."""
+"""More multiprocessors than there is work for: sums in as many parts as there can be."""
 
 BARRIERS = [
     number
-    for number, line in enumerate(launch.SOURCE.read_text().splitlines(), 1)
+    for number, line in enumerate(SOURCE.read_text().splitlines(), 1)
     if "__syncthreads();" in line
 ]
 """The lines where they are."""
@@ -52,14 +53,17 @@ pytestmark = pytest.mark.skipif(
 
 def programs_of(model, shape, batch_sizes, **options):
     """One for each size of a batch, and one that evaluates 60 examples, 25 at a time."""
-    blocks = plan(model, shape)
+    stages = plan(model, shape)
     stride = max(batch_sizes)
-    sizes = {"fixed": options.pop("fixed", False), "processors": options.pop("processors", 132)}
+    sizes = {
+        "fixed": options.pop("fixed", False),
+        "multiprocessors": options.pop("multiprocessors", 132),
+    }
     found = {
-        n: launch.training(blocks, n, examples=60, stride=stride, **sizes, **options)
+        n: launch.training(stages, n, examples=60, stride=stride, **sizes, **options)
         for n in batch_sizes
     }
-    return blocks, found, launch.evaluation(blocks, 25, examples=60, **sizes)
+    return stages, found, launch.evaluation(stages, 25, examples=60, **sizes)
 
 
 def kernel_names(programs) -> set[str]:
@@ -78,25 +82,23 @@ def library(builds, *flags, source=None):
 
 
 def compare(library, model, shape, dtype, *, batch_sizes, bound, classes=3, skipped=0, **options):
-    """Some steps both ways: losses, hits, gradients, parameters and moving averages."""
+    """Some steps both ways: losses, predictions, gradients, parameters and moving averages."""
     model.to(NUMPY, dtype)
     expected = copy.deepcopy(model)
     split = a_split(shape, 60, 1, classes)
     optimizer = {k: options[k] for k in ("momentum", "weight_decay", "decay_all") if k in options}
-    run = training.Training(
+    layers = LayersEngine(
         expected,
         SGD(expected.parameters(), 0.1, **optimizer),
         split,
         split,
-        batch_size=8,
-        generator=np.random.default_rng(0),
+        batch_size=60,
         backend=NUMPY,
-        dtype=dtype,
     )
-    blocks, programs, evaluation = programs_of(model, shape, batch_sizes, **options)
+    stages, programs, evaluation = programs_of(model, shape, batch_sizes, **options)
     device = Emulator(library, [*programs.values(), evaluation], skipped_barrier=skipped)
     arrays = device.arrays
-    write(arrays, blocks, split)
+    write(arrays, stages, split)
     order = np.random.default_rng(2).permutation(60)
     stride = max(batch_sizes)
     arrays["order"][:] = order
@@ -104,37 +106,40 @@ def compare(library, model, shape, dtype, *, batch_sizes, bound, classes=3, skip
     try:
         for step, n in enumerate(batch_sizes):
             device.run(programs[n])
-            right_loss, right_hits = run.step(order[step * stride : step * stride + n])
+            (right,) = layers.steps(order[step * stride : step * stride + n])
             loss = float(arrays["train.losses"][step].sum())
-            assert abs(loss - float(right_loss)) <= bound * max(1, abs(float(right_loss)))
-            assert arrays["train.hits"][step].sum() == right_hits
-            check_parameters(arrays, blocks, plan(expected, shape), bound)
+            assert abs(loss - float(right.loss)) <= bound * max(1, abs(float(right.loss)))
+            assert arrays["train.correct"][step].sum() == right.correct
+            check_parameters(arrays, stages, plan(expected, shape), bound)
         device.run(evaluation)
         metrics = training.evaluate(expected, split, backend=NUMPY, dtype=dtype)
         loss = np.average(arrays["test.losses"].sum(1), weights=(25, 25, 10))
         assert abs(loss - metrics.loss) <= bound * max(1, abs(loss))
-        assert arrays["test.hits"].sum() == round(metrics.accuracy * 60)
+        assert arrays["test.correct"].sum() == round(metrics.accuracy * 60)
     finally:
         device.close()
 
 
-def write(arrays, blocks, split) -> None:
+def write(arrays, stages, split) -> None:
     """What the host writes to the device before the first step."""
     for data in ("train", "test"):
         if f"{data}.images" in arrays:
             arrays[f"{data}.images"][:] = split.images.reshape(len(split), -1)
             arrays[f"{data}.labels"][:] = split.labels
-    for offset, parameter in launch.parameter_offsets(blocks).values():
+    for offset, parameter in launch.parameter_offsets(stages).values():
         arrays["parameters"][offset : offset + parameter.data.size] = parameter.data.ravel()
-    for i, block in enumerate(blocks):
-        for name, owner, attribute in parameters_of(block):
-            if attribute != "data":
-                arrays[f"{i}.{name}"][:] = getattr(owner, attribute).ravel()
+    for i, stage in enumerate(stages):
+        for name in moving_averages(stage):
+            arrays[f"{i}.{name}"][:] = stage.state()[name].data.ravel()
 
 
-def check_parameters(arrays, blocks, expected, bound) -> None:
+def moving_averages(stage) -> list[str]:
+    return [] if stage.norm is None else ["moving_mean", "moving_var"]
+
+
+def check_parameters(arrays, stages, expected, bound) -> None:
     """Gradients within the bound of the largest one; parameters and moving averages of theirs."""
-    offsets, right = launch.parameter_offsets(blocks), launch.parameter_offsets(expected)
+    offsets, right = launch.parameter_offsets(stages), launch.parameter_offsets(expected)
     scale = max(np.abs(parameter.gradient).max() for _, parameter in right.values())
     for name, (offset, parameter) in right.items():
         assert offsets[name][0] == offset
@@ -143,18 +148,17 @@ def check_parameters(arrays, blocks, expected, bound) -> None:
         assert error <= bound * scale, (name, error / scale)
         error = np.abs(arrays["parameters"][part] - parameter.data.ravel()).max()
         assert error <= bound * max(1, np.abs(parameter.data).max()), name
-    for i, block in enumerate(expected):
-        for name, owner, attribute in parameters_of(block):
-            if attribute != "data":
-                value = getattr(owner, attribute).ravel()
-                error = np.abs(arrays[f"{i}.{name}"] - value).max()
-                assert error <= bound * max(1, np.abs(value).max()), (i, name)
+    for i, stage in enumerate(expected):
+        for name in moving_averages(stage):
+            value = stage.state()[name].data.ravel()
+            error = np.abs(arrays[f"{i}.{name}"] - value).max()
+            assert error <= bound * max(1, np.abs(value).max()), (i, name)
 
 
 @given(
     drawn=models(),
     batch_sizes=st.lists(st.integers(2, 12), min_size=1, max_size=3),
-    processors=st.sampled_from([1, 4, MANY]),
+    multiprocessors=st.sampled_from([1, 4, MANY]),
     momentum=st.sampled_from([0.0, 0.9]),
     weight_decay=st.sampled_from([0.0, 0.1]),
     decay_all=st.booleans(),
@@ -184,16 +188,8 @@ def test_the_networks(builds, network):
 @pytest.mark.parametrize("activation", [None, Sigmoid, ReLU])
 @pytest.mark.parametrize("pool", [None, AvgPool2d, MaxPool2d])
 def test_every_combination_of_the_optional_parts(builds, norm, activation, pool):
-    generator = np.random.default_rng(0)
-    layers = [Conv2d(2, 3, 3, generator=generator)]
-    layers += [BatchNorm(3, 4)] * norm
-    layers += [] if activation is None else [activation()]
-    layers += [] if pool is None else [pool((2, 3))]
-    side = (4, 6) if pool is None else (2, 2)
-    layers += [Flatten(), Linear(3 * side[0] * side[1], 3, generator=generator)]
-    compare(
-        library(builds), Sequential(*layers), (2, 6, 8), "float64", batch_sizes=(7, 2), bound=1e-10
-    )
+    model, shape = optional_parts(norm, activation, pool)
+    compare(library(builds), model, shape, "float64", batch_sizes=(7, 2), bound=1e-10)
 
 
 def test_sizes_known_to_the_compiler(builds):
@@ -211,8 +207,8 @@ def test_sizes_known_to_the_compiler(builds):
     )
 
 
-@pytest.mark.parametrize("processors", [1, MANY])
-def test_float32(builds, processors):
+@pytest.mark.parametrize("multiprocessors", [1, MANY])
+def test_float32(builds, multiprocessors):
     """As for the engine on NumPy."""
     model = LeNet(generator=np.random.default_rng(0))
     compare(
@@ -223,19 +219,7 @@ def test_float32(builds, processors):
         batch_sizes=(30,),
         bound=1e-4,
         classes=10,
-        processors=processors,
-    )
-
-
-def small_model() -> Sequential:
-    """Every kernel has something to do, and 50 places in a convolution make two strips."""
-    generator = np.random.default_rng(0)
-    return Sequential(
-        *(Conv2d(2, 3, 5, padding=1, generator=generator), BatchNorm(3, 4), Sigmoid()),
-        AvgPool2d((2, 3)),
-        *(Conv2d(3, 2, 2, generator=generator), ReLU(), MaxPool2d((2, 1))),
-        *(Flatten(), Linear(2, 40, generator=generator), BatchNorm(40, 2)),
-        Linear(40, 3, generator=generator),
+        multiprocessors=multiprocessors,
     )
 
 
@@ -248,17 +232,13 @@ def wide_model() -> Sequential:
     )
 
 
-SMALL = (2, 8, 8)
-"""The shape of their images."""
-
-
 def test_a_hundred_losses_in_float32(builds):
     model = small_model()
     expected = copy.deepcopy(model)
     split = a_split(SMALL, 60, 1)
-    blocks, programs, _ = programs_of(model, SMALL, (20,), momentum=0.9)
+    stages, programs, _ = programs_of(model, SMALL, (20,), momentum=0.9)
     device = Emulator(library(builds), programs.values())
-    write(device.arrays, blocks, split)
+    write(device.arrays, stages, split)
     device.arrays["order"][:] = np.arange(60)
     device.arrays["rates"][:] = 0.1
     optimizer = SGD(expected.parameters(), 0.1, momentum=0.9)
@@ -290,10 +270,10 @@ def test_a_variance_far_from_zero_in_float32(builds):
     )
     model.layers[0].weight.data[...] *= 0.04
     model.layers[0].bias.data[...] = 1e4
-    blocks, programs, _ = programs_of(model, SMALL, (18,))
+    stages, programs, _ = programs_of(model, SMALL, (18,))
     device = Emulator(library(builds), programs.values())
     arrays = device.arrays
-    write(arrays, blocks, a_split(SMALL, 60, 1))
+    write(arrays, stages, a_split(SMALL, 60, 1))
     arrays["order"][:] = np.arange(60)
     arrays["rates"][:] = 0
     device.run(programs[18])
@@ -303,7 +283,7 @@ def test_a_variance_far_from_zero_in_float32(builds):
     assert 5e-3 < centred.std() < 5e-2
     right = centred / root[:, None]
     dgamma = (dz * right).sum((0, 2))
-    offset, _ = launch.parameter_offsets(blocks)["0.gamma"]
+    offset, _ = launch.parameter_offsets(stages)["0.gamma"]
     for found, expected in (
         (x, right),
         (arrays["0.moving_var"], 0.9 + 0.1 * centred.var((0, 2))),
@@ -315,10 +295,10 @@ def test_a_variance_far_from_zero_in_float32(builds):
 
 
 def test_a_label_out_of_range_makes_the_loss_nan(builds):
-    blocks, programs, evaluation = programs_of(small_model(), SMALL, (8,))
+    stages, programs, evaluation = programs_of(small_model(), SMALL, (8,))
     device = Emulator(library(builds), [*programs.values(), evaluation])
     split = a_split(SMALL, 60, 1)
-    write(device.arrays, blocks, split)
+    write(device.arrays, stages, split)
     device.arrays["order"][:] = np.arange(60)
     for label in (-1, 3):
         for data, program in (("train", programs[8]), ("test", evaluation)):
@@ -333,17 +313,17 @@ def test_a_label_out_of_range_makes_the_loss_nan(builds):
 def test_more_examples_than_a_block_has_threads(builds):
     model = Sequential(Flatten(), Linear(4, 3, generator=np.random.default_rng(0)))
     model.to(NUMPY, "float64")
-    blocks, split = plan(model, (1, 2, 2)), a_split((1, 2, 2), 300, 1)
-    program = launch.training(blocks, 300, examples=300)
+    stages, split = plan(model, (1, 2, 2)), a_split((1, 2, 2), 300, 1)
+    program = launch.training(stages, 300, examples=300)
     device = Emulator(library(builds), [program])
-    write(device.arrays, blocks, split)
+    write(device.arrays, stages, split)
     device.arrays["order"][:] = np.arange(300)
     device.arrays["rates"][:] = 0
     device.run(program)
     logits = model.forward(split.images / 255)
     loss, _ = F.softmax_cross_entropy(logits, split.labels)
     assert abs(device.arrays["train.losses"][0].sum() - loss) <= 1e-10
-    assert device.arrays["train.hits"][0].sum() == (logits.argmax(1) == split.labels).sum()
+    assert device.arrays["train.correct"][0].sum() == (logits.argmax(1) == split.labels).sum()
     device.close()
 
 
@@ -351,12 +331,12 @@ def test_of_equal_logits_the_first_counts(builds):
     model = Sequential(Flatten(), Linear(4, 3, bias=False))
     model.layers[1].weight.data[...] = 0
     model.to(NUMPY, "float64")
-    blocks, _, evaluation = programs_of(model, (1, 2, 2), (20,))
+    stages, _, evaluation = programs_of(model, (1, 2, 2), (20,))
     device = Emulator(library(builds), [evaluation])
     split = a_split((1, 2, 2), 60, 1)
-    write(device.arrays, blocks, split)
+    write(device.arrays, stages, split)
     device.run(evaluation)
-    assert device.arrays["test.hits"].sum() == np.count_nonzero(split.labels == 0) > 0
+    assert device.arrays["test.correct"].sum() == np.count_nonzero(split.labels == 0) > 0
     device.close()
 
 
@@ -368,11 +348,11 @@ def test_of_equal_maxima_the_first_alone_has_the_gradient(builds):
         Linear(8, 3, generator=generator),
     )
     model.to(NUMPY, "float64")
-    blocks, programs, evaluation = programs_of(model, (1, 6, 6), (4,))
+    stages, programs, evaluation = programs_of(model, (1, 6, 6), (4,))
     device = Emulator(library(builds), [*programs.values(), evaluation])
     split = a_split((1, 6, 6), 60, 1)
     split.images[...] = 100
-    write(device.arrays, blocks, split)
+    write(device.arrays, stages, split)
     device.arrays["order"][:] = np.arange(60)
     device.run(programs[4])
     gradient = device.arrays["dz0"].reshape(4, 2, 2, 2, 2, 2)  # (N, O, rows of windows, 2, ...)
@@ -386,9 +366,9 @@ def test_runs_are_identical_to_the_bit(builds):
 
     def run(seed: int):
         model = small_model()
-        blocks, programs, evaluation = programs_of(model, SMALL, (12,), processors=MANY)
+        stages, programs, evaluation = programs_of(model, SMALL, (12,), multiprocessors=MANY)
         device = Emulator(library(builds), [*programs.values(), evaluation], seed=seed)
-        write(device.arrays, blocks, a_split(SMALL, 60, 1))
+        write(device.arrays, stages, a_split(SMALL, 60, 1))
         device.arrays["order"][:] = np.arange(60)
         device.arrays["rates"][:] = 0.1
         for _ in range(3):
@@ -406,9 +386,9 @@ def test_runs_are_identical_to_the_bit(builds):
 
 
 def compare_everywhere(library, *cases, **options):
-    """Models and numbers of processors; unless given, such as need every barrier between them."""
-    for model, processors in cases or ((small_model, MANY), (small_model, 4), (wide_model, 4)):
-        sizes = {"batch_sizes": (6, 9), "bound": 1e-10, "processors": processors}
+    """Models and multiprocessors; unless given, such as need every barrier between them."""
+    for model, multiprocessors in cases or ((small_model, MANY), (small_model, 4), (wide_model, 4)):
+        sizes = {"batch_sizes": (6, 9), "bound": 1e-10, "multiprocessors": multiprocessors}
         compare(library, model(), SMALL, "float64", **sizes, **options)
 
 
@@ -450,12 +430,12 @@ def long_strides() -> Sequential:
 
 
 @pytest.mark.parametrize("model", [many_maps, wide_kernels])
-@pytest.mark.parametrize("processors", [1, 4, MANY])
-def test_more_than_a_block_does_at_once(builds, monkeypatch, model, processors):
+@pytest.mark.parametrize("multiprocessors", [1, 4, MANY])
+def test_more_than_a_block_does_at_once(builds, monkeypatch, model, multiprocessors):
     """And loss, statistics and gradients in many parts, of which some have fewer examples."""
     monkeypatch.setattr(launch, "LOGITS_AT_A_TIME", 200)
     monkeypatch.setattr(launch, "LONG", 8)
-    sizes = {"batch_sizes": (39, 21), "bound": 1e-10, "processors": processors}
+    sizes = {"batch_sizes": (39, 21), "bound": 1e-10, "multiprocessors": multiprocessors}
     options = {"momentum": 0.9, "weight_decay": 0.1}
     compare(library(builds), model(), SMALL, "float64", **sizes, **options)
 
@@ -491,7 +471,7 @@ RACES = {
 
 
 def mutated(mutants) -> str:
-    source = launch.SOURCE.read_text()
+    source = SOURCE.read_text()
     for old, new in mutants.values():
         assert old in source
         source = source.replace(old, new)

@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from test_engine import models
+from models import models
 
-from npbn.engine import launch, plan
-from npbn.engine.launch import Pointer, Program, Structure
+from npbn.engine.gpu import launch, shapes
+from npbn.engine.gpu.program import SOURCE, STRUCTURES, THREADS, Pointer, Program, Structure
+from npbn.engine.plan import plan
 from npbn.errors import UnsupportedError
 from npbn.layers import BatchNorm, Conv2d, Flatten, Linear, Sequential
 from npbn.models import LeNet
@@ -34,25 +35,25 @@ def pointers(arguments) -> Iterator[Pointer]:
 
 
 def test_the_sequence_for_lenet():
-    blocks = plan(LeNet(), (1, 28, 28))
+    stages = plan(LeNet(), (1, 28, 28))
     forward = ["conv_forward"] * 2 + ["linear_forward"] * 3 + ["cross_entropy"]
     backward = ["linear_backward"] * 3 + ["conv_backward"] * 2
-    assert names(launch.training(blocks, 256, examples=1000)) == [*forward, *backward, "sgd"]
-    assert names(launch.evaluation(blocks, 256, examples=600)) == forward * 3
+    assert names(launch.training(stages, 256, examples=1000)) == [*forward, *backward, "sgd"]
+    assert names(launch.evaluation(stages, 256, examples=600)) == forward * 3
 
 
 @given(
     drawn=models(),
     n=st.integers(1, 300),
-    processors=st.sampled_from([1, launch.PROCESSORS, 10**6]),
+    multiprocessors=st.sampled_from([1, launch.MULTIPROCESSORS, 10**6]),
     fixed=st.booleans(),
 )
-def test_what_holds_for_every_program(drawn, n, processors, fixed):
+def test_what_holds_for_every_program(drawn, n, multiprocessors, fixed):
     model, shape = drawn
-    blocks = plan(model, shape)
-    options = {"examples": 1000, "processors": processors, "fixed": fixed}
-    program = launch.training(blocks, n, **options)
-    for each in (program, launch.evaluation(blocks, n, **options)):
+    stages = plan(model, shape)
+    options = {"examples": 1000, "multiprocessors": multiprocessors, "fixed": fixed}
+    program = launch.training(stages, n, **options)
+    for each in (program, launch.evaluation(stages, n, **options)):
         for step in each.launches:
             assert min(step.grid) >= 1
             for argument in pointers(step.arguments):
@@ -72,8 +73,8 @@ def test_what_holds_for_every_program(drawn, n, processors, fixed):
 
 
 def test_a_thousand_classes_fit_into_shared_memory():
-    blocks = plan(Sequential(Flatten(), Linear(4, 1000)), (1, 2, 2))
-    for step in launch.training(blocks, 256, examples=1000).launches:
+    stages = plan(Sequential(Flatten(), Linear(4, 1000)), (1, 2, 2))
+    for step in launch.training(stages, 256, examples=1000).launches:
         assert step.shared <= 48 * 1024
 
 
@@ -85,16 +86,16 @@ def test_images_may_be_more_numbers_than_an_int_counts():
 def test_a_bias_before_batch_norm_has_no_partial_sums():
     """Its gradient stays exactly 0."""
     layers = Conv2d(1, 2, 3), BatchNorm(2, 4), Flatten(), Linear(8, 3), BatchNorm(3, 2)
-    blocks = plan(Sequential(*layers), (1, 4, 4))
-    program = launch.training(blocks, 4, examples=4)
+    stages = plan(Sequential(*layers), (1, 4, 4))
+    program = launch.training(stages, 4, examples=4)
     parts = {offset: count for offset, _, _, count, _ in program.arrays["tensors4"].value}
-    for name, (offset, _) in launch.parameter_offsets(blocks).items():
+    for name, (offset, _) in launch.parameter_offsets(stages).items():
         assert (parts[offset] > 0) == name.endswith(".weight"), name
 
 
 def test_programs_of_one_model_share_what_outlives_a_step():
-    blocks = plan(LeNet(), (1, 28, 28))
-    large, small = (launch.training(blocks, n, examples=1000).arrays for n in (256, 100))
+    stages = plan(LeNet(), (1, 28, 28))
+    large, small = (launch.training(stages, n, examples=1000).arrays for n in (256, 100))
     for name in (
         "parameters",
         "gradients",
@@ -106,14 +107,14 @@ def test_programs_of_one_model_share_what_outlives_a_step():
 
 
 def test_sizes_are_those_of_the_kernels():
-    """The numbers that launch.py and kernels.cu have in common."""
-    source = launch.SOURCE.read_text()
+    """The numbers that the Python and kernels.cu have in common."""
+    source = SOURCE.read_text()
     names = "THREADS", "SIDE", "DEPTH", "VECTOR", "ROWS", "MAPS", "TAPS", "BANKS", "WIDTH"
     for name in (*names, "SIGMOID", "RELU"):
         (value,) = re.findall(rf"\b{name} = (\d+)", source)
-        python = {"SIGMOID": 1, "RELU": 2}.get(name) or getattr(launch, name)
+        python = {"SIGMOID": 1, "RELU": 2}.get(name) or getattr(shapes, name, THREADS)
         assert int(value) == python
-    for structure, fields in launch.STRUCTURES.items():
+    for structure, fields in STRUCTURES.items():
         (body,) = re.findall(rf"struct {structure} {{(.*?)}};", source, re.DOTALL)
         body = re.sub(r"//.*", "", body)
         found = {}
@@ -144,7 +145,7 @@ def test_what_is_too_large_is_refused(layers, shape, n, message):
 
 
 def test_the_source_is_part_of_the_package():
-    assert launch.SOURCE.is_file()
+    assert SOURCE.is_file()
     settings = configparser.ConfigParser()
-    settings.read(launch.SOURCE.parents[2] / "setup.cfg")
-    assert settings["options.package_data"]["npbn.engine"] == launch.SOURCE.name
+    settings.read(SOURCE.parents[3] / "setup.cfg")
+    assert settings["options.package_data"]["npbn.engine.gpu"] == SOURCE.name

@@ -8,18 +8,15 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from test_cuda_kernels import SMALL, small_model
-from test_engine import a_split
+from models import NUMPY, SMALL, a_split, small_model
 
 import emulator
 from cupy_stand_in import ATTRIBUTES, CompileError
-from npbn import backend, training
-from npbn.engine import cupy_stages
-from npbn.engine.cupy_stages import CupyEngine
+from npbn import training
+from npbn.engine.gpu import GpuEngine, engine
+from npbn.engine.layers import LayersEngine
 from npbn.errors import BackendError, UnsupportedError
 from npbn.optim import SGD, StepDecay
-
-NUMPY = backend.get_backend("numpy")
 
 pytestmark = pytest.mark.skipif(
     emulator.COMPILER is None, reason="needs g++ on Linux, which compiles the CUDA kernels"
@@ -29,8 +26,8 @@ pytestmark = pytest.mark.skipif(
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
 def test_epochs_equal_those_of_the_layers(cupy, monkeypatch, momentum):
     """With a smaller last batch, in graphs of four steps; steps by the layers in between."""
-    monkeypatch.setattr(cupy_stages, "STEPS_OF_A_GRAPH", 4)
-    monkeypatch.setattr(cupy_stages, "EVALUATED_AT_ONCE", 16)
+    monkeypatch.setattr(engine, "STEPS_PER_GRAPH", 4)
+    monkeypatch.setattr(engine, "EVALUATED_AT_ONCE", 16)
     model = small_model()
     model.to(NUMPY, "float64")
     expected = copy.deepcopy(model)
@@ -40,55 +37,51 @@ def test_epochs_equal_those_of_the_layers(cupy, monkeypatch, momentum):
         schedule = StepDecay(0.1, 3, 0.5)
         return SGD(model.parameters(), schedule, momentum=momentum, weight_decay=0.01)
 
-    def training_of(model, optimizer):
-        return training.Training(
-            model,
-            optimizer,
-            train,
-            test,
-            batch_size=8,
-            generator=np.random.default_rng(0),
-            backend=NUMPY,
-            dtype="float64",
-        )
+    def by_layers(model, optimizer):
+        return LayersEngine(model, optimizer, train, test, batch_size=8, backend=NUMPY)
 
-    right = training_of(expected, optimizer(expected))
-    engine = CupyEngine(model, optimizer(model), train, test, batch_size=8)
-    by_layers = training_of(model, engine.optimizer)
+    right = by_layers(expected, optimizer(expected))
+    fused = GpuEngine(model, optimizer(model), train, test, batch_size=8)
+    between = by_layers(model, fused.optimizer)
     rng = np.random.default_rng(2)
     for _ in range(2):
         order = rng.permutation(60)
-        steps = [right.step(order[i : i + 8]) for i in range(0, 60, 8)]
-        losses, hits = engine.train(order)
-        np.testing.assert_allclose(losses, [loss for loss, _ in steps], rtol=1e-10)
-        assert hits == sum(hits for _, hits in steps)
-        loss, hits = engine.evaluate()
+        wanted = list(right.steps(order))
+        found = list(fused.steps(order))
+        assert [result.examples for result in found] == [32, 24, 4]
+        np.testing.assert_allclose(fused.losses(8), [r.loss for r in wanted], rtol=1e-10)
+        np.testing.assert_allclose(
+            [result.loss for result in found],
+            [np.mean([r.loss for r in part]) for part in (wanted[:4], wanted[4:7], wanted[7:])],
+            rtol=1e-10,
+        )
+        assert sum(r.correct for r in found) == sum(r.correct for r in wanted)
+        (result,) = fused.evaluate()
         metrics = training.evaluate(expected, test, backend=NUMPY, dtype="float64")
-        assert abs(loss - metrics.loss) <= 1e-10
-        assert hits == round(metrics.accuracy * 40)
+        assert abs(result.loss - metrics.loss) <= 1e-10
+        assert (result.examples, result.correct) == (40, round(metrics.accuracy * 40))
         scale = max(np.abs(p.gradient).max() for p in expected.parameters().values())
         for name, parameter in model.parameters().items():
             error = np.abs(parameter.gradient - expected.parameters()[name].gradient).max()
             assert error <= 1e-10 * scale, name
-        by_layers.step(order[:8])
-        right.step(order[:8])
+        list(between.steps(order[:8])), list(right.steps(order[:8]))
         for found, wanted in (
             (model.state_dict(), expected.state_dict()),
-            (engine.optimizer.velocity, right.optimizer.velocity),
+            (fused.optimizer.velocity, right.optimizer.velocity),
         ):
             assert found.keys() == wanted.keys()
             for name, value in wanted.items():
                 np.testing.assert_allclose(found[name], value, rtol=1e-9, atol=1e-10, err_msg=name)
-    assert engine.optimizer.steps == right.optimizer.steps == 18
+    assert fused.optimizer.steps == right.optimizer.steps == 18
 
 
 def test_an_evaluation_between_steps_changes_nothing(cupy, monkeypatch):
-    monkeypatch.setattr(cupy_stages, "STEPS_OF_A_GRAPH", 2)
+    monkeypatch.setattr(engine, "STEPS_PER_GRAPH", 2)
     order = np.random.default_rng(2).permutation(60)
     whole, parts = an_engine(), an_engine()
-    whole.train(order)
+    list(whole.steps(order))
     for _ in parts.steps(order):
-        parts.evaluate()
+        list(parts.evaluate())
     for name in ("parameters", "train.losses"):
         np.testing.assert_array_equal(parts.arrays[name], whole.arrays[name])
 
@@ -121,26 +114,41 @@ def test_a_gpu_with_too_little_shared_memory_is_refused(cupy, monkeypatch):
 
 
 def test_a_launch_that_fails_leaves_no_graph_half_captured(cupy):
-    engine, order = an_engine(), np.arange(60)
-    kernels = dict(engine._kernels)
+    fused, order = an_engine(), np.arange(60)
+    kernels = dict(fused._kernels)
 
     def fail(*arguments, **options):
         raise RuntimeError("no launch")
 
-    engine._kernels[min(kernels)] = fail
+    fused._kernels[min(kernels)] = fail
     with pytest.raises(RuntimeError, match="no launch"):
-        engine.train(order)
-    engine._kernels.update(kernels)
-    losses, _ = engine.train(order)
-    np.testing.assert_array_equal(losses, an_engine().train(order)[0])
+        list(fused.steps(order))
+    fused._kernels.update(kernels)
+    other = an_engine()
+    list(fused.steps(order)), list(other.steps(order))
+    np.testing.assert_array_equal(fused.losses(8), other.losses(8))
 
 
 def test_an_order_that_does_not_fit_is_refused(cupy):
     with pytest.raises(ValueError, match=r"expected batches of 8, .* got 59 examples"):
-        an_engine().train(np.arange(59))
+        list(an_engine().steps(np.arange(59)))
 
 
-def an_engine() -> CupyEngine:
-    model, split = small_model(), a_split(SMALL, 60, 1)
+def test_a_frozen_batch_norm_is_refused(cupy):
+    """When the engine is made, or when it is to train; a model that predicts is not frozen."""
+    fused = an_engine()
+    norm = fused.stages[0].norm
+    norm.eval()
+    message = r"BatchNorm\(3, 4\) after Conv2d\(.*\) is in prediction mode: .* frozen batch norm"
+    with pytest.raises(UnsupportedError, match=message):
+        list(fused.steps(np.arange(60)))
+    with pytest.raises(UnsupportedError, match=message):
+        an_engine(fused.model)
+    fused.model.eval()
+    an_engine(fused.model)
+
+
+def an_engine(model=None) -> GpuEngine:
+    model, split = model or small_model(), a_split(SMALL, 60, 1)
     model.to(NUMPY, "float64")
-    return CupyEngine(model, SGD(model.parameters(), 0.1), split, split, batch_size=8)
+    return GpuEngine(model, SGD(model.parameters(), 0.1), split, split, batch_size=8)

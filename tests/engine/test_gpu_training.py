@@ -8,8 +8,7 @@ import shutil
 
 import numpy as np
 import pytest
-from test_cuda_kernels import SMALL, small_model
-from test_engine import a_split
+from models import SMALL, a_split, small_model
 
 import cupy_stand_in
 import emulator
@@ -17,8 +16,8 @@ from commands import assert_refused
 from cupy_stand_in import CUDADriverError, CUDARuntimeError
 from npbn import training
 from npbn.checkpoint import load_checkpoint
-from npbn.engine import cupy_stages
-from npbn.engine.cupy_stages import CupyEngine
+from npbn.engine import build
+from npbn.engine.gpu import engine
 from npbn.errors import BackendError, NonFiniteError
 from npbn.optim import SGD, StepDecay
 
@@ -32,8 +31,8 @@ pytestmark = pytest.mark.skipif(
 @pytest.fixture(autouse=True)
 def short_graphs(cupy, monkeypatch):
     """An epoch of 60 examples is 3 steps, 3 steps, 1 step and 1 step on fewer examples."""
-    monkeypatch.setattr(cupy_stages, "STEPS_OF_A_GRAPH", 3)
-    monkeypatch.setattr(cupy_stages, "EVALUATED_AT_ONCE", 16)
+    monkeypatch.setattr(engine, "STEPS_PER_GRAPH", 3)
+    monkeypatch.setattr(engine, "EVALUATED_AT_ONCE", 16)
 
 
 def a_training(*, layers=False, examples=60, lr=0.1, seed=0, **options):
@@ -41,18 +40,11 @@ def a_training(*, layers=False, examples=60, lr=0.1, seed=0, **options):
     model.to(DEVICE, "float64")
     train, test = a_split(SMALL, examples, 1), a_split(SMALL, 20, 2)
     optimizer = SGD(model.parameters(), StepDecay(lr, 5, 0.5), momentum=0.9, weight_decay=0.01)
-    engine = None if layers else CupyEngine(model, optimizer, train, test, batch_size=8)
+    what = model, optimizer, train, test
+    kind = "layers" if layers else "fused"
+    chosen = build(kind, *what, batch_size=8, backend=DEVICE)
     return training.Training(
-        model,
-        optimizer,
-        train,
-        test,
-        batch_size=8,
-        generator=np.random.default_rng(seed),
-        backend=DEVICE,
-        dtype="float64",
-        engine=engine,
-        **options,
+        *what, engine=chosen, batch_size=8, seed=seed, backend=DEVICE, **options
     )
 
 
@@ -135,7 +127,7 @@ def test_stopped_and_resumed_equals_never_stopped(stop, step):
     seen = [without_times(epoch) for epoch in seen]
     arrays, record = first.state()
     assert record["step"] == step
-    second = a_training(seed=8)
+    second = a_training()
     second.load_state(arrays, json.loads(json.dumps(record)))
     for state in (second, first):
         assert seen + run(state) == expected
@@ -143,7 +135,7 @@ def test_stopped_and_resumed_equals_never_stopped(stop, step):
 
 
 def test_an_epoch_waits_for_the_device_at_its_end_alone(cupy, monkeypatch):
-    """The totals are read once; evaluation reads its losses and its hits."""
+    """Of training and of evaluation, the totals are read once."""
     waits = []
 
     def watched(name, original):
@@ -158,12 +150,7 @@ def test_an_epoch_waits_for_the_device_at_its_end_alone(cupy, monkeypatch):
     monkeypatch.setattr(training._Totals, "read", watched("read", training._Totals.read))
     monkeypatch.setattr(state.engine.stream, "synchronize", lambda: waits.append("synchronize"))
     state.run(2, eval_every=2, on_batch=lambda _: waits.append("batch"))
-    assert waits == ["batch"] * 4 + ["read"] + ["batch"] * 4 + [
-        "read",
-        "asnumpy",
-        "asnumpy",
-        "read",
-    ]
+    assert waits == ["batch"] * 4 + ["read"] + ["batch"] * 4 + ["read", "read"]
 
 
 def test_the_two_streams_wait_for_each_other():
@@ -207,7 +194,7 @@ def test_a_gpu_that_fails_is_one_clear_error(place, failure, cupy, monkeypatch):
     elif place == "totals":
         monkeypatch.setattr(training._Totals, "read", fail)
     elif place == "evaluation":
-        monkeypatch.setattr(cupy, "asnumpy", fail)
+        monkeypatch.setattr(state.engine, "evaluate", fail)
     message = (
         rf"^the GPU failed: {failure.__name__}: cudaErrorIllegalAddress: an illegal memory access "
         r"was encountered; .* --resume goes on from the last checkpoint"
@@ -233,18 +220,18 @@ data.load = lambda *_, **__: dataclasses.replace(digits, test=few)
 GPU = f"""{FEW}
 from pathlib import Path
 import cupy_stand_in
-from npbn.engine import cupy_stages
+from npbn.engine.gpu import engine
 cupy_stand_in.install(Path({{builds!r}}))
-cupy_stages.STEPS_OF_A_GRAPH = 2
+engine.STEPS_PER_GRAPH = 2
 """
 
 IN_THE_SECOND_EPOCH = """
-def launch(self, *arguments, original=cupy_stages.CupyEngine._launch):
+def launch(self, *arguments, original=engine.GpuEngine._launch):
     if self.optimizer.steps == 3:
         {what}
     return original(self, *arguments)
 
-cupy_stages.CupyEngine._launch = launch
+engine.GpuEngine._launch = launch
 """
 INTERRUPT = IN_THE_SECOND_EPOCH.format(
     what="import os, signal; os.kill(os.getpid(), signal.SIGINT)"
@@ -257,12 +244,12 @@ from npbn.errors import UnsupportedError
 def plan(*_):
     raise UnsupportedError("layer 3 (Sigmoid()): there is no stage for it")
 
-cupy_stages.plan = plan
+engine.plan = plan
 """
 
 COMMON = ("--dataset", "digits", "--limit-train", "11", "--batch-size", "4", "--lr", "0.1")
 COMMON += ("--momentum", "0.9", "--epochs", "2", "--eval-every", "2")
-COMPILED = (*COMMON, "--engine", "compiled")
+FUSED = (*COMMON, "--engine", "fused")
 
 
 def test_the_program_trains_by_it_and_goes_on_to_the_bit(builds, trainer, tmp_path):
@@ -272,19 +259,19 @@ def test_the_program_trains_by_it_and_goes_on_to_the_bit(builds, trainer, tmp_pa
     def train(*options, prelude=""):
         return trainer(*options, cwd=tmp_path, prelude=gpu + prelude)
 
-    whole = train(*COMPILED, "--backend", "cupy", "--run", "whole")
+    whole = train(*FUSED, "--backend", "cupy", "--run", "whole")
     assert whole.returncode == 0, whole.stderr
-    assert "float32, by the engine on the GPU\n" in whole.stdout
-    stopped = train(*COMPILED, "--run", "stopped", prelude=INTERRUPT)
+    assert "float32, by the fused engine on the GPU\n" in whole.stdout
+    stopped = train(*FUSED, "--run", "stopped", prelude=INTERRUPT)
     assert stopped.returncode == 130, stopped.stderr
     assert "stopped after step 5; to go on: --resume stopped\n" in stopped.stdout
-    failed = train(*COMPILED, "--run", "failed", prelude=FAIL)
+    failed = train(*FUSED, "--run", "failed", prelude=FAIL)
     assert_refused(failed, "the GPU failed: CUDARuntimeError: cudaErrorUnknown; ", "--resume goes")
     for name, where in (("stopped", "epoch 1, batch 2"), ("failed", "epoch 1, batch 0")):
         resumed = train("--resume", name)
         assert resumed.returncode == 0, resumed.stderr
         assert f"going on after {where}\n" in resumed.stdout
-        assert "by the engine on the GPU\n" in resumed.stdout
+        assert "by the fused engine on the GPU\n" in resumed.stdout
         one, other = (
             load_checkpoint(tmp_path / r / "last.safetensors")[0] for r in ("whole", name)
         )
@@ -294,14 +281,14 @@ def test_the_program_trains_by_it_and_goes_on_to_the_bit(builds, trainer, tmp_pa
 
 def test_a_run_goes_from_the_gpu_to_the_cpu_and_back(builds, trainer, tmp_path):
     gpu = GPU.format(builds=str(builds))
-    stopped = trainer(*COMPILED, "--run", "run", cwd=tmp_path, prelude=gpu + INTERRUPT)
+    stopped = trainer(*FUSED, "--run", "run", cwd=tmp_path, prelude=gpu + INTERRUPT)
     assert stopped.returncode == 130, stopped.stderr
     shutil.copytree(tmp_path / "run", tmp_path / "other")
     here = trainer(
         "--resume", "run", "--backend", "numpy", "--threads", "1", cwd=tmp_path, prelude=FEW
     )
     assert here.returncode == 0, here.stderr
-    assert "by the engine with 1 worker\n" in here.stdout
+    assert ", by " in here.stdout and "on the GPU" not in here.stdout
     there = trainer("--resume", "other", cwd=tmp_path, prelude=gpu)
     assert there.returncode == 0, there.stderr
     found = [
@@ -317,9 +304,9 @@ def test_it_computes_where_it_is_asked_for_and_can(builds, trainer, tmp_path):
     gpu = GPU.format(builds=str(builds))
     process = trainer(*COMMON, cwd=tmp_path, prelude=gpu)
     assert process.returncode == 0, process.stderr
-    assert "float32, by the layers\n" in process.stdout  # until it has run on a GPU
-    process = trainer(*COMPILED, "--run", "2", cwd=tmp_path, prelude=gpu + UNSUPPORTED)
-    assert_refused(process, "--engine compiled: layer 3 (Sigmoid()): there is no stage for it")
+    assert "float32, by layers\n" in process.stdout  # until it has run on a GPU
+    process = trainer(*FUSED, "--run", "2", cwd=tmp_path, prelude=gpu + UNSUPPORTED)
+    assert_refused(process, "--engine fused: layer 3 (Sigmoid()): there is no stage for it")
 
 
 @pytest.mark.parametrize(
@@ -332,11 +319,11 @@ def test_it_computes_where_it_is_asked_for_and_can(builds, trainer, tmp_path):
 def test_failures_before_the_first_step_are_one_line(error, said, builds, trainer, tmp_path):
     fails = f"def fail(*_): raise {error}\n"
     where = {
-        "build": "cupy_stages.CupyEngine._find_views = fail\n",
+        "build": "engine.GpuEngine._find_views = fail\n",
         "record": "import npbn.inspection\nnpbn.inspection.histograms = fail\n",
     }
     for name, patch in where.items():
         prelude = GPU.format(builds=str(builds)) + fails + patch
-        process = trainer(*COMPILED, "--run", name, cwd=tmp_path, prelude=prelude)
+        process = trainer(*FUSED, "--run", name, cwd=tmp_path, prelude=prelude)
         assert_refused(process, said)
         assert not (tmp_path / name).exists()

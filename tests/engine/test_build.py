@@ -1,0 +1,114 @@
+"""The choice of an engine."""
+
+from __future__ import annotations
+
+import dataclasses
+import subprocess
+import sys
+import types
+
+import pytest
+from models import NUMPY, TINY, a_split, a_tiny_model
+
+from npbn.engine import build
+from npbn.engine.layers import LayersEngine
+from npbn.errors import UnsupportedError
+from npbn.optim import SGD
+
+
+def built(kind, *, device=NUMPY, **options):
+    model, train, test = a_tiny_model(), a_split(TINY, 20, 1), a_split(TINY, 9, 2)
+    optimizer = SGD(model.parameters(), 0.1)
+    return build(kind, model, optimizer, train, test, batch_size=8, backend=device, **options)
+
+
+@pytest.fixture
+def cpu(monkeypatch):
+    """A stand-in for the fused engine on the CPU; what it was made of."""
+    made = []
+
+    class CpuEngine:
+        description = "by the fused engine on 2 threads"
+
+        def __init__(self, model, optimizer, train, test, *, batch_size, threads=None):
+            made.append((model, optimizer, len(train), len(test), batch_size, threads))
+
+    module = types.ModuleType("npbn.engine.cpu")
+    module.CpuEngine = CpuEngine
+    monkeypatch.setitem(sys.modules, "npbn.engine.cpu", module)
+    return made
+
+
+@pytest.mark.parametrize("kind", ["auto", "fused"])
+def test_on_the_cpu_auto_is_fused(kind, cpu):
+    engine = built(kind, threads=3)
+    assert engine.description == "by the fused engine on 2 threads"
+    ((_, _, *rest),) = cpu
+    assert rest == [20, 9, 8, 3]
+
+
+def test_layers_are_there_for_who_asks_for_them(cpu):
+    engine = built("layers")
+    assert isinstance(engine, LayersEngine) and engine.description == "by layers"
+    assert not cpu
+
+
+def unsupported(*_, **__):
+    raise UnsupportedError("layer 3 (Sigmoid()): there is no stage for it")
+
+
+def test_where_the_fused_engine_cannot_auto_is_layers_and_says_why(cpu, monkeypatch):
+    monkeypatch.setattr(sys.modules["npbn.engine.cpu"], "CpuEngine", unsupported)
+    engine = built("auto")
+    assert isinstance(engine, LayersEngine)
+    assert engine.description == "by layers (layer 3 (Sigmoid()): there is no stage for it)"
+    with pytest.raises(UnsupportedError, match=r"^layer 3 \(Sigmoid"):
+        built("fused")
+
+
+@pytest.mark.parametrize("error", [ValueError, TypeError])
+def test_what_layers_would_refuse_too_is_not_hidden(error, cpu, monkeypatch):
+    def refuse(*_, **__):
+        raise error("expected x of shape (N, 3, H, W)")
+
+    monkeypatch.setattr(sys.modules["npbn.engine.cpu"], "CpuEngine", refuse)
+    with pytest.raises(error, match="expected x of shape"):
+        built("auto")
+
+
+def test_on_a_gpu_fused_is_for_who_asks_for_it(monkeypatch):
+    import npbn.engine.gpu
+
+    device = dataclasses.replace(NUMPY, name="cupy")
+    monkeypatch.setattr(npbn.engine.gpu, "GpuEngine", lambda *_, batch_size: batch_size)
+    assert built("fused", device=device) == 8
+    assert built("auto", device=device).description == "by layers"
+
+
+def test_on_other_libraries_there_are_layers_only():
+    device = dataclasses.replace(NUMPY, name="array-api-strict")
+    assert built("auto", device=device).description == "by layers"
+    with pytest.raises(UnsupportedError, match="no fused engine for the backend array-api-strict"):
+        built("fused", device=device)
+
+
+def test_other_kinds_are_refused():
+    message = "expected an engine of auto, layers, fused, got 'compiled'"
+    with pytest.raises(ValueError, match=message):
+        built("compiled")
+
+
+def test_without_its_module_the_fused_engine_is_unsupported(monkeypatch):
+    monkeypatch.setitem(sys.modules, "npbn.engine.cpu", None)
+    assert isinstance(built("auto"), LayersEngine)
+    with pytest.raises(UnsupportedError):
+        built("fused")
+
+
+def test_the_interface_imports_no_engine():
+    code = (
+        "import sys, npbn.engine\n"
+        "found = [m for m in sys.modules if m.startswith('npbn.engine.') or m == 'numba']\n"
+        "assert not found, found"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
