@@ -27,6 +27,7 @@ from npbn.errors import NpbnError
 from npbn.layers import AvgPool2d, BatchNorm, Conv2d, Flatten, Linear, Sequential, Sigmoid
 
 LEARNING_RATE = 0.01  # small: the labels are random, there is nothing to learn
+EVALUATION_BATCH_SIZE = 256
 IMAGE = (1, 28, 28)
 # Padding of the first convolution, maps after the first and the second.
 NETWORKS = {"lenet": (0, 6, 16), "blenet": (2, 6, 16), "wide": (0, 24, 64)}
@@ -199,7 +200,7 @@ def engine_contestant(settings: Settings) -> Contestant:
             threads=settings.threads,
         )
 
-    trainer = built(settings.images if whole else settings.batch_size)
+    trainer = built(settings.images if whole else min(EVALUATION_BATCH_SIZE, settings.images))
 
     def steps(order: np.ndarray) -> float:
         """Results of several batches may be one: this sums up the batches' mean losses."""

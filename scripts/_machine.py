@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import datetime
 import importlib.metadata
-import os
 import platform
-import sys
 from typing import Any
 
 import numpy as np
@@ -32,7 +30,7 @@ def machine() -> dict[str, Any]:
     return {
         "date": datetime.date.today().isoformat(),
         "cpu": backend.cpu_name(),
-        "cores": usable_cores(),
+        "cores": backend.usable_cpus(),
         "features": features(),
         "blas": blas(),
         "system": platform.system(),
@@ -52,13 +50,6 @@ def about(machine: dict[str, Any]) -> str:
     return "{date}: {cpu}, {cores} CPUs, features {listed}; {blas}; {system}; ".format(
         **machine, listed=" ".join(machine["features"]) or "unknown"
     ) + ", ".join(versions)
-
-
-def usable_cores() -> int:
-    """Return how many CPUs this process may use."""
-    if sys.platform != "linux":
-        return os.cpu_count() or 1
-    return len(os.sched_getaffinity(0))
 
 
 def features() -> list[str]:

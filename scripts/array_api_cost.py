@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from _machine import about, machine, usable_cores
+from _machine import about, machine
 from _report import check_writable, print_table, quotients, save, spread
 from npbn import backend
 from npbn import functional as F
@@ -39,7 +39,7 @@ def parse_arguments() -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     for name, minimum, default, text in (
-        ("--threads", 1, usable_cores(), "of NumPy's matrix products"),
+        ("--threads", 1, backend.usable_cpus(), "of NumPy's matrix products"),
         ("--batch-size", 1, 256, "of the images"),
         ("--rounds", 1, 7, "rounds"),
         ("--seed", 0, 0, "of images, weights and order"),

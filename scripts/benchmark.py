@@ -29,6 +29,7 @@ from typing import IO, Any
 from tqdm import tqdm
 
 from _contestants import (
+    EVALUATION_BATCH_SIZE,
     IMAGE,
     NETWORKS,
     TASKS,
@@ -39,9 +40,9 @@ from _contestants import (
 )
 from _cpu_rates import fastest_way, training_operations
 from _gpu_rates import card_rates
-from _machine import about, machine, usable_cores
+from _machine import about, machine
 from _report import check_writable, print_table, quotients, save, spread
-from npbn import plots
+from npbn import backend, plots
 from npbn.errors import NpbnError
 
 EPILOG = """\
@@ -86,7 +87,6 @@ CONTESTANTS = {
     "onnx": "ONNX Runtime",
 }
 BASELINE = "eager"
-EVALUATION_BATCH_SIZE = 256
 NEEDED_TO_COUNT = {
     "numpy": ("eager", "eager-malloc", "compile", "compile-malloc", "onnx"),
     "cupy": ("eager", "compile", "graph"),
@@ -125,7 +125,7 @@ def parse_arguments() -> argparse.Namespace:
         text += f" (default: {choices[0]})"
         parser.add_argument(name, choices=choices, default=choices[0], help=text)
     for name, minimum, default, text in (
-        ("--threads", 1, usable_cores(), "that each library computes with, on the CPU"),
+        ("--threads", 1, backend.usable_cpus(), "that each library computes with, on the CPU"),
         ("--batch-size", SMALLEST_BATCH, 256, "of training"),
     ):
         text += f"; several are measured one after another (default: {default})"
