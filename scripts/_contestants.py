@@ -533,6 +533,7 @@ def measure(contestant: Contestant, task: str, batch_size: int) -> dict[str, flo
 
 def serve(settings: Settings) -> None:
     """Say what this is, then answer requests, a line of JSON each, until there are no more."""
+    sys.stdout = sys.stderr  # what a library prints is no answer
     contestant = prepared(settings)
     introduction = {
         "description": contestant.description,
@@ -557,9 +558,9 @@ def serve_peaks(settings: Settings) -> None:
 
 
 def answer_requests(introduction: object, answer: Callable[..., object]) -> None:
-    print(json.dumps(introduction), flush=True)
+    print(json.dumps(introduction), file=sys.__stdout__, flush=True)
     for line in sys.stdin:
-        print(json.dumps(answer(**json.loads(line))), flush=True)
+        print(json.dumps(answer(**json.loads(line))), file=sys.__stdout__, flush=True)
 
 
 def peak_resident_bytes() -> int:

@@ -60,7 +60,7 @@ def multiply_add_kernel() -> Callable[[int], float]:
     Raises:
         ImportError: Numba is missing or does not work here.
     """
-    # As from a module without types: what cgutils has are few, and an intrinsic's are others.
+    # Imported as Any: Numba's types describe neither intrinsics nor all of cgutils.
     numba: Any = importlib.import_module("numba")
     cgutils: Any = importlib.import_module("numba.core.cgutils")
     extending: Any = importlib.import_module("numba.extending")
@@ -73,10 +73,10 @@ def multiply_add_kernel() -> Callable[[int], float]:
     def chains(context: Any, count: Any, factor: Any) -> Any:
         def generate(_: Any, builder: Any, __: Any, arguments: Any) -> Any:
             count, factor = arguments
-            fma = cgutils.get_or_insert_function(
+            multiply_add = cgutils.get_or_insert_function(
                 builder.module,
                 ir.FunctionType(vector, (vector,) * 3),
-                f"llvm.fma.v{vector.count}f32",
+                f"llvm.fmuladd.v{vector.count}f32",  # fused where the processor can
             )
             factors = ir.Constant(vector, ir.Undefined)
             for lane in range(vector.count):
@@ -87,7 +87,9 @@ def multiply_add_kernel() -> Callable[[int], float]:
                 builder.store(ir.Constant(vector, [float(i)] * vector.count), place)
             with cgutils.for_range(builder, count):
                 for place in places:
-                    builder.store(builder.call(fma, [builder.load(place), factors, factors]), place)
+                    builder.store(
+                        builder.call(multiply_add, [builder.load(place), factors, factors]), place
+                    )
             total = builder.load(places[0])
             for place in places[1:]:
                 total = builder.fadd(total, builder.load(place))
