@@ -1,4 +1,4 @@
-"""Array libraries and the devices they compute on: the only module that knows CuPy exists.
+"""Array libraries and the devices they compute on.
 
 A `Backend` is what the loop above the mathematics needs of a library beyond the array API:
 arrays from and to the host, waiting for the device, and a line that says what it runs on.

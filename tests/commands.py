@@ -43,6 +43,30 @@ def assert_refused(process: subprocess.CompletedProcess[str], *expected: str) ->
         assert text in lines[0]
 
 
+CTRL_C = "os.kill(os.getpid(), signal.SIGINT)"
+
+
+def after_step(step: int, action: str) -> str:
+    """A prelude: in this process, do something after so many batches of training."""
+    return f"""
+import os, signal
+from npbn.training import Training
+
+def train(self, max_steps, on_batch, original=Training._train, count=[0]):
+    def watched(examples):
+        count[0] += 1
+        if count[0] == {step}:
+            {action}
+        on_batch(examples)
+
+    return original(self, max_steps, watched)
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # in the background
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+Training._train = train
+"""
+
+
 class Trainer:
     """Runs scripts/train.py like `run`, without the seconds that its imports take; see trainer.py.
 

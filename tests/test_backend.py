@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import math
 
 import array_api_compat
 import numpy as np
@@ -75,3 +76,50 @@ def test_keeping_freed_memory_changes_no_result(rng):
     backend.keep_freed_memory()
     backend.keep_freed_memory()
     assert np.ones(10_000_000).sum() == 10_000_000
+
+
+@pytest.mark.parametrize(
+    ("groups", "files", "expected"),
+    [
+        ("0::/\n", {"cpu.max": "150000 100000\n"}, 1.5),
+        ("0::/\n", {"cpu.max": "max 100000\n"}, math.inf),
+        ("0::/a/b\n", {"a/cpu.max": "200000 100000", "a/b/cpu.max": "max 100000"}, 2.0),
+        ("0::/a/b\n", {"a/cpu.max": "200000 100000", "a/b/cpu.max": "50000 100000"}, 0.5),
+        ("0::/of/the/host\n", {"cpu.max": "300000 100000"}, 3.0),  # a container's own is mounted
+        (
+            "5:memory:/a\n4:cpu,cpuacct:/a\n0::/\n",
+            {
+                "cpu,cpuacct/a/cpu.cfs_quota_us": "400000",
+                "cpu,cpuacct/a/cpu.cfs_period_us": "100000",
+                "cpu,cpuacct/cpu.cfs_quota_us": "-1",
+                "cpu,cpuacct/cpu.cfs_period_us": "100000",
+            },
+            4.0,
+        ),
+        ("4:cpu:/\n", {"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "1"}, math.inf),
+        ("0::/\n", {"cpu.max": "what is this"}, math.inf),
+        ("0::/\n", {}, math.inf),
+        ("", {"cpu.max": "100000 100000"}, math.inf),
+    ],
+)
+def test_the_quota_of_control_groups(groups, files, expected, tmp_path):
+    """Of versions 1 and 2, and the least of a group and those around it."""
+    (tmp_path / "cgroup").write_text(groups)
+    for name, text in files.items():
+        path = tmp_path / "mounted" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    assert backend.cpu_quota(tmp_path / "cgroup", tmp_path / "mounted") == expected
+
+
+def test_without_control_groups_there_is_no_quota(tmp_path):
+    assert backend.cpu_quota(tmp_path / "none", tmp_path) == math.inf
+
+
+@pytest.mark.parametrize(
+    ("quota", "expected"), [(math.inf, 3), (0.2, 1), (1.5, 2), (2.0, 2), (64.0, 3)]
+)
+def test_the_cpus_that_may_be_used(quota, expected, monkeypatch):
+    monkeypatch.setattr(backend.os, "sched_getaffinity", lambda _: {1, 5, 6}, raising=False)
+    monkeypatch.setattr(backend, "cpu_quota", lambda *_: quota)
+    assert backend.usable_cpus() == expected

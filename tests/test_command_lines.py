@@ -123,7 +123,7 @@ QUICK += ("--epochs", "2", "--run", "run")
         (("--schedule", "step", "--lr-epochs", HUGE), 0),
         (("--schedule", "step", "--lr-epochs", "1", "--lr-factor", "5e-324"), 0),
         (("--threads", HUGE), 0),
-        (("--threads", HUGE, "--engine", "compiled"), 0),
+        (("--threads", HUGE, "--engine", "fused"), 0),
         (("--seed", HUGE), 0),
         (("--eval-every", HUGE), 0),
         (("--target-accuracy", "1e-300"), 0),

@@ -2,26 +2,36 @@
 
 from __future__ import annotations
 
+import importlib.util
+import json
 import math
 import os
 import re
+import shutil
 import signal
 import struct
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 import threadpoolctl
 
-from commands import NO_NETWORK, SCRIPTS, assert_refused, run
+from commands import CTRL_C, NO_NETWORK, SCRIPTS, after_step, assert_refused, run
 from npbn import backend, data, training
-from npbn.checkpoint import load_checkpoint
+from npbn.checkpoint import load_checkpoint, save_checkpoint
+from npbn.engine.layers import LayersEngine
 from npbn.models import LeNet
 from npbn.optim import SGD
 
 QUICK = ("--dataset", "digits", "--backend", "numpy", "--epochs", "1")
+fused = pytest.mark.skipif(
+    importlib.util.find_spec("npbn.engine.cpu") is None
+    or importlib.util.find_spec("numba") is None,
+    reason="needs the fused engine on the CPU",
+)
 EPOCH_LINE = re.compile(r"^ +(\d+) +(\d\.\d{4}) +(\d\.\d{4}) +(\d\.\d{4}) +([\d,]+)$", re.MULTILINE)
 
 
@@ -117,22 +127,18 @@ def test_the_options_reach_the_training(options, rate, tmp_path):
     process = run("train.py", *QUICK, *common, *sgd, *options, cwd=tmp_path)
     assert process.returncode == 0, process.stderr
 
-    digits, generator = data.load("digits"), np.random.default_rng(7)
-    model = LeNet(generator=generator)
+    digits, device = data.load("digits"), backend.get_backend("numpy")
+    model = LeNet(generator=np.random.default_rng(7))
     optimizer = SGD(
         model.parameters(), lambda step: 0.3 * rate(step), momentum=0.7, weight_decay=0.02
     )
     with threadpoolctl.threadpool_limits(1):
         history: list = []
-        training.Training(
-            model,
-            optimizer,
-            digits.train,
-            digits.test,
-            batch_size=256,
-            generator=generator,
-            backend=backend.get_backend("numpy"),
-        ).run(4, on_epoch=history.append)
+        what = model, optimizer, digits.train, digits.test
+        engine = LayersEngine(*what, batch_size=256, backend=device)
+        training.Training(*what, engine=engine, batch_size=256, seed=7, backend=device).run(
+            4, on_epoch=history.append
+        )
     assert metrics(process.stdout) == [
         (
             str(epoch.number),
@@ -400,74 +406,113 @@ def test_a_reader_that_goes_away_is_no_traceback(tmp_path):
     assert "Traceback" not in errors and "Exception ignored" not in errors
 
 
+@fused
 def test_the_engine_reaches_what_the_layers_reach_and_resumes_to_the_bit(tmp_path):
-    common = (*QUICK, "--epochs", "2", "--threads", "2", "--batch-size", "100")
+    """On another number of threads, too."""
+    common = (*QUICK, "--epochs", "2", "--batch-size", "100")
     layers = run("train.py", *common, "--engine", "layers", "--run", "layers", cwd=tmp_path)
-    whole = run("train.py", *common, "--run", "whole", cwd=tmp_path)  # auto: it is the default
+    two = ("--threads", "2", "--run", "whole")
+    whole = run("train.py", *common, *two, cwd=tmp_path)  # auto: it is the default
     assert whole.returncode == 0, whole.stderr
-    assert "float32, by the layers\n" in layers.stdout
-    workers = min(2, os.cpu_count())
-    assert f"float32, by the engine with {workers} worker" in whole.stdout
+    assert "float32, by layers\n" in layers.stdout
+    assert "float32, by the fused engine on 2 threads\n" in whole.stdout
     for one, other in zip(metrics(layers.stdout), metrics(whole.stdout), strict=True):
         assert abs(float(one[1]) - float(other[1])) < 2e-3  # the loss
-    stopped = run(
-        "train.py",
-        *common,
-        *("--engine", "compiled", "--run", "stopped"),
-        cwd=tmp_path,
-        prelude=STOP_AFTER_20,
-    )
+    options = ("--engine", "fused", "--threads", "2", "--run", "stopped")
+    stopped = run("train.py", *common, *options, cwd=tmp_path, prelude=after_step(20, CTRL_C))
     assert stopped.returncode == 130, stopped.stderr
-    resumed = run("train.py", "--resume", "stopped", cwd=tmp_path)
+    resumed = run("train.py", "--resume", "stopped", "--threads", "1", cwd=tmp_path)
     assert resumed.returncode == 0, resumed.stderr
-    one, other = (
-        load_checkpoint(tmp_path / r / "last.safetensors")[0] for r in ("whole", "stopped")
-    )
-    for name, value in one.items():
-        np.testing.assert_array_equal(value, other[name], err_msg=name)
+    assert "by the fused engine on 1 thread\n" in resumed.stdout
+    assert_same_state(tmp_path / "stopped", tmp_path / "whole")
 
 
-@pytest.mark.skipif(os.cpu_count() == 1, reason="one core: there is one worker in any case")
-def test_a_run_goes_on_with_its_workers_or_as_many_as_are_asked_for(tmp_path):
-    common = (*QUICK, "--run", "run", "--epochs", "2", "--threads", "2", "--batch-size", "100")
-    assert run("train.py", *common, cwd=tmp_path, prelude=STOP_AFTER_20).returncode == 130
-    resumed = run("train.py", "--resume", "run", "--threads", "1", cwd=tmp_path)
-    assert resumed.returncode == 0, resumed.stderr
-    assert "by the engine with 1 worker\n" in resumed.stdout
-    resumed = run("train.py", "--resume", "run", cwd=tmp_path)
-    assert "by the engine with 2 workers\n" in resumed.stdout
-
-
-UNSUPPORTED = """
-import npbn.engine.engine
+NOT_THERE = """
+from npbn import engine
 from npbn.errors import UnsupportedError
 
-def plan(*_):
+def fused(*_):
     raise UnsupportedError("layer 3 (Sigmoid()): there is no stage for it")
 
-npbn.engine.engine.plan = plan
+engine._fused = fused
+"""
+
+# What layers compute, by the name of the fused engine.
+THERE = """
+from npbn import engine
+from npbn.engine.layers import LayersEngine
+
+class FusedEngine:
+    description = "by the fused engine on 2 threads"
+
+    def __init__(self, *what, batch_size, device):
+        self.engine = LayersEngine(*what, batch_size=batch_size, backend=device)
+        self.steps, self.evaluate = self.engine.steps, self.engine.evaluate
+
+def fused(*arguments):
+    *what, batch_size, device, threads = arguments
+    return FusedEngine(*what, batch_size=batch_size, device=device)
+
+engine._fused = fused
 """
 
 
-def test_what_the_engine_has_no_stage_for_is_left_to_the_layers(tmp_path):
-    process = run("train.py", *QUICK, cwd=tmp_path, prelude=UNSUPPORTED)
+def test_what_the_fused_engine_cannot_do_is_left_to_the_layers(tmp_path):
+    process = run("train.py", *QUICK, cwd=tmp_path, prelude=NOT_THERE)
     assert process.returncode == 0, process.stderr
-    assert "note: by the layers, because: layer 3 (Sigmoid()): there is no stage" in process.stdout
-    assert "float32, by the layers\n" in process.stdout
-    process = run("train.py", *QUICK, "--engine", "compiled", cwd=tmp_path, prelude=UNSUPPORTED)
-    assert_refused(process, "--engine compiled: layer 3 (Sigmoid()): there is no stage for it")
+    line = "float32, by layers (layer 3 (Sigmoid()): there is no stage for it)\n"
+    assert line in process.stdout
+    process = run("train.py", *QUICK, "--engine", "fused", cwd=tmp_path, prelude=NOT_THERE)
+    message = "train.py: error: --engine fused: layer 3 (Sigmoid()): there is no stage for it"
+    assert_refused(process, message, "; --engine layers can do it")
 
 
-STOP_AFTER_20 = """
-import os, signal
-from npbn.engine import Engine
+@pytest.mark.parametrize("options", [(), ("--engine", "fused"), ("--engine", "layers")])
+def test_a_run_goes_on_by_the_kind_of_engine_that_it_began_with(options, tmp_path):
+    """And by layers where the fused engine is not to be had any more; a line says why."""
+    common = (*QUICK, *options, "--epochs", "2", "--batch-size", "100", "--run", "run")
+    stop = after_step(20, CTRL_C)
+    process = run("train.py", *common, cwd=tmp_path, prelude=f"{THERE}\n{stop}")
+    assert process.returncode == 130, process.stderr
+    name = "layers" if "layers" in options else "the fused engine on 2 threads"
+    assert f"float32, by {name}\n" in process.stdout
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert config["engine"] == ("layers" if "layers" in options else "fused")
+    assert config["threads"] is None and "workers" not in config
+    shutil.copytree(tmp_path / "run", tmp_path / "other")
+    there = run("train.py", "--resume", "run", cwd=tmp_path, prelude=THERE)
+    assert there.returncode == 0, there.stderr
+    assert f"float32, by {name}\n" in there.stdout
+    gone = run("train.py", "--resume", "other", cwd=tmp_path, prelude=NOT_THERE)
+    assert gone.returncode == 0, gone.stderr
+    reason = "" if "layers" in options else " (layer 3 (Sigmoid()): there is no stage for it)"
+    assert f"float32, by layers{reason}\n" in gone.stdout
+    assert_same_state(tmp_path / "run", tmp_path / "other")
 
-def step(self, *arguments, original=Engine.step, count=[0]):
-    count[0] += 1
-    if count[0] == 20:
-        os.kill(os.getpid(), signal.SIGINT)
-    return original(self, *arguments)
 
-signal.signal(signal.SIGINT, signal.default_int_handler)
-Engine.step = step
-"""
+def test_what_began_by_layers_goes_on_by_layers(tmp_path):
+    """Although the fused engine has been installed since."""
+    common = (*QUICK, "--epochs", "2", "--batch-size", "100", "--run", "run")
+    stop = after_step(20, CTRL_C)
+    process = run("train.py", *common, cwd=tmp_path, prelude=f"{NOT_THERE}\n{stop}")
+    assert process.returncode == 130, process.stderr
+    process = run("train.py", "--resume", "run", cwd=tmp_path, prelude=THERE)
+    assert process.returncode == 0, process.stderr
+    assert "float32, by layers\n" in process.stdout
+
+
+def test_a_run_of_an_older_npbn_is_refused_in_one_line(tmp_path):
+    """Its order of examples came from a generator, whose state the checkpoint has."""
+    process = run("train.py", *QUICK, "--engine", "layers", "--run", "run", cwd=tmp_path)
+    assert process.returncode == 0, process.stderr
+    path = tmp_path / "run" / "last.safetensors"
+    arrays, record = load_checkpoint(path)
+    save_checkpoint(path, arrays, record | {"generator": {"bit_generator": "PCG64"}})
+    process = run("train.py", "--resume", "run", cwd=tmp_path)
+    assert_refused(process, "train.py: error: run/last.safetensors", "written by an older npbn")
+
+
+def assert_same_state(one: Path, other: Path) -> None:
+    one, other = (load_checkpoint(path / "last.safetensors")[0] for path in (one, other))
+    for name, value in one.items():
+        np.testing.assert_array_equal(value, other[name], err_msg=name)
