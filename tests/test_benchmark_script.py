@@ -87,10 +87,10 @@ def test_quick_run_with_every_value_written(tmp_path):
     assert "Training, % of the floor: npbn layers " in process.stdout
 
 
-def test_several_batch_sizes_on_the_wide_network_with_two_threads(tmp_path):
+def test_several_batch_sizes_with_two_threads(tmp_path):
     process = run(
         "benchmark.py",
-        *("--quick", "--model", "wide", "--threads", "2", "--batch-size", "500", "1000"),
+        *("--quick", "--threads", "2", "--batch-size", "500", "1000"),
         *("--contestants", "engine"),
         cwd=tmp_path,
     )
@@ -189,6 +189,17 @@ def test_engine_and_layers_do_the_same_work():
     assert train[0] == pytest.approx(train[1], rel=1e-4)
     assert epoch[0] == pytest.approx(epoch[1], rel=1e-4)
     assert at_once[0] == at_once[1]
+
+
+@pytest.mark.parametrize("name", ["lenet", "blenet", "wide"])
+def test_pytorch_starts_from_the_weights_of_npbn(name, monkeypatch):
+    """Sums of losses, by the layers, PyTorch, and batch norm in elementary operations."""
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    sums = []
+    for worker in ("layers", "eager", "by-hand"):
+        settings = dataclasses.replace(SETTINGS, worker=worker, model=name)
+        sums.append(contestants.measure(contestants.prepared(settings), "train", 16)["sum"])
+    assert sums[1:] == pytest.approx(sums[:1] * 2, rel=1e-4)
 
 
 def test_a_part_of_the_images_is_evaluated_exactly():
