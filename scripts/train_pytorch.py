@@ -33,6 +33,8 @@ def main() -> None:
         raise NpbnError("PyTorch is not installed: pip install torch") from None
     from torch import nn
 
+    from _pytorch import lenet
+
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
     if arguments.device == "cuda" and not torch.cuda.is_available():
@@ -45,14 +47,7 @@ def main() -> None:
         for split in (dataset.train, dataset.test)
         for array in (split.images, split.labels)
     )
-    model = nn.Sequential(
-        *(nn.Conv2d(1, 6, 5), nn.BatchNorm2d(6), nn.Sigmoid(), nn.AvgPool2d(2)),
-        *(nn.Conv2d(6, 16, 5), nn.BatchNorm2d(16), nn.Sigmoid(), nn.AvgPool2d(2)),
-        nn.Flatten(),
-        *(nn.Linear(256, 120), nn.BatchNorm1d(120), nn.Sigmoid()),
-        *(nn.Linear(120, 84), nn.BatchNorm1d(84), nn.Sigmoid()),
-        nn.Linear(84, 10),
-    )
+    model = lenet()
     for layer in model:
         if isinstance(layer, nn.Conv2d | nn.Linear):
             nn.init.xavier_uniform_(layer.weight)

@@ -1,0 +1,79 @@
+"""What a measurement was made on: processor, libraries, versions, date."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import platform
+from typing import Any
+
+import numpy as np
+import threadpoolctl
+
+from npbn import backend
+
+VERSIONS = {  # distributions, and how they are called
+    "npbn": "npbn",
+    "numpy": "NumPy",
+    "numba": "Numba",
+    "torch": "PyTorch",
+    "onnxruntime": "ONNX Runtime",
+    "jax": "JAX",
+}
+
+# NumPy 2.4 and later name levels of x86-64; these are what a reader looks for in them.
+LEVELS = {"X86_V3": "AVX2 FMA3", "X86_V4": "AVX512F AVX512BW AVX512CD AVX512DQ AVX512VL"}
+
+
+def machine() -> dict[str, Any]:
+    """Return what a table says about the machine, for JSON."""
+    return {
+        "date": datetime.date.today().isoformat(),
+        "cpu": backend.cpu_name(),
+        "cores": backend.usable_cpus(),
+        "features": features(),
+        "blas": blas(),
+        "system": platform.system(),
+        "python": platform.python_version(),
+        "versions": {name: found for name in VERSIONS if (found := version(name))},
+    }
+
+
+def about(machine: dict[str, Any]) -> str:
+    """Return those facts in one line."""
+    versions = [f"Python {machine['python']}"]
+    layer = machine.get("threading_layer")
+    for name, number in machine["versions"].items():
+        versions.append(f"{VERSIONS[name]} {number}")
+        if name == "numba" and layer:
+            versions[-1] += f" (threading layer {layer})"
+    return "{date}: {cpu}, {cores} CPUs, features {listed}; {blas}; {system}; ".format(
+        **machine, listed=" ".join(machine["features"]) or "unknown"
+    ) + ", ".join(versions)
+
+
+def features() -> list[str]:
+    """Return the processor's features for which NumPy looked and that it found."""
+    simd: Any = np.show_config(mode="dicts").get("SIMD Extensions", {})
+    # On other processors than x86-64, what matters may all be in the baseline.
+    found: list[str] = simd.get("found") or simd.get("baseline", [])
+    return [word for name in found for word in LEVELS.get(name, name).split()]
+
+
+def blas() -> str:
+    """Return the library of NumPy's matrix products, and for which processor its kernels are."""
+    pools = [pool for pool in threadpoolctl.threadpool_info() if pool["user_api"] == "blas"]
+    texts = [
+        f"{'OpenBLAS' if pool['internal_api'] == 'openblas' else pool['internal_api']} "
+        f"{pool['version']}, architecture {pool.get('architecture', 'unknown')}"
+        for pool in pools
+    ]
+    return ", ".join(dict.fromkeys(texts)) or "BLAS unknown"
+
+
+def version(distribution: str) -> str | None:
+    """Return the version that is installed, None without."""
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
