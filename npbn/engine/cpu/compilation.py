@@ -24,7 +24,7 @@ LOCK = threading.RLock()
 
 # GNU's OpenMP threads look for new work for a while before they sleep. By default that is so long
 # that two trainings at once would take each other's CPUs for nothing. Read when the library loads.
-os.environ.setdefault("GOMP_SPINCOUNT", "20000")
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 
 def cache_directory() -> Path:
