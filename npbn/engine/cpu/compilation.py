@@ -1,0 +1,104 @@
+"""Compiling the kernels: once for each dtype, and kept in the user's cache directory."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numba
+import platformdirs
+from numba.core import event
+from numba.core.dispatcher import Dispatcher
+from numba.core.errors import NumbaError
+
+from npbn.engine.cpu import launches, normalization, products
+from npbn.errors import UnsupportedError
+
+LOCK = threading.RLock()
+"""Held while kernels are compiled or run: not every threading layer bears two at a time."""
+
+# GNU's OpenMP threads look for new work for a while before they sleep. By default that is so long
+# that two trainings at once would take each other's CPUs for nothing. Read when the library loads.
+os.environ.setdefault("GOMP_SPINCOUNT", "20000")
+
+
+def cache_directory() -> Path:
+    """Return where compiled kernels are kept: NUMBA_CACHE_DIR, or npbn's part of the user's cache.
+
+    The name holds a digest of the kernels' sources and Numba's version. (Numba itself recompiles
+    for another processor, but does not see a change in a file that another one imports.)
+    """
+    digest = hashlib.sha256(numba.__version__.encode())
+    for source in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(source.read_bytes())
+    root = numba.config.CACHE_DIR or platformdirs.user_cache_path("npbn") / "kernels"
+    return Path(root) / digest.hexdigest()[:16]
+
+
+def compile_kernels(arguments: tuple[Any, ...], report: Callable[[str], None] | None) -> None:
+    """Compile `launches.execute` for such arguments, or load it from the cache.
+
+    Args:
+        arguments: as for a call.
+        report: called with a line when compilation begins and as it goes on.
+
+    Raises:
+        UnsupportedError: Numba cannot compile the kernels on this machine.
+    """
+    signature = tuple(numba.typeof(argument) for argument in arguments)
+    with LOCK, _reported(report):
+        if signature in launches.execute.overloads:
+            return
+        try:
+            with _cached():
+                launches.execute.compile(signature)
+        except (NumbaError, RuntimeError, OSError) as error:
+            reason = str(error).strip().splitlines() or [type(error).__name__]
+            raise UnsupportedError(f"Numba cannot compile its kernels: {reason[0]}") from error
+
+
+@contextlib.contextmanager
+def _cached() -> Iterator[None]:
+    """Let Numba cache what it compiles, if the directory can be written to."""
+    before = numba.config.CACHE_DIR
+    directory = cache_directory()
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        usable = os.access(directory, os.W_OK)
+    except OSError:
+        usable = False
+    if usable:
+        numba.config.CACHE_DIR = str(directory)
+    try:
+        if usable:
+            launches.execute.enable_caching()
+        yield
+    finally:
+        numba.config.CACHE_DIR = before
+
+
+@contextlib.contextmanager
+def _reported(report: Callable[[str], None] | None) -> Iterator[None]:
+    """Call ``report`` for every kernel that is compiled."""
+    modules = products, normalization, launches
+    kernels = {f for module in modules for f in vars(module).values() if isinstance(f, Dispatcher)}
+    compiled: set[Dispatcher] = set()
+
+    class Listener(event.Listener):  # type: ignore[misc]  # Numba has no types for mypy
+        def on_start(self, event: Any) -> None:
+            if not compiled and report is not None:
+                report(f"compiling {len(kernels)} kernels, once for this machine")
+
+        def on_end(self, event: Any) -> None:
+            compiled.add(event.data["dispatcher"])
+            done = len(compiled & kernels)
+            if report is not None and done % 5 == 0 and event.data["dispatcher"] in kernels:
+                report(f"compiled {done} of {len(kernels)} kernels")
+
+    with event.install_listener("numba:compile", Listener()):
+        yield

@@ -1,0 +1,325 @@
+"""A training step and an evaluation: what runs in parallel, and what comes between.
+
+A launch is a loop over threads, each of which takes every so-many-th part of the batch. A part is
+one chunk or several; how a batch is cut into parts depends on its size, and sums over parts are
+taken in their order, so no bit of a result depends on the number of threads.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+from numba import njit, prange
+
+from npbn.engine.cpu.normalization import (
+    BATCH_NORM,
+    NO_NORM,
+    activate,
+    activate_backward,
+    exponential,
+    merge,
+    merge_backward,
+    normalize_backward,
+    statistics,
+)
+from npbn.engine.cpu.products import (
+    OPTIONS,
+    SIX,
+    affine,
+    affine_backward_weight,
+    affine_backward_x,
+    pack,
+)
+from npbn.engine.cpu.vector import BYTES, at, full, load, put, store, where_greater
+
+MOST_PARTS = 32
+
+# The kernels.
+PACK, FORWARD, LOSS, BACKWARD, UPDATE, PREDICT = range(6)
+
+# Of what `parallel` can do, prange only: it would look for loops to fuse in every function.
+_OFF = "comprehension reduction inplace_binop setitem numpy stencil fusion".split()
+PARALLEL: dict[str, Any] = {
+    "parallel": dict.fromkeys(_OFF, False) | {"prange": True},
+    "error_model": "numpy",
+    "nogil": True,
+}
+
+
+def training_program(stages: int) -> np.ndarray:
+    """The launches of a training step, (kernel, stage) each."""
+    forward = [(FORWARD, k) for k in range(stages)]
+    backward = [(BACKWARD, k) for k in reversed(range(stages))]
+    return np.array([(PACK, 0), *forward, (LOSS, 0), *backward, (UPDATE, 0)])
+
+
+def prediction_program() -> np.ndarray:
+    """The launches of an evaluation."""
+    return np.array([(PACK, 0), (PREDICT, 0)])
+
+
+@njit(**PARALLEL)
+def execute(
+    program: Any, net: Any, images: Any, labels: Any, order: Any, threads: int
+) -> tuple[float, int]:
+    """Run a program's launches on the examples ``order``, each on all threads.
+
+    Returns:
+        The sum of the losses, and how many examples are classified right.
+    """
+    for launch in range(len(program)):
+        kernel, k = program[launch, 0], program[launch, 1]
+        prepare(net, kernel, k, len(order))
+        for thread in prange(threads):
+            run(net, kernel, k, images, labels, order, np.int64(thread), threads)
+        if kernel == FORWARD:
+            merge(net, k, len(order), kernel == FORWARD)
+    return summed_up(net, len(order))
+
+
+@njit(**OPTIONS)
+def prepare(net: Any, kernel: int, k: int, batch: int) -> None:
+    """What one thread does before a launch."""
+    if kernel == PACK:
+        set_masks(net, batch)
+    elif kernel == BACKWARD:
+        merge_backward(net, k, batch)
+    elif kernel == PREDICT:
+        for stage in range(len(net.stages) - 1):
+            merge(net, stage, batch, kernel != PREDICT)
+
+
+@njit(**OPTIONS)
+def run(
+    net: Any,
+    kernel: int,
+    k: int,
+    images: Any,
+    labels: Any,
+    order: Any,
+    thread: int,
+    threads: int,
+) -> None:
+    """One thread's share of a launch."""
+    stages, batch, last = net.stages, len(order), len(net.stages) - 2
+    lanes = BYTES // net.values.itemsize
+    chunks = (batch + lanes - 1) // lanes
+    if kernel == PACK or kernel == UPDATE:
+        for task in range(thread, net.tasks.size // 2, threads):
+            k, first = net.tasks[2 * task], net.tasks[2 * task + 1]
+            if kernel == PACK:
+                pack(net, k, first)
+            else:
+                update(net, k, first, chunks)
+        return
+    scratch = stages[0].dx + thread * stages[0].dx_size
+    whole = load(net.values, stages[0].masks)
+    if kernel == PREDICT:
+        for m in range(thread, chunks, threads):
+            examples = min(lanes, batch - m * lanes)
+            gather(net, thread, images, order, m * lanes, examples)
+            for stage in range(last + 1):
+                affine(net, stage, thread)
+                activate(net, stage, thread)
+            cross_entropy(net, thread, m, labels, order, m * lanes, examples, whole, scratch)
+        return
+    size, parts = cut(chunks)
+    for part in range(thread, parts, threads):
+        if kernel == BACKWARD and not stages[k].linear:
+            clear_part(net, k, part)
+        for m in range(part * size, min(chunks, part * size + size)):
+            examples = min(lanes, batch - m * lanes)
+            mask = load(net.values, stages[0].masks + np.int64(examples < lanes))
+            if kernel == FORWARD:
+                if k == 0:
+                    gather(net, m, images, order, m * lanes, examples)
+                else:
+                    activate(net, k - 1, m)
+                affine(net, k, m)
+                if stages[k].norm == BATCH_NORM:
+                    statistics(net, k, m, mask, examples)
+            elif kernel == LOSS:
+                activate(net, last, m)
+                cross_entropy(net, m, m, labels, order, m * lanes, examples, mask, scratch)
+                activate_backward(net, last, m, scratch)
+            else:
+                if stages[k].norm != NO_NORM:
+                    normalize_backward(net, k, m, mask)
+                if not stages[k].linear:
+                    convolution_backward_weight(net, k, m, part)
+                if k > 0:
+                    affine_backward_x(net, k, m, scratch)
+                    activate_backward(net, k - 1, m, scratch)
+
+
+@njit(**OPTIONS)
+def cut(chunks: int) -> tuple[int, int]:
+    """How many chunks are a part, and how many parts there are."""
+    size = (chunks + MOST_PARTS - 1) // MOST_PARTS
+    return size, (chunks + size - 1) // size
+
+
+@njit(**OPTIONS)
+def gather(net: Any, slot: int, images: Any, order: Any, first: int, examples: int) -> None:
+    """x of the first stage: the pixels of a chunk's images, from 0 to 1; 0 where there is none."""
+    stage, values = net.stages[0], net.values
+    lanes, width = BYTES // values.itemsize, stage.width
+    for row in range(stage.channels * stage.height):
+        channel, h = divmod(row, stage.height)
+        x = stage.x + slot * stage.x_size + channel * stage.x_plane + stage.inside
+        x = (x + h * stage.x_row) * lanes
+        for lane in range(examples):
+            pixel = (at(order, first + lane) * stage.channels * stage.height + row) * width
+            for w in range(width):
+                byte = np.int64(at(images, pixel + w))
+                put(values, x + w * lanes + lane, at(values, stage.table + byte))
+        for lane in range(examples, lanes):
+            for w in range(width):
+                put(values, x + w * lanes + lane, 0)
+
+
+@njit(**OPTIONS)
+def cross_entropy(
+    net: Any,
+    slot: int,
+    chunk: int,
+    labels: Any,
+    order: Any,
+    first: int,
+    examples: int,
+    mask: Any,
+    scratch: int,
+) -> None:
+    """Softmax and cross-entropy (`npbn.functional.softmax_cross_entropy`) of a chunk.
+
+    The sum of its losses, how many are classified right; and the gradient of the batch's mean loss
+    with respect to the logits, from ``scratch`` on.
+    """
+    stage, values = net.stages[len(net.stages) - 1], net.values
+    lanes = BYTES // values.itemsize
+    classes, batch = stage.channels, values.dtype.type(len(order))
+    logits, ends = stage.x + slot * stage.x_size, scratch + classes
+    largest = load(values, logits)
+    for o in range(1, classes):
+        z = load(values, logits + o)
+        largest = where_greater(z, largest, z, largest)
+    exponentials = full(values, 0.0)
+    for o in range(classes):
+        e = exponential(load(values, logits + o) - largest)
+        exponentials = exponentials + e
+        store(values, scratch + o, e)
+    store(values, ends, exponentials)
+    share = mask / (exponentials * batch)
+    for o in range(classes):
+        store(values, scratch + o, load(values, scratch + o) * share)
+    loss, correct = 0.0, 0
+    for lane in range(examples):
+        z = logits * lanes + lane
+        label, best = labels[order[first + lane]], 0
+        for o in range(1, classes):
+            if values[z + o * lanes] > values[z + best * lanes]:
+                best = o
+        if 0 <= label < classes:
+            values[(scratch + label) * lanes + lane] -= 1 / batch
+            shifted = values[z + label * lanes] - values[z + best * lanes]
+            loss += math.log(np.float64(values[ends * lanes + lane])) - np.float64(shifted)
+        else:
+            loss = math.nan  # as in npbn.functional: such a label has no logit
+        correct += best == label
+    net.found[stage.found, chunk] = loss
+    net.found[stage.found + 1, chunk] = correct
+
+
+@njit(**OPTIONS)
+def clear_part(net: Any, k: int, part: int) -> None:
+    stage = net.stages[k]
+    out = stage.partials + part * stage.partials_size
+    net.values[out : out + stage.partials_size] = 0
+
+
+@njit(**OPTIONS)
+def convolution_backward_weight(net: Any, k: int, m: int, part: int) -> None:
+    stage = net.stages[k]
+    affine_backward_weight(
+        net,
+        k,
+        (stage.maps - stage.maps, stage.maps),
+        (stage.x + m * stage.x_size, stage.down, stage.right),
+        (stage.z + m * stage.y_size, 1),
+        (stage.rows, stage.columns),
+        stage.partials + part * stage.partials_size,
+    )
+
+
+@njit(**OPTIONS)
+def update(net: Any, k: int, first: int, chunks: int) -> None:
+    """dW summed up over the batch, and a step of the optimizer, for six maps."""
+    stage, values = net.stages[k], net.values
+    last, row = min(first + SIX, stage.maps), stage.padded_taps
+    _, parts = cut(chunks)
+    if stage.linear:
+        parts = 1
+        out = stage.partials + first * row
+        values[out : out + SIX * row] = 0
+        affine_backward_weight(
+            net,
+            k,
+            (first, last),
+            (stage.x, 0, stage.x_size),
+            (stage.z, stage.y_size),
+            (1, chunks),
+            stage.partials,
+        )
+    decay, others = values[stage.settings + 2], values[stage.settings + 3]
+    for o in range(first, last):
+        place, to = stage.partials + o * row, stage.weight + o * stage.taps
+        for part in range(1, parts):
+            other = place + part * stage.partials_size
+            for r in range(stage.taps):
+                put(values, place + r, at(values, place + r) + at(values, other + r))
+        for r in range(stage.taps):
+            put(values, to + stage.gradient + r, at(values, place + r))
+        move(net, to, stage.taps, decay)
+    if stage.bias >= 0:
+        move(net, stage.bias + first, last - first, others)
+    if stage.norm != NO_NORM:
+        move(net, stage.gamma + first, last - first, others)
+        move(net, stage.beta + first, last - first, others)
+
+
+@njit(**OPTIONS)
+def move(net: Any, first: int, count: int, decay: Any) -> None:
+    """A step of `npbn.optim.SGD`: v ← m v + (g + λ w), w ← w - η v."""
+    stage, values = net.stages[0], net.values
+    rate, momentum = values[stage.settings], values[stage.settings + 1]
+    gradient, velocity = stage.gradient, stage.velocity
+    for w in range(first, first + count):
+        v = at(values, w + gradient) + decay * at(values, w)
+        if momentum > 0:
+            v += momentum * at(values, w + velocity)
+            put(values, w + velocity, v)
+        put(values, w, at(values, w) - rate * v)
+
+
+@njit(**OPTIONS)
+def set_masks(net: Any, batch: int) -> None:
+    """1 where a chunk has an example: of a whole chunk, and of a last one that is not."""
+    lanes = BYTES // net.values.itemsize
+    first = net.stages[0].masks * lanes
+    for lane in range(lanes):
+        net.values[first + lane] = 1
+        net.values[first + lanes + lane] = 1 if lane < batch % lanes else 0
+
+
+@njit(**OPTIONS)
+def summed_up(net: Any, batch: int) -> tuple[float, int]:
+    """Loss and hits of all chunks, in their order."""
+    lanes = BYTES // net.values.itemsize
+    last = net.stages[len(net.stages) - 1]
+    loss, correct = 0.0, 0
+    for m in range((batch + lanes - 1) // lanes):
+        loss += net.found[last.found, m]
+        correct += int(net.found[last.found + 1, m])
+    return loss, correct

@@ -1,0 +1,197 @@
+r"""A convolution or linear layer on one chunk of examples: forward, and its two gradients.
+
+One formula covers both. An output sees ``taps`` numbers of the input: for a convolution, r counts
+through (c, i, j), the channels and places of its kernel; for a linear layer, through all features.
+With W as a matrix of (maps, taps), and x(r, s) what the output at the site s = (p, q) sees by tap r,
+
+$$y_{o s} = \sum_r W_{o r} \, x(r, s)$$
+
+$$dx(r, s) \mathrel{+}= \sum_o W_{o r} \, dy_{o s} \qquad dW_{o r} = \sum_s dy_{o s} \, x(r, s)$$
+
+(`npbn.functional.conv2d` and `npbn.functional.linear` derive them.) x lies in memory with its zeros
+of padding around it, so x(r, s) is at ``taps[r]`` + p · ``down`` + q · ``right`` for every r and s,
+whatever kernel, stride and padding are: a table of taps is all that distinguishes layers.
+
+Each function keeps six results in registers while it goes through what is summed up. Six, because
+six vectors are 12 registers of AVX2's 16, and the factors have room in the others; and because two
+multiplications can begin in every cycle and each takes four: fewer than eight at a time would wait
+for each other.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from numba import njit
+
+from npbn.engine.cpu.vector import at, fma, full, load, put, store, total
+
+SIX = 6
+"""Results at a time. Maps and taps are stored by whole sixes: what is beyond has weights of 0."""
+
+TAPS_AT_A_TIME = 30
+"""Of `affine_backward_weight`: what they see of x stays in the cache for all maps."""
+
+OPTIONS: dict[str, Any] = {
+    "error_model": "numpy",
+    "nogil": True,
+    "no_cpython_wrapper": True,  # Python calls none of them
+    "no_cfunc_wrapper": True,
+}
+INLINE = OPTIONS | {"forceinline": True}
+
+
+@njit(**OPTIONS)
+def affine(net: Any, k: int, slot: int) -> None:
+    """y = W x at every site; a bias is added where y is read.
+
+    Weights as `pack` has them: the six maps' of each tap next to each other.
+    """
+    stage, values, tables = net.stages[k], net.values, net.tables
+    count, first_tap = stage.taps, stage.first_tap
+    plane, columns = stage.y_plane, stage.columns
+    for p in range(stage.rows):
+        for q in range(columns):
+            site = stage.x + slot * stage.x_size + p * stage.down + q * stage.right
+            for o in range(0, stage.maps, SIX):
+                y0 = y1 = y2 = y3 = y4 = y5 = full(values, 0.0)
+                w = stage.packed + o * count
+                for r in range(count):
+                    seen = load(values, site + at(tables, first_tap + r))
+                    y0 = fma(at(values, w), seen, y0)
+                    y1 = fma(at(values, w + 1), seen, y1)
+                    y2 = fma(at(values, w + 2), seen, y2)
+                    y3 = fma(at(values, w + 3), seen, y3)
+                    y4 = fma(at(values, w + 4), seen, y4)
+                    y5 = fma(at(values, w + 5), seen, y5)
+                    w += SIX
+                to = stage.y + slot * stage.y_size + o * plane + p * columns + q
+                store(values, to, y0)
+                store(values, to + plane, y1)
+                store(values, to + 2 * plane, y2)
+                store(values, to + 3 * plane, y3)
+                store(values, to + 4 * plane, y4)
+                store(values, to + 5 * plane, y5)
+
+
+@njit(**OPTIONS)
+def affine_backward_x(net: Any, k: int, slot: int, scratch: int) -> None:
+    """dx = Wᵀ dy, each site's added to what other sites found, from ``scratch`` on.
+
+    Weights as `pack` has them transposed: the six taps' of each map next to each other. A last six
+    that is not full repeats its first tap, with weights of 0; so the first is written last.
+    """
+    stage, values, tables = net.stages[k], net.values, net.tables
+    count, maps, plane, columns = stage.taps, stage.maps, stage.y_plane, stage.columns
+    zero = full(values, 0.0)
+    for i in range(stage.x_size):
+        store(values, scratch + i, zero)
+    for p in range(stage.rows):
+        for q in range(columns):
+            site = scratch + p * stage.down + q * stage.right
+            first = stage.z + slot * stage.y_size + p * columns + q
+            for r in range(0, count, SIX):
+                tap = stage.first_tap + r
+                to0 = site + at(tables, tap)
+                to1 = site + at(tables, tap + 1)
+                to2 = site + at(tables, tap + 2)
+                to3 = site + at(tables, tap + 3)
+                to4 = site + at(tables, tap + 4)
+                to5 = site + at(tables, tap + 5)
+                dx0, dx1, dx2 = load(values, to0), load(values, to1), load(values, to2)
+                dx3, dx4, dx5 = load(values, to3), load(values, to4), load(values, to5)
+                w = stage.transposed + r * maps
+                place = first
+                for _ in range(maps):
+                    gradient = load(values, place)
+                    dx0 = fma(at(values, w), gradient, dx0)
+                    dx1 = fma(at(values, w + 1), gradient, dx1)
+                    dx2 = fma(at(values, w + 2), gradient, dx2)
+                    dx3 = fma(at(values, w + 3), gradient, dx3)
+                    dx4 = fma(at(values, w + 4), gradient, dx4)
+                    dx5 = fma(at(values, w + 5), gradient, dx5)
+                    w += SIX
+                    place += plane
+                store(values, to5, dx5)
+                store(values, to4, dx4)
+                store(values, to3, dx3)
+                store(values, to2, dx2)
+                store(values, to1, dx1)
+                store(values, to0, dx0)
+
+
+@njit(**OPTIONS)
+def affine_backward_weight(
+    net: Any,
+    k: int,
+    maps: tuple[int, int],
+    x_site: tuple[int, int, int],
+    y_site: tuple[int, int],
+    sites: tuple[int, int],
+    out: int,
+) -> None:
+    """dW of the maps from ``maps[0]`` to ``maps[1]``, added to the numbers from ``out`` on.
+
+    Two maps and three taps at a time: so many, because five loads feed six results. The sites are rows and columns: of one chunk's image
+    (convolution), or the chunks (linear layer).
+
+    Args:
+        x_site: the first site's place in x, the step to the next row, and to the next column.
+        y_site: the first site's place in dy, and the step to the next site.
+        sites: how many rows and columns there are.
+    """
+    stage, values, tables = net.stages[k], net.values, net.tables
+    plane, row = stage.y_plane, stage.padded_taps
+    rows, columns = sites
+    x_first, down, right = x_site
+    y_first, step = y_site
+    for block in range(0, stage.taps, TAPS_AT_A_TIME):
+        for o in range(maps[0], maps[1], 2):
+            for r in range(block, min(block + TAPS_AT_A_TIME, stage.taps), 3):
+                tap = stage.first_tap + r
+                tap0, tap1, tap2 = at(tables, tap), at(tables, tap + 1), at(tables, tap + 2)
+                a0 = a1 = a2 = b0 = b1 = b2 = full(values, 0.0)
+                place = y_first + o * plane
+                for p in range(rows):
+                    site = x_first + p * down
+                    for _ in range(columns):
+                        a, b = load(values, place), load(values, place + plane)
+                        seen = load(values, site + tap0)
+                        a0 = fma(a, seen, a0)
+                        b0 = fma(b, seen, b0)
+                        seen = load(values, site + tap1)
+                        a1 = fma(a, seen, a1)
+                        b1 = fma(b, seen, b1)
+                        seen = load(values, site + tap2)
+                        a2 = fma(a, seen, a2)
+                        b2 = fma(b, seen, b2)
+                        place += step
+                        site += right
+                to = out + o * row + r
+                put(values, to, at(values, to) + total(a0))
+                put(values, to + 1, at(values, to + 1) + total(a1))
+                put(values, to + 2, at(values, to + 2) + total(a2))
+                to += row
+                put(values, to, at(values, to) + total(b0))
+                put(values, to + 1, at(values, to + 1) + total(b1))
+                put(values, to + 2, at(values, to + 2) + total(b2))
+
+
+@njit(**OPTIONS)
+def pack(net: Any, k: int, first: int) -> None:
+    """The weights of six maps, in the order in which `affine` and `affine_backward_x` read them."""
+    stage, values = net.stages[k], net.values
+    maps, taps, zero = stage.maps, stage.taps, values.dtype.type(0)
+    for o in range(first, first + SIX):
+        weight = stage.weight + o * taps
+        to = stage.packed + first * taps + o - first
+        if o >= maps:
+            for r in range(taps):
+                put(values, to + r * SIX, zero)
+            continue
+        for r in range(taps):
+            put(values, to + r * SIX, at(values, weight + r))
+        for r in range(0, stage.padded_taps, SIX):
+            to = stage.transposed + r * maps + o * SIX
+            for i in range(SIX):
+                put(values, to + i, at(values, weight + r + i) if r + i < taps else zero)
