@@ -174,8 +174,9 @@ def layers_contestant(settings: Settings) -> Contestant:
 def engine_contestant(settings: Settings) -> Contestant:
     """npbn's fused engine, which always takes pixels as bytes.
 
-    An engine evaluates one test split: there is an engine for each size of a batch. On a GPU, it
-    evaluates all images in parts of its own size, whatever the size of the task's batches.
+    An engine evaluates one test split: for each size of a batch there is one, and the one for 256
+    trains. On a GPU, it evaluates all images in parts of its own size, whatever the size of the
+    task's batches.
     """
     from npbn import engine
 
@@ -190,17 +191,22 @@ def engine_contestant(settings: Settings) -> Contestant:
     generator = np.random.default_rng(settings.seed)
     whole = settings.backend == "cupy"
 
-    @functools.cache
-    def built(tested: int) -> engine.Engine:
+    def build(tested: int, batch_size: int) -> engine.Engine:
         return engine.build(
             *("fused", model, optimizer, train),
             Split(images[:tested], labels[:tested]).to(device),
-            batch_size=settings.batch_size,
+            batch_size=batch_size,
             backend=device,
             threads=settings.threads,
         )
 
-    trainer = built(settings.images if whole else min(EVALUATION_BATCH_SIZE, settings.images))
+    size = settings.images if whole else min(EVALUATION_BATCH_SIZE, settings.images)
+    trainer = build(size, settings.batch_size)
+
+    @functools.cache
+    def evaluator(tested: int) -> engine.Engine:
+        """Return one that will not train, and so needs no memory for batches."""
+        return trainer if tested == size else build(tested, 1)
 
     def steps(order: np.ndarray) -> float:
         """Results of several batches may be one: this sums up the batches' mean losses."""
@@ -212,7 +218,9 @@ def engine_contestant(settings: Settings) -> Contestant:
             parts = [settings.images]
         else:
             parts = [batch.stop - batch.start for batch in batches(examples, batch_size)]
-        return float(total(result.correct for part in parts for result in built(part).evaluate()))
+        return float(
+            total(result.correct for part in parts for result in evaluator(part).evaluate())
+        )
 
     def threading_layer() -> str | None:
         """Return the one that was chosen at the first parallel kernel, None without any."""
