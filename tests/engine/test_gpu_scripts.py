@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import copy
+import dataclasses
+import importlib
 import json
 import math
 import signal
@@ -360,7 +362,7 @@ def test_the_rates_of_other_cards(monkeypatch):
 def test_the_floor_of_a_step_on_an_h200(monkeypatch, capsys):
     """By hand, for network A: 388 million operations, as they take 6 µs there."""
     results = {"npbn engine": {"train": [256e6 / 50]}}
-    monkeypatch.setattr(BENCHMARK, "compare_one", lambda arguments: results)
+    monkeypatch.setattr(BENCHMARK, "compare_one", lambda arguments: (results, {}))
     monkeypatch.setattr(BENCHMARK, "print_results", lambda results: None)
     monkeypatch.setattr("sys.argv", ["benchmark.py", "--backend", "cupy"])
     (found,) = BENCHMARK.compare(BENCHMARK.parse_arguments())
@@ -385,15 +387,17 @@ def test_the_benchmark_measures_the_same_by_engine_and_layers(monkeypatch):
     def model(arguments):
         return Sequential(Flatten(), Linear(784, 10, generator=np.random.default_rng(0)))
 
-    monkeypatch.setattr(backend, "get_backend", lambda name: NUMPY)
-    monkeypatch.setattr(BENCHMARK, "npbn_model", model)
+    device = dataclasses.replace(NUMPY, name="cupy")
+    contestants = importlib.import_module("_contestants")
+    monkeypatch.setattr(backend, "get_backend", lambda name: device)
+    monkeypatch.setattr(contestants, "npbn_model", model)
     settings = {"images": 40, "batch_size": 16, "threads": 1, "seed": 0, "backend": "cupy"}
     found = []
     for worker in ("engine", "layers"):
         arguments = argparse.Namespace(**settings, worker=worker)
-        contestant = BENCHMARK.prepared(arguments)
+        contestant = contestants.prepared(arguments)
         tasks = {"train": 16, "epoch": 16, "evaluate": 32, "evaluate at once": 40}
-        answers = {task: BENCHMARK.measure(contestant, task, n) for task, n in tasks.items()}
+        answers = {task: contestants.measure(contestant, task, n) for task, n in tasks.items()}
         assert all(0 < a["examples_per_second"] < math.inf for a in answers.values())
         found.append([answer["sum"] for answer in answers.values()])
         if worker == "engine":
