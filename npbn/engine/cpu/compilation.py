@@ -89,7 +89,7 @@ def _reported(report: Callable[[str], None] | None) -> Iterator[None]:
     kernels = {f for module in modules for f in vars(module).values() if isinstance(f, Dispatcher)}
     compiled: set[Dispatcher] = set()
 
-    class Listener(event.Listener):  # type: ignore[misc]  # Numba has no types for mypy
+    class Listener(event.Listener):
         def on_start(self, event: Any) -> None:
             if not compiled and report is not None:
                 report(f"compiling {len(kernels)} kernels, once for this machine")

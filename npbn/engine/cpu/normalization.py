@@ -140,11 +140,8 @@ def activate(net: Any, k: int, slot: int) -> None:
     for o in range(stage.maps):
         plane = slot * stage.y_size + o * stage.y_plane
         x = following.x + slot * following.x_size + o * following.x_plane + following.inside
-        mean, scale, shift = (
-            constant(net, k, MEAN, o),
-            constant(net, k, SCALE, o),
-            constant(net, k, SHIFT, o),
-        )
+        mean, scale = constant(net, k, MEAN, o), constant(net, k, SCALE, o)
+        shift = constant(net, k, SHIFT, o)
         for h in range(stage.rows // height):
             y = stage.y + plane + h * height * columns
             a = stage.z + plane + h * height * columns
@@ -323,7 +320,8 @@ def merge(net: Any, k: int, examples: int, training: bool) -> None:
         if stage.norm != NO_NORM:
             moving = stage.moving + o
             if training and stage.norm == BATCH_NORM:
-                means, squares = found[stage.found + FOUND * o + MEANS], found[stage.found + FOUND * o + SQUARES]
+                one = stage.found + FOUND * o
+                means, squares = found[one + MEANS], found[one + SQUARES]
                 chunks = (examples + lanes - 1) // lanes
                 s = q = 0.0
                 for m in range(chunks):
@@ -364,7 +362,8 @@ def merge_backward(net: Any, k: int, examples: int) -> None:
         for chunk in range((examples + lanes - 1) // lanes):
             dbeta += found[one + DBETA, chunk]
             q += found[one + DGAMMA, chunk]
-        inverse, scale = np.float64(constant(net, k, INVERSE, o)), np.float64(constant(net, k, SCALE, o))
+        inverse = np.float64(constant(net, k, INVERSE, o))
+        scale = np.float64(constant(net, k, SCALE, o))
         rest = np.float64(constant(net, k, REST, o))
         dgamma = (q - rest * dbeta) * inverse
         dbias = scale * dbeta

@@ -2,7 +2,7 @@ r"""A convolution or linear layer on one chunk of examples: forward, and its two
 
 One formula covers both. An output sees ``taps`` numbers of the input: for a convolution, r counts
 through (c, i, j), the channels and places of its kernel; for a linear layer, through all features.
-With W as a matrix of (maps, taps), and x(r, s) what the output at the site s = (p, q) sees by tap r,
+With W as a matrix of (maps, taps), and x(r, s) what tap r sees from the output site s = (p, q),
 
 $$y_{o s} = \sum_r W_{o r} \, x(r, s)$$
 
@@ -132,8 +132,8 @@ def affine_backward_weight(
 ) -> None:
     """dW of the maps from ``maps[0]`` to ``maps[1]``, added to the numbers from ``out`` on.
 
-    Two maps and three taps at a time: so many, because five loads feed six results. The sites are rows and columns: of one chunk's image
-    (convolution), or the chunks (linear layer).
+    Two maps and three taps at a time: five loads feed six results. The sites are the rows and
+    columns of one chunk's images (convolution), or the chunks (linear layer).
 
     Args:
         x_site: the first site's place in x, the step to the next row, and to the next column.

@@ -25,7 +25,7 @@ BYTES = 64
 """Of a vector."""
 
 
-class Vector(types.Type):  # type: ignore[misc]  # Numba has no types for mypy
+class Vector(types.Type):
     """Numba's type of a vector of ``dtype``."""
 
     def __init__(self, dtype: types.Float) -> None:
@@ -35,7 +35,7 @@ class Vector(types.Type):  # type: ignore[misc]  # Numba has no types for mypy
 
 
 @register_model(Vector)
-class _Model(models.PrimitiveModel):  # type: ignore[misc]
+class _Model(models.PrimitiveModel):
     def __init__(self, manager: Any, vector: Vector) -> None:
         number = manager.lookup(vector.dtype).get_value_type()
         super().__init__(manager, vector, ir.VectorType(number, vector.lanes))
@@ -160,7 +160,8 @@ def power_of_two(typing_context: Any, shifted: Any) -> Any:
     def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
         integers = ir.VectorType(ir.IntType(bits), shifted.lanes)
         shift = ir.Constant(integers, [mantissa] * shifted.lanes)
-        one = ir.Constant(integers, [((1 << (bits - mantissa - 2)) - 1) << mantissa] * shifted.lanes)
+        bias = (1 << (bits - mantissa - 2)) - 1  # the exponent of 1
+        one = ir.Constant(integers, [bias << mantissa] * shifted.lanes)
         exponent = builder.shl(builder.bitcast(values[0], integers), shift)
         return builder.bitcast(builder.add(exponent, one), values[0].type)
 
