@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from _command_line import say
 from npbn import data, layers, models, optim, training
 from npbn.backend import Backend, get_backend
 from npbn.engine import build
@@ -73,7 +74,7 @@ def build_training(
     what = model, optimizer, train, test
     how: dict[str, Any] = {"batch_size": config["batch_size"], "backend": device}
     try:
-        engine = build(config["engine"], *what, threads=config["threads"], **how)
+        engine = build(config["engine"], *what, threads=config["threads"], report=say, **how)
     except UnsupportedError as error:
         if not fallback:
             raise

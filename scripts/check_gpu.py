@@ -25,7 +25,9 @@ from typing import Any
 import numpy as np
 
 import npbn
-from benchmark import CONTESTANTS, card_rates, check_libraries, quotients
+from _gpu_rates import card_rates
+from _report import quotients
+from benchmark import CONTESTANTS, check_libraries
 from npbn import backend, data, training
 from npbn.backend import Backend, to_numpy
 from npbn.checkpoint import write_file

@@ -450,7 +450,7 @@ class FusedEngine:
         self.steps, self.evaluate = self.engine.steps, self.engine.evaluate
 
 def fused(*arguments):
-    *what, batch_size, device, threads = arguments
+    *what, batch_size, device, _, _ = arguments
     return FusedEngine(*what, batch_size=batch_size, device=device)
 
 engine._fused = fused

@@ -11,7 +11,7 @@ NumPy's arrays, `npbn.engine.gpu` for CuPy's. The layers are their specification
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from npbn.errors import UnsupportedError
@@ -84,6 +84,7 @@ def build(
     batch_size: int,
     backend: Backend,
     threads: int | None = None,
+    report: Callable[[str], None] | None = None,
 ) -> Engine:
     """Return the engine of this kind for a model: the only place that chooses.
 
@@ -94,6 +95,8 @@ def build(
         batch_size: of training.
         backend: from `npbn.backend.get_backend`.
         threads: of the fused engine on the CPU; every CPU that this process may use unless given.
+        report: called with lines to show while the fused engine on the CPU compiles its kernels,
+            which happens once.
 
     Raises:
         ValueError: no such kind, or what the model's own forward pass would raise.
@@ -107,7 +110,7 @@ def build(
     reason = ""
     if kind == "fused" or (kind == "auto" and backend.name == "numpy"):
         try:
-            return _fused(model, optimizer, train, test, batch_size, backend, threads)
+            return _fused(model, optimizer, train, test, batch_size, backend, threads, report)
         except UnsupportedError as error:
             if kind == "fused":
                 raise
@@ -128,18 +131,14 @@ def _fused(
     batch_size: int,
     backend: Backend,
     threads: int | None,
+    report: Callable[[str], None] | None,
 ) -> Engine:
     if backend.name == "numpy":
-        try:
-            from npbn.engine.cpu import CpuEngine
-        except ModuleNotFoundError as error:
-            if not (error.name or "").startswith("npbn.engine.cpu"):
-                raise
-            raise UnsupportedError("this npbn has no fused engine for the CPU") from None
-        cpu: Engine = CpuEngine(
-            model, optimizer, train, test, batch_size=batch_size, threads=threads
+        from npbn.engine.cpu import CpuEngine
+
+        return CpuEngine(
+            model, optimizer, train, test, batch_size=batch_size, threads=threads, report=report
         )
-        return cpu
     if backend.name == "cupy":
         from npbn.engine.gpu import GpuEngine
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import subprocess
 import sys
 import types
@@ -30,8 +31,8 @@ def cpu(monkeypatch):
     class CpuEngine:
         description = "by the fused engine on 2 threads"
 
-        def __init__(self, model, optimizer, train, test, *, batch_size, threads=None):
-            made.append((model, optimizer, len(train), len(test), batch_size, threads))
+        def __init__(self, model, optimizer, train, test, *, batch_size, threads, report):
+            made.append((model, optimizer, len(train), len(test), batch_size, threads, report))
 
     module = types.ModuleType("npbn.engine.cpu")
     module.CpuEngine = CpuEngine
@@ -41,10 +42,10 @@ def cpu(monkeypatch):
 
 @pytest.mark.parametrize("kind", ["auto", "fused"])
 def test_on_the_cpu_auto_is_fused(kind, cpu):
-    engine = built(kind, threads=3)
+    engine = built(kind, threads=3, report=print)
     assert engine.description == "by the fused engine on 2 threads"
     ((_, _, *rest),) = cpu
-    assert rest == [20, 9, 8, 3]
+    assert rest == [20, 9, 8, 3, print]
 
 
 def test_layers_are_there_for_who_asks_for_them(cpu):
@@ -98,10 +99,12 @@ def test_other_kinds_are_refused():
         built("compiled")
 
 
-def test_without_its_module_the_fused_engine_is_unsupported(monkeypatch):
-    monkeypatch.setitem(sys.modules, "npbn.engine.cpu", None)
-    assert isinstance(built("auto"), LayersEngine)
-    with pytest.raises(UnsupportedError):
+def test_without_numba_there_are_layers_and_a_reason(monkeypatch):
+    for name in [name for name in sys.modules if name.startswith("npbn.engine.cpu")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "numba", None)
+    assert re.match(r"by layers \(it needs Numba, which cannot be", built("auto").description)
+    with pytest.raises(UnsupportedError, match="it needs Numba, which cannot be imported"):
         built("fused")
 
 
