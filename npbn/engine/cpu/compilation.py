@@ -12,6 +12,7 @@ from typing import Any
 
 import numba
 import platformdirs
+from numba import types
 from numba.core import event
 from numba.core.dispatcher import Dispatcher
 from numba.core.errors import NumbaError
@@ -51,20 +52,35 @@ def compile_kernels(arguments: tuple[Any, ...], report: Callable[[str], None] | 
         UnsupportedError: Numba cannot compile the kernels on this machine.
     """
     signature = tuple(numba.typeof(argument) for argument in arguments)
+    _, net, images, labels, order, _ = signature
+    i = types.int64
+    parts = (
+        (launches.run, (net, i, i, images, labels, order, i, i)),
+        (launches.prepare, (net, i, i, i)),
+        (normalization.merge, (net, i, i, types.boolean)),
+        (launches.summed_up, (net, i)),
+    )
     with LOCK, _reported(report):
         if signature in launches.execute.overloads:
             return
+        optimization = numba.config.OPT
         try:
-            with _cached():
+            with _cached(launches.execute, *(kernel for kernel, _ in parts)):
+                for kernel, types_ in parts:
+                    kernel.compile(types_)
+                # What it calls is optimized already, and is linked into it three times.
+                numba.config.OPT = 1
                 launches.execute.compile(signature)
         except (NumbaError, RuntimeError, OSError) as error:
             reason = str(error).strip().splitlines() or [type(error).__name__]
             raise UnsupportedError(f"Numba cannot compile its kernels: {reason[0]}") from error
+        finally:
+            numba.config.OPT = optimization
 
 
 @contextlib.contextmanager
-def _cached() -> Iterator[None]:
-    """Let Numba cache what it compiles, if the directory can be written to."""
+def _cached(*kernels: Dispatcher) -> Iterator[None]:
+    """Let Numba cache these kernels, if the directory can be written to."""
     before = numba.config.CACHE_DIR
     directory = cache_directory()
     try:
@@ -75,8 +91,8 @@ def _cached() -> Iterator[None]:
     if usable:
         numba.config.CACHE_DIR = str(directory)
     try:
-        if usable:
-            launches.execute.enable_caching()
+        for kernel in kernels if usable else ():
+            kernel.enable_caching()
         yield
     finally:
         numba.config.CACHE_DIR = before

@@ -193,8 +193,8 @@ def _computing(threads: int) -> Iterator[None]:
         if _threads_started_in != os.getpid() and numba.threading_layer() != "workqueue":
             raise BackendError(
                 "this process was forked from one that had trained with the fused engine, whose "
-                "threads it does not have: start it by multiprocessing's \"spawn\" or "
-                "\"forkserver\", or train by layers"
+                'threads it does not have: start it by multiprocessing\'s "spawn" or '
+                '"forkserver", or train by layers'
             )
         before = numba.get_num_threads()
         numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))

@@ -40,7 +40,7 @@ MOST_PARTS = 32
 PACK, FORWARD, LOSS, BACKWARD, UPDATE, PREDICT = range(6)
 
 # Of what `parallel` can do, prange only: it would look for loops to fuse in every function.
-_OFF = "comprehension reduction inplace_binop setitem numpy stencil fusion".split()
+_OFF = ["comprehension", "reduction", "inplace_binop", "setitem", "numpy", "stencil", "fusion"]
 PARALLEL: dict[str, Any] = {
     "parallel": dict.fromkeys(_OFF, False) | {"prange": True},
     "error_model": "numpy",
@@ -52,7 +52,7 @@ def training_program(stages: int) -> np.ndarray:
     """The launches of a training step, (kernel, stage) each."""
     forward = [(FORWARD, k) for k in range(stages)]
     backward = [(BACKWARD, k) for k in reversed(range(stages))]
-    return np.array([(PACK, 0), *forward, (LOSS, 0), *backward, (UPDATE, 0)])
+    return np.array([(PACK, 0), *forward, (LOSS, stages), *backward, (UPDATE, 0)])
 
 
 def prediction_program() -> np.ndarray:
@@ -106,7 +106,7 @@ def run(
     stages, batch, last = net.stages, len(order), len(net.stages) - 2
     lanes = BYTES // net.values.itemsize
     chunks = (batch + lanes - 1) // lanes
-    if kernel == PACK or kernel == UPDATE:
+    if kernel in (PACK, UPDATE):
         for task in range(thread, net.tasks.size // 2, threads):
             k, first = net.tasks[2 * task], net.tasks[2 * task + 1]
             if kernel == PACK:
@@ -126,7 +126,10 @@ def run(
             cross_entropy(net, thread, m, labels, order, m * lanes, examples, whole, scratch)
         return
     size, parts = cut(chunks)
-    for part in range(thread, parts, threads):
+    own = (parts - thread + threads - 1) // threads
+    for i in range(own):
+        # To and fro: what the launch before wrote last is still in the cache.
+        part = thread + threads * (own - 1 - i if k % 2 else i)
         if kernel == BACKWARD and not stages[k].linear:
             clear_part(net, k, part)
         for m in range(part * size, min(chunks, part * size + size)):
@@ -148,7 +151,8 @@ def run(
                 if stages[k].norm != NO_NORM:
                     normalize_backward(net, k, m, mask)
                 if not stages[k].linear:
-                    convolution_backward_weight(net, k, m, part)
+                    out = stages[k].partials + part * stages[k].partials_size
+                    affine_backward_weight(net, k, np.int64(0), stages[k].maps, m, out)
                 if k > 0:
                     affine_backward_x(net, k, m, scratch)
                     activate_backward(net, k - 1, m, scratch)
@@ -165,16 +169,17 @@ def cut(chunks: int) -> tuple[int, int]:
 def gather(net: Any, slot: int, images: Any, order: Any, first: int, examples: int) -> None:
     """x of the first stage: the pixels of a chunk's images, from 0 to 1; 0 where there is none."""
     stage, values = net.stages[0], net.values
-    lanes, width = BYTES // values.itemsize, stage.width
+    lanes, width, table = BYTES // values.itemsize, stage.width, stage.table
     for row in range(stage.channels * stage.height):
         channel, h = divmod(row, stage.height)
         x = stage.x + slot * stage.x_size + channel * stage.x_plane + stage.inside
         x = (x + h * stage.x_row) * lanes
         for lane in range(examples):
-            pixel = (at(order, first + lane) * stage.channels * stage.height + row) * width
+            example = at(order, first + lane) * stage.channels * stage.height
+            pixel, to = (example + row) * width, x + lane
             for w in range(width):
                 byte = np.int64(at(images, pixel + w))
-                put(values, x + w * lanes + lane, at(values, stage.table + byte))
+                put(values, to + w * lanes, at(values, table + byte))
         for lane in range(examples, lanes):
             for w in range(width):
                 put(values, x + w * lanes + lane, 0)
@@ -234,23 +239,11 @@ def cross_entropy(
 
 @njit(**OPTIONS)
 def clear_part(net: Any, k: int, part: int) -> None:
+    """Set dW of a part of the batch to 0."""
     stage = net.stages[k]
     out = stage.partials + part * stage.partials_size
-    net.values[out : out + stage.partials_size] = 0
-
-
-@njit(**OPTIONS)
-def convolution_backward_weight(net: Any, k: int, m: int, part: int) -> None:
-    stage = net.stages[k]
-    affine_backward_weight(
-        net,
-        k,
-        (stage.maps - stage.maps, stage.maps),
-        (stage.x + m * stage.x_size, stage.down, stage.right),
-        (stage.z + m * stage.y_size, 1),
-        (stage.rows, stage.columns),
-        stage.partials + part * stage.partials_size,
-    )
+    for i in range(out, out + stage.partials_size):
+        put(net.values, i, 0)
 
 
 @njit(**OPTIONS)
@@ -261,17 +254,10 @@ def update(net: Any, k: int, first: int, chunks: int) -> None:
     _, parts = cut(chunks)
     if stage.linear:
         parts = 1
-        out = stage.partials + first * row
-        values[out : out + SIX * row] = 0
-        affine_backward_weight(
-            net,
-            k,
-            (first, last),
-            (stage.x, 0, stage.x_size),
-            (stage.z, stage.y_size),
-            (1, chunks),
-            stage.partials,
-        )
+        begin = stage.partials + first * row
+        for i in range(begin, begin + SIX * row):
+            put(values, i, 0)
+        affine_backward_weight(net, k, first, last, chunks, stage.partials)
     decay, others = values[stage.settings + 2], values[stage.settings + 3]
     for o in range(first, last):
         place, to = stage.partials + o * row, stage.weight + o * stage.taps

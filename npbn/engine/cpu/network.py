@@ -27,15 +27,55 @@ ACTIVATIONS = {
     Sigmoid: normalization.SIGMOID,
     ReLU: normalization.RELU,
 }
-_INTEGERS = """
-x x_size x_plane x_row inside channels height width
-linear taps first_tap padded_taps down right maps rows columns
-y z y_size y_plane packed transposed partials partials_size
-weight bias gamma beta gradient velocity moving settings
-norm constants found activation maximum window_h window_w
-dx dx_size masks table
-""".split()
-STAGE = np.dtype([*((n, np.int64) for n in _INTEGERS), ("eps", np.float64), ("momentum", np.float64)])
+_INTEGERS = [
+    "x",
+    "x_size",
+    "x_plane",
+    "x_row",
+    "inside",
+    "channels",
+    "height",
+    "width",
+    "linear",
+    "taps",
+    "first_tap",
+    "padded_taps",
+    "down",
+    "right",
+    "maps",
+    "rows",
+    "columns",
+    "y",
+    "z",
+    "y_size",
+    "y_plane",
+    "packed",
+    "transposed",
+    "partials",
+    "partials_size",
+    "weight",
+    "bias",
+    "gamma",
+    "beta",
+    "gradient",
+    "velocity",
+    "moving",
+    "settings",
+    "norm",
+    "constants",
+    "found",
+    "activation",
+    "maximum",
+    "window_h",
+    "window_w",
+    "dx",
+    "dx_size",
+    "masks",
+    "table",
+]
+STAGE = np.dtype(
+    [*((n, np.int64) for n in _INTEGERS), ("eps", np.float64), ("momentum", np.float64)]
+)
 """What the kernels know of a stage. Where something lies is counted in vectors for x, y, z, dx and
 masks, in numbers for the rest.
 
@@ -194,7 +234,10 @@ def places(stage: StagePlan, record: Any) -> Iterator[tuple[str, int]]:
         if isinstance(array, Parameter):
             yield name, int(record[name])
     maps = stage.maps[0]
-    yield from (("moving_mean", int(record["moving"])), ("moving_var", int(record["moving"]) + maps))
+    yield from (
+        ("moving_mean", int(record["moving"])),
+        ("moving_var", int(record["moving"]) + maps),
+    )
 
 
 def aligned(count: int, dtype: Any) -> Array:

@@ -211,9 +211,9 @@ def unpool_row(net: Any, k: int, a: int, x: int, dx: int, da: int) -> None:
 
 @njit(**OPTIONS)
 def activate_backward(net: Any, k: int, slot: int, scratch: int) -> None:
-    """a becomes dz = da · σ'(z), in place; and the sums of dz and of dz · (y - mean) over the chunk.
+    """From dx of the next stage to dz, which takes the place of a; and the sums for batch norm.
 
-    The sigmoid's derivative is a (1 - a). dx is at ``scratch``; after it, there is room for da.
+    dz = da · σ'(z); the sums are those of dz and of dz · (y - mean) over the chunk. The sigmoid's derivative is a (1 - a). dx is at ``scratch``; after it, there is room for da.
     """
     stage, following, values = net.stages[k], net.stages[k + 1], net.values
     height, columns, activation = stage.window_h, stage.columns, stage.activation
@@ -252,7 +252,6 @@ def normalize_backward(net: Any, k: int, slot: int, mask: Any) -> None:
     stage, values = net.stages[k], net.values
     to_y = stage.y - stage.z
     for o in range(stage.maps):
-        one = stage.found + FOUND * o
         mean, scale = constant(net, k, MEAN, o), constant(net, k, SCALE, o)
         slope, offset = -constant(net, k, SLOPE, o), constant(net, k, OFFSET, o)
         plane = stage.z + slot * stage.y_size + o * stage.y_plane

@@ -122,31 +122,25 @@ def affine_backward_x(net: Any, k: int, slot: int, scratch: int) -> None:
 
 @njit(**OPTIONS)
 def affine_backward_weight(
-    net: Any,
-    k: int,
-    maps: tuple[int, int],
-    x_site: tuple[int, int, int],
-    y_site: tuple[int, int],
-    sites: tuple[int, int],
-    out: int,
+    net: Any, k: int, first_map: int, last_map: int, chunk: int, out: int
 ) -> None:
-    """dW of the maps from ``maps[0]`` to ``maps[1]``, added to the numbers from ``out`` on.
+    """dW of some maps, added to the numbers from ``out`` on.
 
-    Two maps and three taps at a time: five loads feed six results. The sites are the rows and
-    columns of one chunk's images (convolution), or the chunks (linear layer).
+    The sites are those of one chunk for a convolution. A linear layer has one site a chunk, so
+    there the sites are the chunks, and ``chunk`` is how many there are.
 
-    Args:
-        x_site: the first site's place in x, the step to the next row, and to the next column.
-        y_site: the first site's place in dy, and the step to the next site.
-        sites: how many rows and columns there are.
+    Two maps and three taps at a time: five loads feed six results.
     """
     stage, values, tables = net.stages[k], net.values, net.tables
-    plane, row = stage.y_plane, stage.padded_taps
-    rows, columns = sites
-    x_first, down, right = x_site
-    y_first, step = y_site
+    plane, width = stage.y_plane, stage.padded_taps
+    rows, columns, down, right, step = stage.rows, stage.columns, stage.down, stage.right, 1
+    x_first = stage.x + chunk * stage.x_size
+    y_first = stage.z + chunk * stage.y_size
+    if stage.linear:
+        rows, columns, right, step = 1, chunk, stage.x_size, stage.y_size
+        x_first, y_first = stage.x, stage.z
     for block in range(0, stage.taps, TAPS_AT_A_TIME):
-        for o in range(maps[0], maps[1], 2):
+        for o in range(first_map, last_map, 2):
             for r in range(block, min(block + TAPS_AT_A_TIME, stage.taps), 3):
                 tap = stage.first_tap + r
                 tap0, tap1, tap2 = at(tables, tap), at(tables, tap + 1), at(tables, tap + 2)
@@ -167,11 +161,11 @@ def affine_backward_weight(
                         b2 = fma(b, seen, b2)
                         place += step
                         site += right
-                to = out + o * row + r
+                to = out + o * width + r
                 put(values, to, at(values, to) + total(a0))
                 put(values, to + 1, at(values, to + 1) + total(a1))
                 put(values, to + 2, at(values, to + 2) + total(a2))
-                to += row
+                to += width
                 put(values, to, at(values, to) + total(b0))
                 put(values, to + 1, at(values, to + 1) + total(b1))
                 put(values, to + 2, at(values, to + 2) + total(b2))
