@@ -40,8 +40,7 @@ _INTEGERS = [
     "taps",
     "first_tap",
     "padded_taps",
-    "down",
-    "right",
+    "first_site",
     "maps",
     "rows",
     "columns",
@@ -169,9 +168,15 @@ def build(plan: Sequence[StagePlan], dtype: Any, *, batch: int, test: int, threa
 
         maps, rows, columns = record["maps"], record["rows"], record["columns"] = stage.maps
         sixes = -(-maps // SIX) * SIX
-        record["down"], record["right"] = stage.stride[0] * row, stage.stride[1]
         record["y_plane"] = rows * columns | 1
         record["y_size"] = sixes * record["y_plane"] | 1
+        record["first_site"] = len(tables)
+        if stage.linear:  # one in a chunk: the chunks
+            sites = [(m * record["x_size"], m * record["y_size"]) for m in range(chunks)]
+        else:
+            down, right = stage.stride[0] * row, stage.stride[1]
+            sites = [(p * down + q * right, p * columns + q) for p, q in np.ndindex(rows, columns)]
+        tables += [number for site in sites for number in site]
         record["packed"] = sizes.numbers(sixes * count)
         record["transposed"] = sizes.numbers(padded * maps)
         record["partials_size"] = sixes * padded

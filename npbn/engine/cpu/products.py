@@ -9,8 +9,8 @@ $$y_{o s} = \sum_r W_{o r} \, x(r, s)$$
 $$dx(r, s) \mathrel{+}= \sum_o W_{o r} \, dy_{o s} \qquad dW_{o r} = \sum_s dy_{o s} \, x(r, s)$$
 
 (`npbn.functional.conv2d` and `npbn.functional.linear` derive them.) x lies in memory with its zeros
-of padding around it, so x(r, s) is at ``taps[r]`` + p · ``down`` + q · ``right`` for every r and s,
-whatever kernel, stride and padding are: a table of taps is all that distinguishes layers.
+of padding around it, so the place of x(r, s) is a sum of a number that depends on r and one that
+depends on s, whatever kernel, stride and padding are: two tables are all that distinguishes layers.
 
 Each function keeps six results in registers while it goes through what is summed up. Six, because
 six vectors are 12 registers of AVX2's 16, and the factors have room in the others; and because two
@@ -48,30 +48,28 @@ def affine(net: Any, k: int, slot: int) -> None:
     Weights as `pack` has them: the six maps' of each tap next to each other.
     """
     stage, values, tables = net.stages[k], net.values, net.tables
-    count, first_tap = stage.taps, stage.first_tap
-    plane, columns = stage.y_plane, stage.columns
-    for p in range(stage.rows):
-        for q in range(columns):
-            site = stage.x + slot * stage.x_size + p * stage.down + q * stage.right
-            for o in range(0, stage.maps, SIX):
-                y0 = y1 = y2 = y3 = y4 = y5 = full(values, 0.0)
-                w = stage.packed + o * count
-                for r in range(count):
-                    seen = load(values, site + at(tables, first_tap + r))
-                    y0 = fma(at(values, w), seen, y0)
-                    y1 = fma(at(values, w + 1), seen, y1)
-                    y2 = fma(at(values, w + 2), seen, y2)
-                    y3 = fma(at(values, w + 3), seen, y3)
-                    y4 = fma(at(values, w + 4), seen, y4)
-                    y5 = fma(at(values, w + 5), seen, y5)
-                    w += SIX
-                to = stage.y + slot * stage.y_size + o * plane + p * columns + q
-                store(values, to, y0)
-                store(values, to + plane, y1)
-                store(values, to + 2 * plane, y2)
-                store(values, to + 3 * plane, y3)
-                store(values, to + 4 * plane, y4)
-                store(values, to + 5 * plane, y5)
+    count, first_tap, plane = stage.taps, stage.first_tap, stage.y_plane
+    for s in range(stage.rows * stage.columns):
+        site = stage.x + slot * stage.x_size + at(tables, stage.first_site + 2 * s)
+        for o in range(0, stage.maps, SIX):
+            y0 = y1 = y2 = y3 = y4 = y5 = full(values, 0.0)
+            w = stage.packed + o * count
+            for r in range(count):
+                seen = load(values, site + at(tables, first_tap + r))
+                y0 = fma(at(values, w), seen, y0)
+                y1 = fma(at(values, w + 1), seen, y1)
+                y2 = fma(at(values, w + 2), seen, y2)
+                y3 = fma(at(values, w + 3), seen, y3)
+                y4 = fma(at(values, w + 4), seen, y4)
+                y5 = fma(at(values, w + 5), seen, y5)
+                w += SIX
+            to = stage.y + slot * stage.y_size + o * plane + s
+            store(values, to, y0)
+            store(values, to + plane, y1)
+            store(values, to + 2 * plane, y2)
+            store(values, to + 3 * plane, y3)
+            store(values, to + 4 * plane, y4)
+            store(values, to + 5 * plane, y5)
 
 
 @njit(**OPTIONS)
@@ -82,42 +80,38 @@ def affine_backward_x(net: Any, k: int, slot: int, scratch: int) -> None:
     that is not full repeats its first tap, with weights of 0; so the first is written last.
     """
     stage, values, tables = net.stages[k], net.values, net.tables
-    count, maps, plane, columns = stage.taps, stage.maps, stage.y_plane, stage.columns
+    count, maps, plane = stage.taps, stage.maps, stage.y_plane
     zero = full(values, 0.0)
     for i in range(stage.x_size):
         store(values, scratch + i, zero)
-    for p in range(stage.rows):
-        for q in range(columns):
-            site = scratch + p * stage.down + q * stage.right
-            first = stage.z + slot * stage.y_size + p * columns + q
-            for r in range(0, count, SIX):
-                tap = stage.first_tap + r
-                to0 = site + at(tables, tap)
-                to1 = site + at(tables, tap + 1)
-                to2 = site + at(tables, tap + 2)
-                to3 = site + at(tables, tap + 3)
-                to4 = site + at(tables, tap + 4)
-                to5 = site + at(tables, tap + 5)
-                dx0, dx1, dx2 = load(values, to0), load(values, to1), load(values, to2)
-                dx3, dx4, dx5 = load(values, to3), load(values, to4), load(values, to5)
-                w = stage.transposed + r * maps
-                place = first
-                for _ in range(maps):
-                    gradient = load(values, place)
-                    dx0 = fma(at(values, w), gradient, dx0)
-                    dx1 = fma(at(values, w + 1), gradient, dx1)
-                    dx2 = fma(at(values, w + 2), gradient, dx2)
-                    dx3 = fma(at(values, w + 3), gradient, dx3)
-                    dx4 = fma(at(values, w + 4), gradient, dx4)
-                    dx5 = fma(at(values, w + 5), gradient, dx5)
-                    w += SIX
-                    place += plane
-                store(values, to5, dx5)
-                store(values, to4, dx4)
-                store(values, to3, dx3)
-                store(values, to2, dx2)
-                store(values, to1, dx1)
-                store(values, to0, dx0)
+    for s in range(stage.rows * stage.columns):
+        site = scratch + at(tables, stage.first_site + 2 * s)
+        first = stage.z + slot * stage.y_size + s
+        for r in range(0, count, SIX):
+            tap = stage.first_tap + r
+            to0, to1 = site + at(tables, tap), site + at(tables, tap + 1)
+            to2, to3 = site + at(tables, tap + 2), site + at(tables, tap + 3)
+            to4, to5 = site + at(tables, tap + 4), site + at(tables, tap + 5)
+            dx0, dx1, dx2 = load(values, to0), load(values, to1), load(values, to2)
+            dx3, dx4, dx5 = load(values, to3), load(values, to4), load(values, to5)
+            w = stage.transposed + r * maps
+            place = first
+            for _ in range(maps):
+                dy = load(values, place)
+                dx0 = fma(at(values, w), dy, dx0)
+                dx1 = fma(at(values, w + 1), dy, dx1)
+                dx2 = fma(at(values, w + 2), dy, dx2)
+                dx3 = fma(at(values, w + 3), dy, dx3)
+                dx4 = fma(at(values, w + 4), dy, dx4)
+                dx5 = fma(at(values, w + 5), dy, dx5)
+                w += SIX
+                place += plane
+            store(values, to5, dx5)
+            store(values, to4, dx4)
+            store(values, to3, dx3)
+            store(values, to2, dx2)
+            store(values, to1, dx1)
+            store(values, to0, dx0)
 
 
 @njit(**OPTIONS)
@@ -132,35 +126,29 @@ def affine_backward_weight(
     Two maps and three taps at a time: five loads feed six results.
     """
     stage, values, tables = net.stages[k], net.values, net.tables
-    plane, width = stage.y_plane, stage.padded_taps
-    rows, columns, down, right, step = stage.rows, stage.columns, stage.down, stage.right, 1
-    x_first = stage.x + chunk * stage.x_size
-    y_first = stage.z + chunk * stage.y_size
-    if stage.linear:
-        rows, columns, right, step = 1, chunk, stage.x_size, stage.y_size
-        x_first, y_first = stage.x, stage.z
+    plane, width, first_site = stage.y_plane, stage.padded_taps, stage.first_site
+    x = stage.x if stage.linear else stage.x + chunk * stage.x_size
+    dy = stage.z if stage.linear else stage.z + chunk * stage.y_size
+    sites = chunk if stage.linear else stage.rows * stage.columns
     for block in range(0, stage.taps, TAPS_AT_A_TIME):
         for o in range(first_map, last_map, 2):
             for r in range(block, min(block + TAPS_AT_A_TIME, stage.taps), 3):
                 tap = stage.first_tap + r
-                tap0, tap1, tap2 = at(tables, tap), at(tables, tap + 1), at(tables, tap + 2)
+                x0, x1 = x + at(tables, tap), x + at(tables, tap + 1)
+                x2 = x + at(tables, tap + 2)
                 a0 = a1 = a2 = b0 = b1 = b2 = full(values, 0.0)
-                place = y_first + o * plane
-                for p in range(rows):
-                    site = x_first + p * down
-                    for _ in range(columns):
-                        a, b = load(values, place), load(values, place + plane)
-                        seen = load(values, site + tap0)
-                        a0 = fma(a, seen, a0)
-                        b0 = fma(b, seen, b0)
-                        seen = load(values, site + tap1)
-                        a1 = fma(a, seen, a1)
-                        b1 = fma(b, seen, b1)
-                        seen = load(values, site + tap2)
-                        a2 = fma(a, seen, a2)
-                        b2 = fma(b, seen, b2)
-                        place += step
-                        site += right
+                for s in range(first_site, first_site + 2 * sites, 2):
+                    site, place = at(tables, s), dy + o * plane + at(tables, s + 1)
+                    a, b = load(values, place), load(values, place + plane)
+                    seen = load(values, x0 + site)
+                    a0 = fma(a, seen, a0)
+                    b0 = fma(b, seen, b0)
+                    seen = load(values, x1 + site)
+                    a1 = fma(a, seen, a1)
+                    b1 = fma(b, seen, b1)
+                    seen = load(values, x2 + site)
+                    a2 = fma(a, seen, a2)
+                    b2 = fma(b, seen, b2)
                 to = out + o * width + r
                 put(values, to, at(values, to) + total(a0))
                 put(values, to + 1, at(values, to + 1) + total(a1))
