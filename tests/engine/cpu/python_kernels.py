@@ -42,8 +42,8 @@ Edit = tuple[str, str, str]
 # Few parts and few taps at a time: so a part of a tiny model, too, is more than one chunk, and a
 # layer has more than one block of taps.
 SMALL_CONSTANTS: tuple[Edit, ...] = (
-    ("launches", "MOST_PARTS = 32", "MOST_PARTS = 2"),
-    ("products", "TAPS_AT_A_TIME = 30", "TAPS_AT_A_TIME = 6"),
+    ("launches", "MOST_PARTS = 32", "MOST_PARTS = 3"),
+    ("products", "TAPS_AT_A_TIME = 30", "TAPS_AT_A_TIME = 12"),
 )
 
 
