@@ -9,6 +9,8 @@ import sys
 # beside another busy process cost more than they gain.
 for library in ("OPENBLAS", "MKL", "OMP"):
     os.environ.setdefault(f"{library}_NUM_THREADS", "1")
+# Numba starts no more than this: enough to see that results do not depend on it.
+os.environ.setdefault("NUMBA_NUM_THREADS", "4")
 
 from collections.abc import Iterator
 from pathlib import Path

@@ -1,9 +1,9 @@
 """The fused engine on the CPU: kernels in plain Python loops, compiled by Numba.
 
-`CpuEngine` runs the stages of `npbn.engine.plan` on chunks of examples, in threads. Its README is
-the log of what was measured. Read the modules in this order: `vector` (what a number is here),
-`products` (convolutions and linear layers), `normalization` (what is between them), `launches` (what
-runs in parallel), `network` (where it all lies), `engine`.
+`CpuEngine` runs the stages of `npbn.engine.plan` on chunks of examples, in threads. Read the
+modules in this order: `vector` (what a number is here), `products` (convolutions and linear
+layers), `normalization` (what is between them), `launches` (what runs in parallel), `network`
+(where it all lies), `engine`. ``README.md`` is the log of what was measured.
 
 Importing this package raises `npbn.errors.UnsupportedError` where Numba cannot be imported.
 """

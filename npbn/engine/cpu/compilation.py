@@ -104,17 +104,22 @@ def _reported(report: Callable[[str], None] | None) -> Iterator[None]:
     modules = products, normalization, launches
     kernels = {f for module in modules for f in vars(module).values() if isinstance(f, Dispatcher)}
     compiled: set[Dispatcher] = set()
+    said: list[str] = []
+
+    def say(line: str) -> None:
+        if report is not None and line not in said:
+            said.append(line)
+            report(line)
 
     class Listener(event.Listener):
-        def on_start(self, event: Any) -> None:
-            if not compiled and report is not None:
-                report(f"compiling {len(kernels)} kernels, once for this machine")
+        def on_start(self, _: Any) -> None:
+            say(f"compiling {len(kernels)} kernels, once for this machine")
 
         def on_end(self, event: Any) -> None:
             compiled.add(event.data["dispatcher"])
             done = len(compiled & kernels)
-            if report is not None and done % 5 == 0 and event.data["dispatcher"] in kernels:
-                report(f"compiled {done} of {len(kernels)} kernels")
+            if done % 6 == 0 < done:
+                say(f"compiled {done} of {len(kernels)} kernels")
 
     with event.install_listener("numba:compile", Listener()):
         yield

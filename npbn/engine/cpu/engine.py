@@ -19,7 +19,7 @@ from npbn.engine.cpu.compilation import LOCK, compile_kernels
 from npbn.engine.cpu.normalization import BATCH_NORM, FROZEN
 from npbn.engine.plan import plan
 from npbn.errors import BackendError
-from npbn.layers import Sequential, dtype_of
+from npbn.layers import Parameter, Sequential, dtype_of
 from npbn.optim import SGD
 
 EVALUATED_AT_ONCE = 16_384
@@ -58,9 +58,11 @@ class CpuEngine:
         threads: int | None = None,
         report: Callable[[str], None] | None = None,
     ) -> None:
-        self.threads = usable_cpus() if threads is None else threads
-        if self.threads < 1:
+        threads = usable_cpus() if threads is None else threads
+        if threads < 1:
             raise ValueError(f"expected at least 1 thread, got {threads}")
+        # Numba cannot start more, and a batch of 256 has 16 chunks.
+        self.threads = min(threads, numba.config.NUMBA_NUM_THREADS)
         self.stages = plan(model, tuple(train.images.shape[1:]))
         self.optimizer, self.train, self.test = optimizer, train, test
         self.batch_size = min(batch_size, len(train))
@@ -72,14 +74,14 @@ class CpuEngine:
             threads=self.threads,
         )
         self._views = self._find_views()
-        self._training = launches.training_program(len(self.stages))
-        self._prediction = launches.prediction_program()
+        settings = int(self.net.stages[0]["settings"])
+        self._settings = self.net.values[settings : settings + 4]
+        self.training_program = launches.training_program(len(self.stages))
+        self.prediction_program = launches.prediction_program()
         self._splits = {id(split): _arrays(split) for split in (train, test)}
-        nothing = _read_only(np.zeros(0, np.int64))
-        arguments = self._arguments(launches.prediction_program()[:1], train, nothing)
-        compile_kernels(arguments, report)
-        with _computing(self.threads):
-            launches.execute(*arguments)  # starts the threads
+        compile_kernels(self._arguments(self.prediction_program, test, np.arange(0)), report)
+        with _computing(self.threads):  # starts the threads
+            pass
         self.description = f"by the fused engine on {self.threads} thread{'s' * (self.threads > 1)}"
         if self.threads > 1 and numba.threading_layer() == "workqueue":
             self.description += " (without OpenMP, which would start them faster)"
@@ -93,8 +95,8 @@ class CpuEngine:
                 f"there are {len(self.train)}"
             )
         for start in range(0, len(order), self.batch_size):
-            batch = _read_only(order[start : start + self.batch_size])
-            loss, correct = self._execute(self._training, self.train, batch)
+            batch = order[start : start + self.batch_size]
+            loss, correct = self.execute(self.training_program, self.train, batch)
             self.optimizer.steps += 1
             yield Result(len(batch), loss / len(batch), correct)
 
@@ -102,66 +104,64 @@ class CpuEngine:
         """Run the test split in prediction mode."""
         for start in range(0, len(self.test), EVALUATED_AT_ONCE):
             part = np.arange(start, min(start + EVALUATED_AT_ONCE, len(self.test)))
-            loss, correct = self._execute(self._prediction, self.test, _read_only(part))
+            loss, correct = self.execute(self.prediction_program, self.test, part)
             yield Result(len(part), loss / len(part), correct)
 
-    def _execute(self, program: Any, split: Split, order: Any) -> tuple[float, int]:
+    def execute(self, program: Any, split: Split, order: np.ndarray) -> tuple[float, int]:
+        """Run launches (`npbn.engine.cpu.launches`) on these examples of one of the two splits.
+
+        Returns:
+            The sum of their losses, and how many are classified right.
+        """
         self._adopt()
         with _computing(self.threads):
             loss, correct = launches.execute(*self._arguments(program, split, order))
         return loss, correct
 
     def _arguments(self, program: Any, split: Split, order: Any) -> tuple[Any, ...]:
-        return program, self.net, *self._splits[id(split)], order, self.threads
+        return program, self.net, *self._splits[id(split)], _read_only(order), self.threads
 
-    def _find_views(self) -> list[tuple[Any, Any, Any, Any]]:
-        """Of each parameter: itself, and views of its value, its gradient and its velocity.
+    def _find_views(self) -> list[tuple[Any, ...]]:
+        """Return each parameter and moving average, and views of the engine's memory for it.
 
-        Of a moving average: itself, and a view of its value.
+        A parameter has its name in the optimizer and three views: of its value, gradient and
+        velocity. A moving average has one, of its value.
         """
+        names = {id(parameter): name for name, parameter in self.optimizer.parameters.items()}
         found = []
         for stage, record in zip(self.stages, self.net.stages, strict=False):
-            places = dict(network.places(stage, record))
-            for name, array in stage.state().items():
-                offsets = 0, record["gradient"], record["velocity"]
+            for name, place in network.places(stage, record):
+                array = stage.state()[name]
+                distances = 0, record["gradient"], record["velocity"]
                 views = [
-                    self.net.values[places[name] + offset :][: array.data.size].reshape(
-                        array.data.shape
-                    )
-                    for offset in (offsets if hasattr(array, "gradient") else offsets[:1])
+                    self.net.values[place + distance :][: array.data.size].reshape(array.data.shape)
+                    for distance in (distances if isinstance(array, Parameter) else distances[:1])
                 ]
-                found.append((array, *views, *[None] * (3 - len(views))))
+                found.append((names.get(id(array)), array, *views, *[None] * (3 - len(views))))
         return found
 
     def _adopt(self) -> None:
         """Take over what others have put into the layers and the optimizer."""
-        optimizer = self.optimizer
-        velocities = optimizer.velocity
-        names = {id(parameter): name for name, parameter in optimizer.parameters.items()}
-        for array, value, gradient, velocity in self._views:
+        optimizer, velocities = self.optimizer, self.optimizer.velocity
+        for name, array, value, gradient, velocity in self._views:
             if array.data is not value:
                 value[...] = array.data
                 array.data = value
             if gradient is None:
                 continue
             array.gradient = gradient
-            if optimizer.momentum:
-                name = names[id(array)]
-                before = velocities.get(name)
-                if before is not velocity:
-                    velocity[...] = 0 if before is None else before
-                    velocities[name] = velocity
+            if optimizer.momentum and velocities.get(name) is not velocity:
+                velocity[...] = velocities.get(name, 0)
+                velocities[name] = velocity
         for stage, record in zip(self.stages, self.net.stages, strict=False):
             if stage.norm is not None:
                 record["norm"] = FROZEN if stage.frozen else BATCH_NORM
                 record["eps"], record["momentum"] = stage.norm.eps, stage.norm.momentum
-        settings = int(self.net.stages[0]["settings"])
-        decay = optimizer.weight_decay
-        self.net.values[settings : settings + 4] = (
+        self._settings[:] = (
             optimizer.lr,
             optimizer.momentum,
-            decay,
-            decay if optimizer.decay_all else 0,
+            optimizer.weight_decay,
+            optimizer.weight_decay if optimizer.decay_all else 0,
         )
 
 
@@ -171,7 +171,7 @@ def _arrays(split: Split) -> tuple[Any, Any]:
     return _read_only(images), _read_only(np.ascontiguousarray(split.labels, np.int64))
 
 
-def _read_only(array: np.ndarray) -> np.ndarray:
+def _read_only(array: np.ndarray) -> Any:
     """A view that cannot be written to: Numba would compile kernels for each of the two."""
     view = array.view()
     view.flags.writeable = False
@@ -184,7 +184,7 @@ _threads_started_in: int | None = None
 
 @contextlib.contextmanager
 def _computing(threads: int) -> Iterator[None]:
-    """Numba with as many threads as asked for, or as there are."""
+    """Numba with this many threads."""
     global _threads_started_in
     with LOCK:
         if _threads_started_in is None:
@@ -197,7 +197,7 @@ def _computing(threads: int) -> Iterator[None]:
                 '"forkserver", or train by layers'
             )
         before = numba.get_num_threads()
-        numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))
+        numba.set_num_threads(threads)
         try:
             yield
         finally:

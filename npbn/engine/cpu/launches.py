@@ -36,7 +36,7 @@ from npbn.engine.cpu.vector import BYTES, at, full, load, put, store, where_grea
 
 MOST_PARTS = 32
 
-# The kernels.
+KERNELS = "PACK", "FORWARD", "LOSS", "BACKWARD", "UPDATE", "PREDICT"
 PACK, FORWARD, LOSS, BACKWARD, UPDATE, PREDICT = range(6)
 
 # Of what `parallel` can do, prange only: it would look for loops to fuse in every function.
@@ -61,9 +61,7 @@ def prediction_program() -> np.ndarray:
 
 
 @njit(**PARALLEL)
-def execute(
-    program: Any, net: Any, images: Any, labels: Any, order: Any, threads: int
-) -> tuple[float, int]:
+def execute(program: Any, net: Any, images: Any, labels: Any, order: Any, threads: int) -> Any:
     """Run a program's launches on the examples ``order``, each on all threads.
 
     Returns:

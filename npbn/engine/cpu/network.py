@@ -1,10 +1,9 @@
 """From the plan to the arrays that the kernels work on.
 
-All of a kind lie in one array, a stage's part from an offset on that the stage's record says; so
-kernels are compiled once, for every model. Activations are rows of vectors (`npbn.engine.cpu.vector`):
-(chunks, maps, rows · columns), and in a vector the examples of the chunk. A map's plane has an odd
-number of vectors, because planes whose sizes are multiples of 4,096 bytes would all want the same
-places of the cache.
+Numbers of one kind lie in one array. A stage's record says where its part begins, so kernels are
+compiled once, for every model. Activations are vectors (`npbn.engine.cpu.vector`): for each chunk
+of examples, (maps, rows · columns) of them. A map's plane has an odd number of vectors: planes of a
+multiple of 4,096 bytes would compete for the same lines of the cache.
 """
 
 from __future__ import annotations
@@ -27,73 +26,46 @@ ACTIVATIONS = {
     Sigmoid: normalization.SIGMOID,
     ReLU: normalization.RELU,
 }
-_INTEGERS = [
-    "x",
-    "x_size",
-    "x_plane",
-    "x_row",
-    "inside",
-    "channels",
-    "height",
-    "width",
-    "linear",
-    "taps",
-    "first_tap",
-    "padded_taps",
-    "first_site",
-    "maps",
-    "rows",
-    "columns",
-    "y",
-    "z",
-    "y_size",
-    "y_plane",
-    "packed",
-    "transposed",
-    "partials",
-    "partials_size",
-    "weight",
-    "bias",
-    "gamma",
-    "beta",
-    "gradient",
-    "velocity",
-    "moving",
-    "settings",
-    "norm",
-    "constants",
-    "found",
-    "activation",
-    "maximum",
-    "window_h",
-    "window_w",
-    "dx",
-    "dx_size",
-    "masks",
-    "table",
-]
-STAGE = np.dtype(
-    [*((n, np.int64) for n in _INTEGERS), ("eps", np.float64), ("momentum", np.float64)]
-)
-"""What the kernels know of a stage. Where something lies is counted in vectors for x, y, z, dx and
-masks, in numbers for the rest.
 
-- Its input: ``x``, of a chunk ``x_size`` vectors, of a channel ``x_plane``, of a row ``x_row``, with
-  the zeros of padding; ``inside``: where in a plane the image begins. ``channels``, ``height``,
-  ``width``: of the image.
-- Its layer: ``taps`` numbers are seen by an output, the first at tables[``first_tap``] from the
-  site; by whole sixes ``padded_taps``. ``down``, ``right``: from a site to the next row, the next
-  column. ``maps``, ``rows``, ``columns``: of the output.
-- Its output ``y``, of a chunk ``y_size`` vectors, of a map ``y_plane``; ``z`` likewise: a = σ(…) after
-  forward, then its gradient dz, then dy.
-- ``packed``, ``transposed``: its weights as `npbn.engine.cpu.products` reads them; ``partials``: dW of
-  each part of the batch, ``partials_size`` numbers.
-- Its parameters; ``bias`` is -1 without one. ``gradient``, ``velocity``: from a parameter to those.
-  ``moving``: means of all maps, then variances. ``settings``: rate, momentum, decay of weights, of others.
-- ``norm``, ``activation``, ``maximum``, ``window_h``, ``window_w``, ``eps``, ``momentum``: what follows
-  the layer; ``constants`` and ``found`` as in `npbn.engine.cpu.normalization`.
-- The same in all: ``dx``, memory of a thread; ``masks``, two vectors, 1 for each example of a whole
-  chunk, and of the last; ``table``, what a pixel's byte is as a number.
+
+def _integers(names: str) -> list[tuple[str, type]]:
+    return [(name, np.int64) for name in names.split()]
+
+
+STAGE = np.dtype(
+    [
+        *_integers("x x_size x_plane x_row inside channels height width"),
+        *_integers("linear taps padded_taps first_tap first_site maps rows columns"),
+        *_integers("y z y_size y_plane packed transposed partials partials_size"),
+        *_integers("weight bias gamma beta gradient velocity moving settings"),
+        *_integers("norm activation maximum window_h window_w constants found"),
+        *(("eps", np.float64), ("momentum", np.float64)),
+        *_integers("dx dx_size masks table"),
+    ]
+)
+"""What the kernels know of a stage.
+
+Places of x, y, z, dx and masks are counted in vectors, all other places in numbers.
+
+- Its input: ``x``, with ``x_size`` vectors a chunk, ``x_plane`` a channel and ``x_row`` a row,
+  zeros of padding included; ``inside``: where the image begins in its plane; ``channels``,
+  ``height`` and ``width`` of the image.
+- Its layer: ``taps`` numbers that an output sees, by whole sixes ``padded_taps``, listed in the
+  tables from ``first_tap`` on; the sites of its outputs, pairs of places in x and in y, from
+  ``first_site`` on; ``maps``, ``rows`` and ``columns`` of the output.
+- Its output: ``y``, with ``y_size`` vectors a chunk and ``y_plane`` a map; ``z`` of the same sizes
+  holds a = σ(...) after the forward pass, then the gradient dz, then dy.
+- Its weights as `npbn.engine.cpu.products` reads them, ``packed`` and ``transposed``; ``partials``:
+  dW of each part of the batch, ``partials_size`` numbers each.
+- Its parameters, ``bias`` -1 without one. ``gradient`` and ``velocity``: the distance from a
+  parameter to these. ``moving``: the moving means of all maps, then the variances. ``settings``:
+  learning rate, momentum, decay of weights, decay of other parameters.
+- What follows the layer: ``norm``, ``activation``, ``maximum`` (or mean) pooling and its window,
+  ``eps`` and ``momentum`` of batch norm; ``constants`` and ``found``: see
+  `npbn.engine.cpu.normalization`.
+- Equal in all stages: ``dx``, working memory of ``dx_size`` vectors a thread; ``masks``, two
+  vectors that are 1 for each example of a whole chunk, and of the last chunk; ``table``: the number
+  that each pixel's byte stands for.
 """
 
 
@@ -103,7 +75,7 @@ class Net(NamedTuple):
     Attributes:
         stages: a record of STAGE each, and one more whose x are the logits.
         values: all numbers of the dtype.
-        tables: taps of all stages.
+        tables: taps and sites of all stages.
         tasks: stage and first map of every six maps.
         found: what chunks found, a column each, in float64.
     """
@@ -234,15 +206,13 @@ def build(plan: Sequence[StagePlan], dtype: Any, *, batch: int, test: int, threa
 
 
 def places(stage: StagePlan, record: Any) -> Iterator[tuple[str, int]]:
-    """Where a stage's parameters and moving averages lie, by their names."""
+    """Return where a stage's parameters and moving averages lie, by their names."""
+    moving = int(record["moving"])
     for name, array in stage.state().items():
         if isinstance(array, Parameter):
             yield name, int(record[name])
-    maps = stage.maps[0]
-    yield from (
-        ("moving_mean", int(record["moving"])),
-        ("moving_var", int(record["moving"]) + maps),
-    )
+        else:
+            yield name, moving + (stage.maps[0] if name == "moving_var" else 0)
 
 
 def aligned(count: int, dtype: Any) -> Array:

@@ -213,7 +213,8 @@ def unpool_row(net: Any, k: int, a: int, x: int, dx: int, da: int) -> None:
 def activate_backward(net: Any, k: int, slot: int, scratch: int) -> None:
     """From dx of the next stage to dz, which takes the place of a; and the sums for batch norm.
 
-    dz = da · σ'(z); the sums are those of dz and of dz · (y - mean) over the chunk. The sigmoid's derivative is a (1 - a). dx is at ``scratch``; after it, there is room for da.
+    dz = da · σ'(z); the sums are those of dz and of dz · (y - mean) over the chunk. The sigmoid's
+    derivative is a (1 - a). dx is at ``scratch``; after it, there is room for da.
     """
     stage, following, values = net.stages[k], net.stages[k + 1], net.values
     height, columns, activation = stage.window_h, stage.columns, stage.activation

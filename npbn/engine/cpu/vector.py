@@ -168,7 +168,8 @@ def power_of_two(typing_context: Any, shifted: Any) -> Any:
     return shifted(shifted), generate
 
 
-def _vector(*operands: Any) -> Vector | None:
+def _vector(*operands: Any) -> Any:
+    """Return the type of the vectors among these types; None if there are none."""
     return next((type_ for type_ in operands if isinstance(type_, Vector)), None)
 
 
