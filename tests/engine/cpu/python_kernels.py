@@ -18,6 +18,7 @@ from __future__ import annotations
 import builtins
 import contextlib
 import copy
+import functools
 import types
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -239,7 +240,7 @@ class Kernels:
     def add(self, name: str, source: str) -> None:
         module = types.ModuleType(f"npbn.engine.cpu.{name}")
         module.__builtins__ = vars(builtins) | {"__import__": self.import_}
-        exec(compile(source, str(FOLDER / f"{name}.py"), "exec"), vars(module))
+        exec(compiled(name, source), vars(module))
         self.modules[name] = self.imports[f"npbn.engine.cpu.{name}"] = module
         setattr(self.imports["npbn.engine.cpu"], name, module)
 
@@ -318,6 +319,11 @@ class Kernels:
         return self.execute(program, watched, *data, threads)
 
 
+@functools.cache
+def compiled(name: str, source: str) -> types.CodeType:
+    return compile(source, str(FOLDER / f"{name}.py"), "exec")
+
+
 def edited(name: str, edits: Sequence[Edit] = ()) -> str:
     """Return a module's source after these edits, those of other modules left out.
 
@@ -340,7 +346,7 @@ def load(edits: Sequence[Edit] = SMALL_CONSTANTS) -> Kernels:
 
 @np.errstate(all="ignore")
 def difference(
-    kernels: Kernels,
+    engine_class: Any,
     model: Any,
     splits: tuple[Any, Any],
     *,
@@ -350,7 +356,7 @@ def difference(
     steps: int = 2,
     **options: Any,
 ) -> float:
-    """Return how far training by these kernels and evaluating is from the layers.
+    """Return how far training by what is a CpuEngine, and evaluating, is from the layers.
 
     Compared are losses, numbers of right predictions, gradients (relative to the largest one: what
     batch norm takes back is only rounding), parameters, moving averages and velocities. NaN on one
@@ -364,7 +370,7 @@ def difference(
     for of, one in ((found, model), (right, expected)):
         optimizer = SGD(one.parameters(), **options)
         if of is found:
-            engine = kernels.CpuEngine(
+            engine = engine_class(
                 one, optimizer, *splits, batch_size=batch_size, threads=threads
             )
         else:

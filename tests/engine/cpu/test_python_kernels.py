@@ -14,26 +14,26 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import TINY, a_split, a_tiny_model, models
 
-KERNELS = python_kernels.load()
+CpuEngine = python_kernels.load().CpuEngine
 
 
 @pytest.mark.parametrize("make", fixed_models.ALL)
 def test_fixed_models_equal_the_layers(make):
     model, splits, options = make()
-    assert python_kernels.difference(KERNELS, model, splits, **options) <= 1e-11
+    assert python_kernels.difference(CpuEngine, model, splits, **options) <= 1e-11
 
 
 def test_with_as_many_parts_and_taps_as_the_engine_has():
     model, splits, options = fixed_models.convolutions()
     kernels = python_kernels.load(edits=())
-    assert python_kernels.difference(kernels, model, splits, **options) <= 1e-11
+    assert python_kernels.difference(kernels.CpuEngine, model, splits, **options) <= 1e-11
 
 
 @pytest.mark.parametrize("make", [fixed_models.convolutions, fixed_models.linear_layers])
 def test_vectors_of_float32_stay_float32(make):
     """And what needs another sigmoid, and has 16 lanes."""
     model, splits, options = make()
-    error = python_kernels.difference(KERNELS, model, splits, dtype="float32", **options)
+    error = python_kernels.difference(CpuEngine, model, splits, dtype="float32", **options)
     assert error <= 1e-4
 
 
@@ -49,14 +49,14 @@ def test_vectors_of_float32_stay_float32(make):
 def test_drawn_models_equal_the_layers(drawn, **options):
     model, shape = drawn
     splits = a_split(shape, 18, 1), a_split(shape, 9, 3)
-    assert python_kernels.difference(KERNELS, model, splits, steps=1, **options) <= 1e-11
+    assert python_kernels.difference(CpuEngine, model, splits, steps=1, **options) <= 1e-11
 
 
 @pytest.mark.parametrize("batch_size", range(2, 26))
 def test_batches_of_every_size(batch_size):
     splits = a_split(TINY, 25, 1), a_split(TINY, batch_size, 3)
     model = a_tiny_model()
-    assert python_kernels.difference(KERNELS, model, splits, batch_size=batch_size) <= 1e-11
+    assert python_kernels.difference(CpuEngine, model, splits, batch_size=batch_size) <= 1e-11
 
 
 # That what is wrong would be seen.
@@ -65,7 +65,7 @@ def test_batches_of_every_size(batch_size):
 def a_step(edits) -> float:
     kernels = python_kernels.load((*python_kernels.SMALL_CONSTANTS, *edits))
     model, splits, options = fixed_models.convolutions()
-    return python_kernels.difference(kernels, model, splits, **options)
+    return python_kernels.difference(kernels.CpuEngine, model, splits, **options)
 
 
 STATISTICS = "statistics(net, k, m, mask, examples)"
