@@ -370,9 +370,7 @@ def difference(
     for of, one in ((found, model), (right, expected)):
         optimizer = SGD(one.parameters(), **options)
         if of is found:
-            engine = engine_class(
-                one, optimizer, *splits, batch_size=batch_size, threads=threads
-            )
+            engine = engine_class(one, optimizer, *splits, batch_size=batch_size, threads=threads)
         else:
             engine = LayersEngine(one, optimizer, *splits, batch_size=batch_size, backend=NUMPY)
         order = np.random.default_rng(2).permutation(len(splits[0]))[: steps * batch_size]

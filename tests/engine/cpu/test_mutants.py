@@ -2,7 +2,8 @@
 
 A mutant is a function, a text that occurs once in it, and what takes its place. `fixed_models` run
 by it in plain Python (`python_kernels`) must differ from the layers, or use memory that is not
-theirs; those of `IN_FLOAT32` are mistakes of rounding, which `large_mean` must see.
+theirs; those of `IN_FLOAT32` are mistakes of rounding, which `large_mean` must see, those of
+`EXPONENTIAL` such that its error in units must show.
 
 Survivors, and why nothing can see them:
 
@@ -15,16 +16,16 @@ Survivors, and why nothing can see them:
 - `gather`: another finite number for an example that is not there: masks keep it out.
 - `statistics`: no mask in the first pass, whose mean needs to be near only: the second corrects it.
 - `update`: ``stage.bias > 0``: the first parameter is never a bias.
-- `_exponential`: its limits and the last terms of its polynomial are below 1e-8 for these models.
-  `test_kernels` sees them.
 """
 
 from __future__ import annotations
 
 import re
 
+import exponential_accuracy
 import fixed_models
 import large_mean
+import numpy as np
 import pytest
 import python_kernels
 
@@ -325,6 +326,27 @@ IN_FLOAT32: list[Mutant] = [
 ]
 
 
+EXPONENTIAL: list[Mutant] = [
+    *(("_exponential", f"p, F{i})", f"p, F{i + 1})") for i in range(2, 6)),
+    *(("_exponential", f"p, D{i})", f"p, D{i + 1})") for i in range(2, 12)),
+    ("_exponential", "fma(r, F7, F6)", "fma(r, F7, F7)"),
+    ("_exponential", "p = fma(r, F7, F6)", "p = F6"),
+    ("_exponential", "fma(r, D13, D12)", "fma(r, D13, D13)"),
+    ("_exponential", "p = fma(r, D13, D12)", "p = D12"),
+    ("_exponential", "fma(k, -LOW32, fma(k, -HIGH32, x))", "fma(k, -HIGH32, x)"),
+    ("_exponential", "fma(k, -LOW64, fma(k, -HIGH64, x))", "fma(k, -HIGH64, x)"),
+    ("_exponential", "-LOW64", "LOW64"),
+    ("_exponential", "where_greater(x, LIMIT32, LIMIT32, x)", "x"),
+    ("_exponential", "where_greater(x, LIMIT64, LIMIT64, x)", "x"),
+    ("_exponential", "where_greater(-LIMIT32, x, -LIMIT32, x)", "x"),
+    ("_exponential", "where_greater(-LIMIT64, x, -LIMIT64, x)", "x"),
+    # NaN becomes the limit.
+    ("_exponential", "(x, LIMIT32, LIMIT32, x)", "(LIMIT32, x, x, LIMIT32)"),
+    ("_exponential", "(-LIMIT64, x, -LIMIT64, x)", "(x, -LIMIT64, x, -LIMIT64)"),
+    ("_exponential", "shifted = fma(x, INVERSE_LN2_32, MAGIC32)", "shifted = x + MAGIC32"),
+]
+
+
 def kernels_with(mutant: Mutant | None) -> python_kernels.Kernels:
     edits = [] if mutant is None else [edit(*mutant)]
     return python_kernels.load((*python_kernels.SMALL_CONSTANTS, *edits))
@@ -371,6 +393,22 @@ def test_a_mistake_of_rounding_is_seen(mutant):
     assert max(errors.values()) > 1e3
 
 
+def error_of_exponential(mutant: Mutant | None) -> float:
+    """The larger one of float32's and float64's."""
+    exponential = kernels_with(mutant).modules["normalization"].exponential
+    with np.errstate(all="ignore"):
+        return max(
+            exponential_accuracy.error_of_exponential(exponential, dtype)
+            for dtype in ("float32", "float64")
+        )
+
+
+@pytest.mark.parametrize("mutant", EXPONENTIAL, ids=" | ".join)
+def test_a_mistake_in_the_exponential_is_seen(mutant):
+    assert error_of_exponential(mutant) > exponential_accuracy.EXPONENTIAL
+
+
 def test_without_a_mistake_nothing_is_seen():
     assert not is_caught(None)
     assert max(large_mean.errors(kernels_with(None).CpuEngine).values()) < 10
+    assert error_of_exponential(None) <= exponential_accuracy.EXPONENTIAL
