@@ -211,7 +211,8 @@ def test_a_channel_with_a_large_mean_keeps_its_digits():
 
     y - mean is exact (both are near 1e4), for the mean as for any other number near. Sums over the
     rows, of rows, and of a vector's lanes have rows + columns + 4 roundings; so many units is the
-    mean's error in deviations, too. A square is rounded once more, the variance into the moving average, too.
+    mean's error in deviations, too. A square is rounded once more, and so is the variance, into the
+    moving average.
     z is rounded in its scale (whose error is half the variance's), its shift, and at last.
     """
     errors = large_mean.errors(CpuEngine)
