@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -43,61 +42,39 @@ def finish(process: subprocess.Popen[str]) -> dict:
     return json.loads(output.splitlines()[-1])
 
 
-@pytest.fixture(scope="module")
-def filled(tmp_path_factory) -> tuple[Path, list[dict]]:
-    """A cache, and what the two processes found that filled it, both at once."""
-    cache = tmp_path_factory.mktemp("cache")
-    processes = [start(cache), start(cache)]
-    return cache, [finish(process) for process in processes]
-
-
-@pytest.fixture(scope="module")
-def later(filled) -> dict:
-    """What a later process found, which also forked and spawned others."""
-    return finish(start(filled[0], "forks"))
-
-
 @needs_numba
-def test_two_processes_that_compile_at_once_both_train(filled):
-    _, (one, other) = filled
+def test_the_life_of_a_cache(tmp_path):
+    """One test, because its processes take long, and each needs what those before have left."""
+    cache = tmp_path / "cache"
+
+    # Two processes compile at once, and both train.
+    processes = [start(cache), start(cache)]
+    one, other = (finish(process) for process in processes)
     assert one["losses"] == other["losses"]
     for found in (one, other):
         assert found["compiled"] > 0
         assert found["lines"][0].startswith("compiling ")
         assert found["lines"][0].endswith(" kernels, once for this machine")
 
-
-@needs_numba
-def test_a_later_process_compiles_nothing(filled, later):
-    assert later["losses"] == filled[1][0]["losses"]
+    # A later one compiles nothing.
+    later = finish(start(cache, "forks"))
+    assert later["losses"] == one["losses"]
     assert later["compiled"] == 0 and later["lines"] == []
-
-
-@needs_numba
-def test_a_forked_process_is_told_why_it_cannot_train(later):
+    # One that is forked from it is told why it cannot train, one that is spawned trains.
     if later["layer"] == "workqueue":
         assert later["forked"] == f"trained: {later['losses']}"
     else:
         assert later["forked"].startswith("BackendError: this process was forked from one that")
         assert "\n" not in later["forked"]
-
-
-@needs_numba
-def test_a_spawned_process_trains(later):
     assert later["spawned"] == later["losses"]
 
-
-@needs_numba
-def test_a_damaged_cache_is_compiled_anew(filled, later, tmp_path):
-    """Files that are empty or cut off, as after a power cut: of the code, and of its index."""
-    cache = tmp_path / "cache"
-    shutil.copytree(filled[0], cache)
+    # Files are empty or cut off, as after a power cut: those of code, and their indices.
     codes, indices = (sorted(cache.rglob(pattern)) for pattern in ("*.nbc", "*.nbi"))
     assert len(codes) > 1 < len(indices)
     for files in (codes, indices):
         for i, path in enumerate(files):
             os.truncate(path, path.stat().st_size // 2 if i % 2 else 0)
-    assert finish(start(cache))["losses"] == later["losses"]
+    assert finish(start(cache))["losses"] == one["losses"]
 
 
 @needs_numba
