@@ -36,7 +36,7 @@ def main() -> None:
         # Packages bring most of their modules themselves, but not those beside an __all__.
         warnings.filterwarnings("ignore", "The module specification .* already been added")
         # The constructors of named tuples, whose annotations pdoc looks up in the wrong module.
-        warnings.filterwarnings("ignore", r"Error parsing type annotation .*Cache\.__init__")
+        warnings.filterwarnings("ignore", r"Error parsing type annotation .*\.__init__")
         try:
             pdoc.pdoc(*modules, output_directory=output)
         except OSError as error:

@@ -5,12 +5,16 @@ from __future__ import annotations
 import os
 import sys
 
+import platformdirs
+
 # Before NumPy comes, and for all programs that the tests start: threads that wait for one another
 # beside another busy process cost more than they gain.
 for library in ("OPENBLAS", "MKL", "OMP"):
     os.environ.setdefault(f"{library}_NUM_THREADS", "1")
 # Numba starts no more than this: enough to see that results do not depend on it.
 os.environ.setdefault("NUMBA_NUM_THREADS", "4")
+# Kernels are compiled once, also for programs that the tests start with another home directory.
+os.environ.setdefault("NUMBA_CACHE_DIR", str(platformdirs.user_cache_path("npbn") / "kernels"))
 
 from collections.abc import Iterator
 from pathlib import Path

@@ -7,8 +7,8 @@ $$z = \frac{\gamma}{s} (y - \mu) + \beta \qquad a = \sigma(z) \qquad
 
 and back, with g the gradient of the loss with respect to x,
 
-$$dz = \sigma'(z) \, g(\text{window}) \qquad d\beta = \sum dz \qquad
-  d\gamma = \sum dz \, \hat{x} \qquad \hat{x} = \frac{y - \mu}{s}$$
+$$dz = \sigma'(z) g(\text{window}) \qquad d\beta = \sum dz \qquad
+  d\gamma = \sum dz \hat{x} \qquad \hat{x} = \frac{y - \mu}{s}$$
 
 $$dy = \frac{\gamma}{s} \Big( dz - \frac{d\beta}{m} - \hat{x} \frac{d\gamma}{m} \Big)
   = \text{scale} \cdot dz - \text{slope} \cdot (y - \text{mean}) + \text{offset}$$

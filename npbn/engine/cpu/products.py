@@ -4,9 +4,9 @@ One formula covers both. An output sees ``taps`` numbers of the input: for a con
 through (c, i, j), the channels and places of its kernel; for a linear layer, through all features.
 With W as a matrix of (maps, taps), and x(r, s) what tap r sees from the output site s = (p, q),
 
-$$y_{o s} = \sum_r W_{o r} \, x(r, s)$$
+$$y_{o s} = \sum_r W_{o r} x(r, s)$$
 
-$$dx(r, s) \mathrel{+}= \sum_o W_{o r} \, dy_{o s} \qquad dW_{o r} = \sum_s dy_{o s} \, x(r, s)$$
+$$dx(r, s) \mathrel{+}= \sum_o W_{o r} dy_{o s} \qquad dW_{o r} = \sum_s dy_{o s} x(r, s)$$
 
 (`npbn.functional.conv2d` and `npbn.functional.linear` derive them.) x lies in memory with its zeros
 of padding around it, so the place of x(r, s) is a sum of a number that depends on r and one that
