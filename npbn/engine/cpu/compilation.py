@@ -6,11 +6,12 @@ import contextlib
 import hashlib
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numba
+import numpy as np
 import platformdirs
 from numba import types
 from numba.core import event
@@ -28,13 +29,13 @@ LOCK = threading.RLock()
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 
-def cache_directory() -> Path:
-    """Return where compiled kernels are kept: NUMBA_CACHE_DIR, or npbn's part of the user's cache.
+def cache_directory(dtype: Any) -> Path:
+    """Return where kernels of a dtype are kept: in NUMBA_CACHE_DIR, or npbn's part of the cache.
 
-    The name holds a digest of the kernels' sources and Numba's version. (Numba itself recompiles
-    for another processor, but does not see a change in a file that another one imports.)
+    The name holds a digest of the kernels' sources, Numba's version and the dtype. (Numba itself
+    recompiles for another processor, but does not see a change in a file that another one imports.)
     """
-    digest = hashlib.sha256(numba.__version__.encode())
+    digest = hashlib.sha256(f"{numba.__version__} {np.dtype(dtype)}".encode())
     for source in sorted(Path(__file__).parent.glob("*.py")):
         digest.update(source.read_bytes())
     root = numba.config.CACHE_DIR or platformdirs.user_cache_path("npbn") / "kernels"
@@ -51,48 +52,70 @@ def compile_kernels(arguments: tuple[Any, ...], report: Callable[[str], None] | 
     Raises:
         UnsupportedError: Numba cannot compile the kernels on this machine.
     """
+    if numba.config.DISABLE_JIT:
+        raise UnsupportedError("NUMBA_DISABLE_JIT is set, so its kernels cannot be compiled")
     signature = tuple(numba.typeof(argument) for argument in arguments)
     _, net, images, labels, order, _ = signature
     i = types.int64
-    parts = (
-        (launches.run, (net, i, i, images, labels, order, i, i)),
-        (launches.prepare, (net, i, i, i)),
-        (normalization.merge, (net, i, i, types.boolean)),
-        (launches.summed_up, (net, i)),
-    )
+    kernels = {
+        launches.run: (net, i, i, images, labels, order, i, i),
+        launches.prepare: (net, i, i, i),
+        normalization.merge: (net, i, i, types.boolean),
+        launches.summed_up: (net, i),
+        launches.execute: signature,
+    }
+    directory = cache_directory(arguments[1].values.dtype)
     with LOCK, _reported(report):
         if signature in launches.execute.overloads:
             return
-        optimization = numba.config.OPT
         try:
-            with _cached(launches.execute, *(kernel for kernel, _ in parts)):
-                for kernel, types_ in parts:
-                    kernel.compile(types_)
-                # What it calls is optimized already, and is linked into it three times.
-                numba.config.OPT = 1
-                launches.execute.compile(signature)
+            try:
+                _compile(kernels, directory)
+            except NumbaError:
+                raise
+            except (
+                Exception
+            ):  # files that were cut off, by a power cut for instance, raise anything
+                for path in directory.rglob("*.nb[ci]"):
+                    path.unlink(missing_ok=True)
+                _compile(kernels, directory)
         except (NumbaError, RuntimeError, OSError) as error:
             reason = str(error).strip().splitlines() or [type(error).__name__]
             raise UnsupportedError(f"Numba cannot compile its kernels: {reason[0]}") from error
-        finally:
-            numba.config.OPT = optimization
+
+
+def _compile(kernels: dict[Dispatcher, tuple[Any, ...]], directory: Path) -> None:
+    """Compile these kernels for these types, or load them from the directory."""
+    before = numba.config.OPT
+    try:
+        with _cached(kernels, directory):
+            for kernel, types_ in kernels.items():
+                if kernel is launches.execute:
+                    # What it calls is optimized already, and is linked into it three times.
+                    numba.config.OPT = 1
+                try:
+                    kernel.compile(types_)
+                except OSError:  # compiled, but the disk is full
+                    if types_ not in kernel.overloads:
+                        raise
+    finally:
+        numba.config.OPT = before
 
 
 @contextlib.contextmanager
-def _cached(*kernels: Dispatcher) -> Iterator[None]:
+def _cached(kernels: Iterable[Dispatcher], directory: Path) -> Iterator[None]:
     """Let Numba cache these kernels, if the directory can be written to."""
     before = numba.config.CACHE_DIR
-    directory = cache_directory()
     try:
         directory.mkdir(parents=True, exist_ok=True)
         usable = os.access(directory, os.W_OK)
     except OSError:
         usable = False
-    if usable:
-        numba.config.CACHE_DIR = str(directory)
     try:
-        for kernel in kernels if usable else ():
-            kernel.enable_caching()
+        if usable:
+            numba.config.CACHE_DIR = str(directory)
+            for kernel in kernels:
+                kernel.enable_caching()
         yield
     finally:
         numba.config.CACHE_DIR = before

@@ -89,7 +89,7 @@ def test_kernels_are_compiled_wherever_the_cache_is(place, tmp_path, monkeypatch
     (tmp_path / "file").touch()
     name = {"a file": "file", "in a file": "file/cache"}.get(place, "folder/cache")
     monkeypatch.setattr(config, "CACHE_DIR", str(tmp_path / name))
-    with compilation._cached(kernel):
+    with compilation._cached([kernel], compilation.cache_directory("float32")):
         assert kernel(1) == 2
     assert str(tmp_path / name) == config.CACHE_DIR
     assert len([*tmp_path.rglob("*.nbc")]) == (place == "in a folder that is not there")
