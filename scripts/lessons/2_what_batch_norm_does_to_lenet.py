@@ -6,7 +6,7 @@
 # small batches and in prediction?
 #
 # Short runs are measured here and now. Curves over several epochs come from `curves/*.json`;
-# `_curves.py` has the code that measured them, and `--regenerate` does so anew. They are of
+# `_curves.py` has the code that measured them, and `--regenerate` measures them again. They are of
 # Fashion-MNIST, always. What runs here uses scikit-learn's digits where Fashion-MNIST is not to be
 # had.
 
@@ -242,8 +242,8 @@ for rate in RATES:
 #
 # ReLU lets the differences through. So it learns without batch norm as well, if more slowly, and at
 # small rates only. A step that is too large puts units below 0 for every image; there ReLU has no
-# gradient, and nothing brings them back. Batch norm does, as it centres every feature anew. (At 5,
-# it cannot help either.) This is what is left of the units of linear 2 after 60 steps at 1:
+# gradient, and nothing brings them back. Batch norm does, as it centres every feature at each step.
+# (At 5, it cannot help either.) This is what is left of the units of linear 2 after 60 steps at 1:
 
 # %%
 alive = {}
@@ -403,8 +403,8 @@ for size in (2, 4, 8, 32, 256):
     np.testing.assert_allclose(through_norm, math.sqrt((size - 2) / size), atol=0.06)
 
 # %% [markdown]
-# **So it learns less.** 12,800 images in batches of each size, with ReLU, which learns without
-# batch norm, too. The learning rate is proportional to the batch size, so that an image counts
+# **So it learns less.** 12,800 images in batches of each size, with ReLU, which also learns without
+# batch norm. The learning rate is proportional to the batch size, so that an image counts
 # alike.
 
 # %%
@@ -448,7 +448,7 @@ assert np.ptp([last_loss[WITHOUT, n] for n in (1, 2, 4, 8)]) < 0.05
 # Without batch norm, batches of 1 to 8 are the same: the lines lie on one another. With it, 1
 # learns nothing (the loss stays at $\ln 10$), 2 next to nothing, and each larger batch more than
 # the one before, up to 32. (256 means only 50 steps here, which is few, with or without.) That the
-# test accuracy for 1 is even worse than guessing has a reason, too: the variance of one value is 0,
+# test accuracy for 1 is even worse than guessing also has a reason: the variance of one value is 0,
 # and so is the moving average of it, by whose root prediction divides.
 #
 # ## Training is not prediction

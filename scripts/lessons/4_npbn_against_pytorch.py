@@ -360,7 +360,7 @@ results = {
 for found in curves(lesson, ten_epochs_of_pytorch, networks):
     name = "PyTorch" if found["network"] == "PyTorch" else "PyTorch, hand-written"
     results[name, found["seed"]] = as_table(found["epochs"])
-for found in curves(Lesson(), ten_epochs):  # --regenerate of lesson 2 makes these anew
+for found in curves(Lesson(), ten_epochs):  # lesson 2 measures these
     results["npbn", found["seed"]] = as_table(found["epochs"])
 
 STYLES: dict[str, tuple[str, str, float]] = {
