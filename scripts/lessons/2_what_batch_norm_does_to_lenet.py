@@ -243,15 +243,15 @@ for rate in RATES:
 # ReLU lets the differences through. So it learns without batch norm as well, if more slowly, and at
 # small rates only. A step that is too large puts units below 0 for every image; there ReLU has no
 # gradient, and nothing brings them back. Batch norm does, as it centres every feature at each step.
-# (At 5, it cannot help either.) This is what is left of the units of linear 2 after 60 steps at 1:
+# (At 5, it cannot help either.) This is what is left of the units of linear 2 after 150 steps at 1:
 
 # %%
 alive = {}
 for name in runs:
     run = new_run(dataset, 1.0, batch_norm=name == WITH, activation=ReLU)
     epoch = 0
-    while run.optimizer.steps < 60:
-        train_steps(run, min(256 * 60, 256 * (len(run.train) // 256)), epoch)
+    while run.optimizer.steps < 150:
+        train_steps(run, min(256 * 150, 256 * (len(run.train) // 256)), epoch)
         epoch += 1
     *_, entering = inspection.preactivations(run.model, images).values()
     alive[name] = float(np.mean(np.any(entering > 0, axis=0)))
@@ -498,27 +498,30 @@ columns[0].set_ylabel("test accuracy")
 columns[2].legend(loc="lower right")
 lesson.show(figure, "train_and_predict")
 
-print("test accuracy                   mean   worst epoch   mean jump from epoch to epoch")
-jumps = {}
+print("test accuracy                  mean   worst epoch   jumps from epoch to epoch: mean   largest")
+mean_jump, largest_jump = {}, {}
 for way, (label, _, _) in ways.items():
-    jumps[way] = np.mean(np.abs(np.diff(accuracies[way], axis=1)))
+    jumps = np.abs(np.diff(accuracies[way], axis=1))
+    mean_jump[way], largest_jump[way] = np.mean(jumps), np.max(jumps)
     print(
         f"{label:29} {np.mean(accuracies[way]):.3f} {np.min(accuracies[way]):13.3f} "
-        f"{jumps[way]:32.3f}"
+        f"{mean_jump[way]:33.3f} {largest_jump[way]:9.3f}"
     )
 gain = accuracies["precise"] - accuracies["moving"]
 print(
     f"precise statistics: better than the moving averages in {np.sum(gain > 0)} of {gain.size} "
     f"epochs, by {np.max(gain):.3f} at most, and worse by {-np.min(gain):.3f} at most"
 )
-assert jumps["moving"] > 3 * jumps["precise"]
+assert mean_jump["moving"] > 1.9 * mean_jump["precise"]
+assert largest_jump["moving"] > 3 * largest_jump["precise"]
 assert np.max(np.abs(accuracies["batch"] - accuracies["precise"])) < 0.005
 assert np.sum(gain > 0) >= 27
 
 # %% [markdown]
-# The jumps, like the published run's from .822 to .553 and back to .797, come mostly from the
-# moving averages, not from the weights: with precise statistics, they shrink to less than a third.
-# What remains is the weights' own: at this learning rate, one epoch really is better than the next.
+# The large jumps, like the published run's from .822 to .553 and back to .797, come from the moving
+# averages, not from the weights: with precise statistics, the largest shrinks from .185 to .058, and
+# the mean from .038 to .020. What remains is the weights' own: at this learning rate, one epoch
+# really is better than the next.
 # That the second and the third way agree, to half a percent, shows that it is the statistics' age
 # that matters, not from which images they come.
 #

