@@ -2,9 +2,9 @@
 
 Each function here trains for minutes on Fashion-MNIST and returns what it found, which is kept in
 ``curves/``, under its name, with the machine, the date and the versions. A lesson reads that file;
-with ``--regenerate``, it measures anew and writes it. On one core of an AMD EPYC, of a machine that
-was busy with other things, too, that took 15 minutes for lesson 2 and 19 for lesson 4. On another
-machine, rounding differs, and training at such learning rates magnifies that.
+with ``--regenerate``, it first measures and writes it. The files say how many minutes that took, on
+a machine that did other things at the same time. On another machine, rounding differs, and training
+at such learning rates magnifies that.
 """
 
 from __future__ import annotations
