@@ -56,7 +56,7 @@ def test_there_is_a_file_for_every_measurement():
 
 @pytest.mark.filterwarnings("ignore:Mean of empty slice", "ignore:invalid value")  # too few steps
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
-def test_it_can_be_made_anew(tiny, monkeypatch, tmp_path, path):
+def test_it_can_be_measured_again(tiny, monkeypatch, tmp_path, path):
     kept = json.loads(path.read_text("utf-8"))
     monkeypatch.setattr(_curves, "FOLDER", tmp_path)
     monkeypatch.setattr(_curves.backend, "limit_blas_threads", lambda threads: None)

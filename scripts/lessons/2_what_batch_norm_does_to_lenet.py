@@ -6,7 +6,7 @@
 # small batches and in prediction?
 #
 # Short runs are measured here and now. Curves over several epochs come from `curves/*.json`;
-# `_curves.py` has the code that measured them, and `--regenerate` does so anew. They are of
+# `_curves.py` has the code that measured them, and `--regenerate` measures them again. They are of
 # Fashion-MNIST, always. What runs here uses scikit-learn's digits where Fashion-MNIST is not to be
 # had.
 
@@ -242,16 +242,16 @@ for rate in RATES:
 #
 # ReLU lets the differences through. So it learns without batch norm as well, if more slowly, and at
 # small rates only. A step that is too large puts units below 0 for every image; there ReLU has no
-# gradient, and nothing brings them back. Batch norm does, as it centres every feature anew. (At 5,
-# it cannot help either.) This is what is left of the units of linear 2 after 60 steps at 1:
+# gradient, and nothing brings them back. Batch norm does, as it centres every feature at each step.
+# (At 5, it cannot help either.) This is what is left of the units of linear 2 after 150 steps at 1:
 
 # %%
 alive = {}
 for name in runs:
     run = new_run(dataset, 1.0, batch_norm=name == WITH, activation=ReLU)
     epoch = 0
-    while run.optimizer.steps < 60:
-        train_steps(run, min(256 * 60, 256 * (len(run.train) // 256)), epoch)
+    while run.optimizer.steps < 150:
+        train_steps(run, min(256 * 150, 256 * (len(run.train) // 256)), epoch)
         epoch += 1
     *_, entering = inspection.preactivations(run.model, images).values()
     alive[name] = float(np.mean(np.any(entering > 0, axis=0)))
@@ -403,8 +403,8 @@ for size in (2, 4, 8, 32, 256):
     np.testing.assert_allclose(through_norm, math.sqrt((size - 2) / size), atol=0.06)
 
 # %% [markdown]
-# **So it learns less.** 12,800 images in batches of each size, with ReLU, which learns without
-# batch norm, too. The learning rate is proportional to the batch size, so that an image counts
+# **So it learns less.** 12,800 images in batches of each size, with ReLU, which also learns without
+# batch norm. The learning rate is proportional to the batch size, so that an image counts
 # alike.
 
 # %%
@@ -448,7 +448,7 @@ assert np.ptp([last_loss[WITHOUT, n] for n in (1, 2, 4, 8)]) < 0.05
 # Without batch norm, batches of 1 to 8 are the same: the lines lie on one another. With it, 1
 # learns nothing (the loss stays at $\ln 10$), 2 next to nothing, and each larger batch more than
 # the one before, up to 32. (256 means only 50 steps here, which is few, with or without.) That the
-# test accuracy for 1 is even worse than guessing has a reason, too: the variance of one value is 0,
+# test accuracy for 1 is even worse than guessing also has a reason: the variance of one value is 0,
 # and so is the moving average of it, by whose root prediction divides.
 #
 # ## Training is not prediction
@@ -498,27 +498,30 @@ columns[0].set_ylabel("test accuracy")
 columns[2].legend(loc="lower right")
 lesson.show(figure, "train_and_predict")
 
-print("test accuracy                   mean   worst epoch   mean jump from epoch to epoch")
-jumps = {}
+print("test accuracy                  mean   worst epoch   jumps from epoch to epoch: mean   largest")
+mean_jump, largest_jump = {}, {}
 for way, (label, _, _) in ways.items():
-    jumps[way] = np.mean(np.abs(np.diff(accuracies[way], axis=1)))
+    jumps = np.abs(np.diff(accuracies[way], axis=1))
+    mean_jump[way], largest_jump[way] = np.mean(jumps), np.max(jumps)
     print(
         f"{label:29} {np.mean(accuracies[way]):.3f} {np.min(accuracies[way]):13.3f} "
-        f"{jumps[way]:32.3f}"
+        f"{mean_jump[way]:33.3f} {largest_jump[way]:9.3f}"
     )
 gain = accuracies["precise"] - accuracies["moving"]
 print(
     f"precise statistics: better than the moving averages in {np.sum(gain > 0)} of {gain.size} "
     f"epochs, by {np.max(gain):.3f} at most, and worse by {-np.min(gain):.3f} at most"
 )
-assert jumps["moving"] > 3 * jumps["precise"]
+assert mean_jump["moving"] > 1.9 * mean_jump["precise"]
+assert largest_jump["moving"] > 3 * largest_jump["precise"]
 assert np.max(np.abs(accuracies["batch"] - accuracies["precise"])) < 0.005
 assert np.sum(gain > 0) >= 27
 
 # %% [markdown]
-# The jumps, like the published run's from .822 to .553 and back to .797, come mostly from the
-# moving averages, not from the weights: with precise statistics, they shrink to less than a third.
-# What remains is the weights' own: at this learning rate, one epoch really is better than the next.
+# The large jumps, like the published run's from .822 to .553 and back to .797, come from the moving
+# averages, not from the weights: with precise statistics, the largest shrinks from .185 to .058, and
+# the mean from .038 to .020. What remains is the weights' own: at this learning rate, one epoch
+# really is better than the next.
 # That the second and the third way agree, to half a percent, shows that it is the statistics' age
 # that matters, not from which images they come.
 #

@@ -2,9 +2,9 @@
 
 Each function here trains for minutes on Fashion-MNIST and returns what it found, which is kept in
 ``curves/``, under its name, with the machine, the date and the versions. A lesson reads that file;
-with ``--regenerate``, it measures anew and writes it. On one core of an AMD EPYC, of a machine that
-was busy with other things, too, that took 15 minutes for lesson 2 and 19 for lesson 4. On another
-machine, rounding differs, and training at such learning rates magnifies that.
+with ``--regenerate``, it first measures and writes it. The files say how many minutes that took, on
+a machine that did other things at the same time. On another machine, rounding differs, and training
+at such learning rates magnifies that.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ EPOCHS = 10
 
 
 def curves(lesson: Lesson, measure: Callable[..., Any], *arguments: Any) -> Any:
-    """What a function of this file found, from its file, or, with --regenerate, anew."""
+    """What a function of this file found, from its file; --regenerate measures it first."""
     path = FOLDER / f"{measure.__name__}.json"
     if lesson.regenerate:
         try:
@@ -186,7 +186,7 @@ def new_run(
 def steps(run: Training, examples: int, epoch: int) -> list[float]:
     """Train on the first ``examples`` of an epoch's order; the loss of every step."""
     order = np.random.default_rng((run.seed, epoch)).permutation(len(run.train))[:examples]
-    with np.errstate(all="ignore"):  # a loss that becomes infinite is a result, too
+    with np.errstate(all="ignore"):  # a loss that becomes infinite is also a result
         return [float(result.loss) for result in run.engine.steps(order)]
 
 
@@ -214,7 +214,7 @@ def _precise(run: Training) -> float:
 
 
 def _standing_still(run: Training) -> dict[str, float]:
-    """Test accuracy after so many batches that moved the averages, but not the weights."""
+    """Test accuracy after 1 to 40 batches that moved the averages, but not the weights."""
     model = copy.deepcopy(run.model)
     model.train()
     found = {}

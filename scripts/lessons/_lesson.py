@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from npbn.data import Dataset
 
-# Okabe and Ito's, which the colour-blind can tell apart, too.
+# Okabe and Ito's, which the colour-blind can also tell apart.
 BLUE, ORANGE, GREEN = "#0072B2", "#E69F00", "#009E73"
 
 
@@ -33,7 +33,7 @@ class Lesson:
     Attributes:
         quick: measure less; everything is still shown and checked.
         pictures: the folder into which pictures are saved, if any.
-        regenerate: measure what takes long anew, see `_curves`.
+        regenerate: measure again what takes long, see `_curves`.
     """
 
     quick: bool = False
@@ -72,8 +72,8 @@ def start(*, needs: tuple[str, ...] = (), curves: bool = False) -> Lesson:
     """The lesson's options, as a script; ends with one clear line where something is missing.
 
     Args:
-        needs: libraries beside matplotlib that it cannot do without.
-        curves: it shows measurements of `_curves`, which --regenerate makes anew.
+        needs: libraries, apart from matplotlib, that it cannot do without.
+        curves: it shows measurements of `_curves`, which --regenerate makes again.
     """
     lesson = Lesson() if _in_notebook() else _from_command_line(needs, curves)
     logging.getLogger("matplotlib").setLevel(logging.ERROR)  # at first, it reports on its fonts
@@ -140,7 +140,7 @@ def _from_command_line(needs: tuple[str, ...], curves: bool) -> Lesson:
         parser.add_argument(
             "--regenerate",
             action="store_true",
-            help="measure the long curves anew, in several minutes, and write curves/*.json",
+            help="measure the long curves again, in many minutes, and write curves/*.json",
         )
     options = parser.parse_args()
     for name, extra in (("matplotlib", "plots"), *((name, "benchmark") for name in needs)):
