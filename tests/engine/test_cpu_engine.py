@@ -157,7 +157,8 @@ def test_the_bits_do_not_depend_on_the_threads(drawn, dtype, batch_size, threads
         copied = copy.deepcopy(model)
         engine = an_engine(copied, split, batch_size=batch_size, threads=threads)
         found = [train(engine, order), evaluate(engine), train(engine, order)]
-        return found, {name: value.tobytes() for name, value in copied.state_dict().items()}
+        # As text: a model may diverge, and NaN is not equal to NaN.
+        return repr(found), {name: a.tobytes() for name, a in copied.state_dict().items()}
 
     assert run(1) == run(threads)
 
