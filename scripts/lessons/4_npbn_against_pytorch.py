@@ -403,19 +403,19 @@ for name in STYLES:
             )
 
 # %% [markdown]
-# With the seeds 1 and 2, the three lines of test accuracy lie on one another for 2,350 steps, dips
-# included: down to .66 in the same epoch. So those jumps are no defect of npbn. They belong to this
-# training, and lesson 2 shows where they come from. With the seed 0, rounding errors grow until the
-# runs part company, npbn in the first epoch, PyTorch's two batch norms more slowly. From then on,
-# they are different runs of the same training, as those of other seeds are.
+# The three lines of test accuracy lie on one another for 2,350 steps, dips included: with the seed 0
+# down to .59 in the same epoch. So those jumps are no defect of npbn. They belong to this training,
+# and lesson 2 shows where they come from. It need not be so for every seed and order of the examples:
+# with another order, rounding errors of seed 0 grew until the runs parted company. From then on, they
+# were different runs of the same training, as those of other seeds are.
 #
 # The published runs, of an unknown seed and on a GPU, lie among them. What can be compared is the
 # training loss and accuracy, and the best test accuracy. The last one is a matter of luck.
 
 # %%
-for seed in (1, 2):
+for seed in SEEDS:
     for whose in ("PyTorch", "PyTorch, hand-written"):
-        assert np.max(np.abs(results["npbn", seed] - results[whose, seed])) < 0.001
+        assert np.max(np.abs(results["npbn", seed] - results[whose, seed])) < 0.002
 for table in results.values():
     assert 0.255 < table[-1, 0] < 0.28
     assert 0.895 < table[-1, 1] < 0.905
