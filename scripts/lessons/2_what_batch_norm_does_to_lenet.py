@@ -498,7 +498,7 @@ columns[0].set_ylabel("test accuracy")
 columns[2].legend(loc="lower right")
 lesson.show(figure, "train_and_predict")
 
-print("test accuracy                  mean   worst epoch   jumps from epoch to epoch: mean   largest")
+print("test accuracy                  mean   worst epoch   jump between epochs: mean   largest")
 mean_jump, largest_jump = {}, {}
 for way, (label, _, _) in ways.items():
     jumps = np.abs(np.diff(accuracies[way], axis=1))
@@ -519,11 +519,10 @@ assert np.sum(gain > 0) >= 27
 
 # %% [markdown]
 # The large jumps, like the published run's from .822 to .553 and back to .797, come from the moving
-# averages, not from the weights: with precise statistics, the largest shrinks from .185 to .058, and
-# the mean from .038 to .020. What remains is the weights' own: at this learning rate, one epoch
-# really is better than the next.
-# That the second and the third way agree, to half a percent, shows that it is the statistics' age
-# that matters, not from which images they come.
+# averages, not from the weights: with precise statistics, the largest shrinks from .185 to .058,
+# and the mean from .038 to .020. What remains is the weights' own: at this learning rate, one epoch
+# really is better than the next. That the second and the third way agree, to half a percent, shows
+# that it is the statistics' age that matters, not from which images they come.
 #
 # ### Is it age, or noise?
 #

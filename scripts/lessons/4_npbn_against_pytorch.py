@@ -229,8 +229,8 @@ lesson.show(figure, "losses")
 # %% [markdown]
 # Their differences need a scale of their own. A rounding error moves the weights a little; so the
 # next step starts from other weights, and training at this learning rate magnifies the difference.
-# PyTorch shows by how much: with the hand-written batch norm, which adds the same numbers in another
-# order, it drifts away from its own batch norm.
+# PyTorch shows by how much: with the hand-written batch norm, which adds the same numbers in
+# another order, it drifts away from its own batch norm.
 
 # %%
 HAND_WRITTEN = "PyTorch, hand-written batch norm"
@@ -264,9 +264,9 @@ print(f"float64, npbn from the hand-written batch norm: at most {between:.1e} in
 # In float64, the blue line lies on the orange one: npbn and the hand-written batch norm are closer
 # to one another than either is to PyTorch's own, which (on a CPU) adds up the values of a channel
 # one after another. In float32, npbn is farther away (by some $10^{-3}$ after a hundred steps) than
-# the hand-written batch norm, whose network shares PyTorch's convolutions, pooling and sigmoids with
-# all their rounding. That its distance is more than a hundred thousand times smaller in float64 is
-# the proof that all three compute the same.
+# the hand-written batch norm, whose network shares PyTorch's convolutions, pooling and sigmoids
+# with all their rounding. That its distance is more than a hundred thousand times smaller in
+# float64 is the proof that all three compute the same.
 
 # %%
 if dataset.key == "fashion-mnist":
@@ -403,11 +403,11 @@ for name in STYLES:
             )
 
 # %% [markdown]
-# The three lines of test accuracy lie on one another for 2,350 steps, dips included: with the seed 0
-# down to .59 in the same epoch. So those jumps are no defect of npbn. They belong to this training,
-# and lesson 2 shows where they come from. It need not be so for every seed and order of the examples:
-# with another order, rounding errors of seed 0 grew until the runs parted company. From then on, they
-# were different runs of the same training, as those of other seeds are.
+# The three lines of test accuracy lie on one another for 2,350 steps, dips included: with the seed
+# 0 down to .59 in the same epoch. So those jumps are no defect of npbn. They belong to this
+# training, and lesson 2 shows where they come from. It need not be so for every seed and order of
+# the examples: with another order, rounding errors of seed 0 grew until the runs parted company.
+# From then on, they were different runs of the same training, as those of other seeds are.
 #
 # The published runs, of an unknown seed and on a GPU, lie among them. What can be compared is the
 # training loss and accuracy, and the best test accuracy. The last one is a matter of luck.
