@@ -1,4 +1,4 @@
-// The kernels of a training step and of an evaluation; `npbn/engine/launch.py` says in what order.
+// The kernels of a training step and of an evaluation; `launch.py` says in what order.
 //
 // What they compute is written down in `npbn/functional`, with its derivation; the names of the
 // formulas there are used here. `real` is float or double. NVRTC compiles this file for the GPU,
