@@ -131,6 +131,7 @@ for name in ("mkdir", "fsync", "replace", "rename", "unlink", "rmdir"):
 """
 SMALL = ("--dataset", "digits", "--limit-train", "64", "--batch-size", "32", "--epochs", "1")
 SMALL += ("--backend", "numpy", "--momentum", "0.5")
+SMALL += ("--engine", "layers")  # Numba's cache would add steps of its own
 
 
 def test_killed_at_any_step_of_writing(trainer, tmp_path):
