@@ -1,8 +1,8 @@
 """A training step and an evaluation: what runs in parallel, and what comes between.
 
-A launch is a loop over threads, each of which takes every so-many-th part of the batch. A part is
-one chunk or several; how a batch is cut into parts depends on its size, and sums over parts are
-taken in their order, so no bit of a result depends on the number of threads.
+A launch is a loop over threads: of n threads, each takes every n-th part of the batch. A part is
+one chunk or several. How a batch is cut into parts depends only on its size, and sums over parts
+are taken in their order, so no bit of a result depends on the number of threads.
 """
 
 from __future__ import annotations

@@ -102,7 +102,7 @@ class _Sizes:
 
 
 def build(plan: Sequence[StagePlan], dtype: Any, *, batch: int, test: int, threads: int) -> Net:
-    """The arrays for batches of up to so many examples, and evaluations of ``test`` at a time."""
+    """Return the arrays for batches of up to ``batch`` examples and evaluations of ``test``."""
     dtype = np.dtype(dtype)
     lanes = BYTES // dtype.itemsize
     chunks = -(-batch // lanes)
