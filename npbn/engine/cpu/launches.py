@@ -72,7 +72,7 @@ def execute(program: Any, net: Any, images: Any, labels: Any, order: Any, thread
         prepare(net, kernel, k, len(order))
         for thread in prange(threads):
             run(net, kernel, k, images, labels, order, np.int64(thread), threads)
-        if kernel == FORWARD:
+        if kernel == FORWARD:  # not True below: Numba would compile for each literal
             merge(net, k, len(order), kernel == FORWARD)
     return summed_up(net, len(order))
 

@@ -130,3 +130,10 @@ def test_without_numba_npbn_and_its_interface_are_imported(without_numba):
     code = "import sys, npbn, npbn.engine; assert 'numba' not in sys.modules"
     for environment in (without_numba, {}):
         subprocess.run([sys.executable, "-c", code], env=os.environ | environment, check=True)
+
+
+@needs_numba
+def test_where_numba_is_told_not_to_compile_the_layers_train(tmp_path):
+    process = run("train.py", *TRAIN, cwd=tmp_path, env={"NUMBA_DISABLE_JIT": "1"})
+    assert process.returncode == 0, process.stderr
+    assert "by layers (NUMBA_DISABLE_JIT is set" in process.stdout
