@@ -67,7 +67,7 @@ def main() -> None:
         taken = 1e3 * max(0, found - call_alone)
         at_peak = 1e3 * operations(engine, kernel, k, n) / peak
         stage = k + 1 if kernel in (launches.FORWARD, launches.BACKWARD) else ""
-        percent = f"{100 * at_peak / taken:.0f}" if at_peak else ""
+        percent = f"{100 * at_peak / taken:.0f}" if at_peak and taken else ""
         name = launches.KERNELS[kernel].lower()
         say(f"| {name} | {stage} | {taken:.3f} | {at_peak:.3f} | {percent} |")
         if kernel != launches.PREDICT:

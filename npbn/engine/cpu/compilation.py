@@ -25,8 +25,9 @@ LOCK = threading.RLock()
 """Held while kernels are compiled or run: not every threading layer bears two at a time."""
 
 # GNU's OpenMP threads look for new work for a while before they sleep. By default that is so long
-# that two trainings at once would take each other's CPUs for nothing. Read when the library loads.
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+# that two trainings at once would take each other's CPUs for nothing; with half of this number,
+# Linux leaves threads that wake up together on one CPU for a while. Read when the library loads.
+os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 
 
 def cache_directory(dtype: Any) -> Path:

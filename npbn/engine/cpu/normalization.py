@@ -299,9 +299,6 @@ def statistics(net: Any, k: int, slot: int, mask: Any, examples: int) -> None:
 # Between two launches: from what the chunks found to what the next launch needs.
 
 
-# Between two launches: from what the chunks found to what the next launch needs.
-
-
 @njit(**OPTIONS)
 def merge(net: Any, k: int, examples: int, training: bool) -> None:
     """Set what normalizes y of a stage, and move batch norm's averages.
