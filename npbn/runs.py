@@ -91,7 +91,7 @@ class Run:
         """
         if os.path.lexists(path):
             if not overwrite:
-                raise CheckpointError(f"{path} exists; choose another name, or --overwrite it")
+                raise CheckpointError(f"{path} exists")
             names = ("config.json", "metrics.jsonl")
             if not all(os.path.isfile(os.path.join(path, name)) for name in names):
                 raise CheckpointError(f"{path} is not a run, and will not be overwritten")

@@ -371,7 +371,7 @@ def onnx_session(model: Sequential, threads: int) -> tuple[Any, str]:
         if error.name not in ("onnx", "onnxruntime"):
             raise
         raise NpbnError(f"{error.name} is not installed: pip install onnx onnxruntime") from None
-    from _onnx_graph import onnx_graph
+    from npbn.onnx_graph import onnx_graph
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.inter_op_num_threads = threads, 1

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from _command_line import ArgumentParser, check_installation, run
+from _command_line import ArgumentParser, run
 
-check_installation()
+# isort: split
 
 import argparse
 from collections.abc import Callable, Iterator

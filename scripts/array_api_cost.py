@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from _command_line import ArgumentParser, check_installation, integer, run, say
+from _command_line import ArgumentParser, integer, run, say
 
-check_installation()
+# isort: split
 
 import argparse
 import json

@@ -6,9 +6,9 @@ peak, which is measured in the same run. On a busy machine the numbers say littl
 
 from __future__ import annotations
 
-from _command_line import ArgumentParser, check_installation, integer, run, say
+from _command_line import ArgumentParser, integer, run, say
 
-check_installation()
+# isort: split
 
 import math
 import statistics

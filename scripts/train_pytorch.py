@@ -7,9 +7,9 @@ faster than a DataLoader.
 
 from __future__ import annotations
 
-from _command_line import ArgumentParser, check_installation, integer, run, say
+from _command_line import ArgumentParser, integer, run, say
 
-check_installation()
+# isort: split
 
 import time
 from functools import partial

@@ -14,14 +14,14 @@ import numpy as np
 import pytest
 
 from commands import SCRIPTS, assert_refused, run
-from npbn import models
+from npbn import models, onnx_graph
 from npbn.layers import BatchNorm, Flatten, Linear, MaxPool2d, Sequential
 
 sys.path.insert(0, str(SCRIPTS))
 try:
-    benchmark, contestants, cpu_rates, machine, onnx_graph = (
+    benchmark, contestants, cpu_rates, machine = (
         importlib.import_module(name)
-        for name in ("benchmark", "_contestants", "_cpu_rates", "_machine", "_onnx_graph")
+        for name in ("benchmark", "_contestants", "_cpu_rates", "_machine")
     )
 finally:
     sys.path.remove(str(SCRIPTS))

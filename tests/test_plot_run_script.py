@@ -142,7 +142,9 @@ def test_bad_arguments_are_refused_in_one_line(arguments, expected, runs):
 
 def test_a_folder_that_is_no_run(tmp_path):
     (tmp_path / "config.json").write_text("{}")
-    assert_refused(run("plot_run.py", ".", cwd=tmp_path), "last.safetensors cannot be read")
+    assert_refused(
+        run("plot_run.py", ".", cwd=tmp_path), "config.json: format: expected 2, got None"
+    )
     process = run("plot_run.py", ".", str(tmp_path), "--output", "x", cwd=tmp_path)
     assert_refused(process, "metrics.jsonl cannot be read")
 

@@ -193,7 +193,9 @@ def test_a_light_border_calls_for_a_hint(values, options, hint, runs, digit, tmp
 def test_an_image_file_needs_no_data_set(runs, digit, tmp_path):
     """Not even the one that the run was trained on."""
     Image.fromarray(digit).save(tmp_path / "a.png")
-    prelude = "import npbn.data\ndef load(*_): raise npbn.errors.DataError('there is no data')\n"
+    prelude = (
+        "import npbn.data\ndef load(*_, **__): raise npbn.errors.DataError('there is no data')\n"
+    )
     prelude += "npbn.data.load = load"
     process = run("predict.py", "with", str(tmp_path / "a.png"), cwd=runs, prelude=prelude)
     assert process.returncode == 0, process.stderr

@@ -61,7 +61,7 @@ def test_a_new_run_has_a_checkpoint_at_once_and_folders_above_are_made(tmp_path)
 
 def test_a_run_is_overwritten_only_if_asked_for(run, tmp_path):
     other = CONFIG | {"epochs": 9}
-    with unchanged(tmp_path), pytest.raises(CheckpointError, match="run exists; choose another"):
+    with unchanged(tmp_path), pytest.raises(CheckpointError, match="run exists"):
         create(run.path, other)
     assert create(run.path, other, overwrite=True).config == other
     assert Run.open(run.path).config == other
@@ -83,7 +83,7 @@ def test_what_is_no_run_is_never_overwritten(what, tmp_path):
             (path / "config.json").write_text("{}")
             (path / "precious").write_text("precious")
     with unchanged(tmp_path):
-        with pytest.raises(CheckpointError, match="run exists; choose another name"):
+        with pytest.raises(CheckpointError, match="run exists"):
             create(path)
         with pytest.raises(CheckpointError, match="run is not a run, and will not be overwritten"):
             create(path, overwrite=True)
@@ -282,4 +282,4 @@ def test_resume_ends_in_one_line_where_the_run_is_of_another_version(trained, tr
     run.save(arrays, record)
     with unchanged(tmp_path):
         process = trainer("--resume", "run", cwd=tmp_path)
-    assert_refused(process, "config.json is of another version of npbn: 'precise_bn'")
+    assert_refused(process, "run/config.json: precise_bn: missing")

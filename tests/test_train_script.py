@@ -443,6 +443,7 @@ from npbn import engine
 from npbn.engine.layers import LayersEngine
 
 class FusedEngine:
+    kind = "fused"
     description = "by the fused engine on 2 threads"
 
     def __init__(self, *what, batch_size, device):

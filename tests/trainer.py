@@ -13,14 +13,10 @@ import json
 import os
 import signal
 import sys
-from pathlib import Path
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored, if in the background
-sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
-
-import _command_line
-import train
 from npbn import data
+from npbn.commands import command_line, train
 
 digits = data.load("digits")
 digits = dataclasses.replace(
@@ -45,7 +41,7 @@ def become(request: dict) -> None:
         os.dup2(os.open(name, flags), descriptor)
     exec(request["prelude"], {"__name__": "prelude"})
     sys.argv = ["train.py", *request["arguments"]]
-    _command_line.run("train.py", train.main)
+    command_line.run("train.py", lambda: train.main("train.py", request["arguments"]))
 
 
 for line in sys.stdin:

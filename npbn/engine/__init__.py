@@ -48,9 +48,11 @@ class Engine(Protocol):
     before and after every step.
 
     Attributes:
+        kind: "layers" or "fused".
         description: what computes, "by layers" for instance.
     """
 
+    kind: str
     description: str
 
     def steps(self, order: np.ndarray) -> Iterator[Result]:

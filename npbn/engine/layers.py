@@ -30,6 +30,8 @@ class LayersEngine:
         reason: why it is by layers, where another engine had been wanted.
     """
 
+    kind = "layers"
+
     def __init__(
         self,
         model: Sequential,

@@ -356,7 +356,7 @@ repeats = 5 if lesson.quick else 51
 amount = 2**17
 lengths = 2 ** np.arange(2, 10)
 functions = {}
-for length in lengths:
+for length in lengths.tolist():
     runs = np.zeros((amount // length, length + 4), np.float32)[:, :length]
     buffer = np.zeros(runs.shape, np.float32)
     functions[f"copy {length}"] = copy(runs, buffer)

@@ -124,9 +124,8 @@ def _in_notebook() -> bool:
 
 def _from_command_line(needs: tuple[str, ...], curves: bool) -> Lesson:
     sys.path.insert(0, str(Path(__file__).parent.parent))
-    from _command_line import ArgumentParser, check_installation
+    from _command_line import ArgumentParser
 
-    check_installation()
     if hasattr(signal, "SIGPIPE"):  # end in silence when nobody reads any more, as in `| head`
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     parser = ArgumentParser(

@@ -47,6 +47,8 @@ class CpuEngine:
         UnsupportedError: there is no stage for a layer, or the kernels cannot be compiled.
     """
 
+    kind = "fused"
+
     def __init__(
         self,
         model: Sequential,

@@ -50,6 +50,7 @@ class GpuEngine:
         BackendError: the GPU has too little memory, or the kernels do not compile.
     """
 
+    kind = "fused"
     description = "by the fused engine on the GPU"
 
     def __init__(

@@ -1,4 +1,4 @@
-"""npbn's model as an ONNX graph, in prediction mode, for ONNX Runtime. Needs the onnx package."""
+"""A model as an ONNX graph, in prediction mode, for ONNX Runtime. Needs the onnx package."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import numpy as np
 from onnx import NodeProto, TensorProto, ValueInfoProto, checker, helper, numpy_helper
 
 from npbn.backend import to_numpy
-from npbn.layers import AvgPool2d, BatchNorm, Conv2d, Flatten, Linear, Sequential, Sigmoid
+from npbn.layers import AvgPool2d, BatchNorm, Conv2d, Flatten, Linear, ReLU, Sequential, Sigmoid
 
 OPSET = 13  # of 2020: every operator here is in it, and every runtime of today reads it
 IR_VERSION = 8
@@ -19,7 +19,7 @@ def onnx_graph(model: Sequential, image: tuple[int, int, int]) -> bytes:
 
     Batch norm is folded into the convolution or linear layer before it: with moving mean μ, moving
     variance v and scale γ/√(v + eps) per feature, weight·scale and (bias − μ)·scale + β. The batch
-    axis is dynamic.
+    axis is dynamic. "images" are floats, pixels / 255.
 
     Args:
         model: layers in a row, each batch norm right after a convolution or linear layer.
@@ -61,8 +61,8 @@ def onnx_graph(model: Sequential, image: tuple[int, int, int]) -> bytes:
             else:
                 x = node("Gemm", inputs, y, transB=1)
                 classes = len(bias)
-        elif isinstance(layer, Sigmoid):
-            x = node("Sigmoid", [x], y)
+        elif isinstance(layer, Sigmoid | ReLU):
+            x = node("Sigmoid" if isinstance(layer, Sigmoid) else "Relu", [x], y)
         elif type(layer) is AvgPool2d and layer.padding == (0, 0):
             size, stride = [*layer.kernel_size], [*layer.stride]
             x = node("AveragePool", [x], y, kernel_shape=size, strides=stride)
@@ -85,5 +85,6 @@ def onnx_graph(model: Sequential, image: tuple[int, int, int]) -> bytes:
     )
     opset = helper.make_opsetid("", OPSET)
     made = helper.make_model(graph, opset_imports=[opset], ir_version=IR_VERSION)
+    made.doc_string = "images: float32, pixels / 255"
     checker.check_model(made, full_check=True)
     return bytes(made.SerializeToString())

@@ -1,4 +1,4 @@
-"""The pictures of runs that train.py and plot_run.py draw."""
+"""The pictures of runs, drawn and written."""
 
 from __future__ import annotations
 
@@ -7,23 +7,23 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from _command_line import say
 from npbn import data, inspection, plots
 from npbn.checkpoint import write_file
+from npbn.commands.command_line import say
 from npbn.errors import NpbnError
-from npbn.layers import Sequential
+from npbn.experiment import Loaded
 from npbn.runs import Run
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-def draw_run(run: Run, model: Sequential, dataset: data.Dataset, directory: Path) -> None:
-    """All pictures of one run, and of its model at some epoch, on the CPU."""
-    draw_comparison([run], directory)
-    records, dtype = _records(run), run.config["dtype"]
-    if not run.config["no_batch_norm"]:
-        _save(plots.batch_norm_parameters(records), directory / "batch_norm.png")
+def draw_run(loaded: Loaded, dataset: data.Dataset, directory: Path) -> None:
+    """Draw all pictures of one run, and of its model at some epoch, on the CPU."""
+    draw_comparison([loaded.run], directory)
+    model, dtype = loaded.model, loaded.config.dtype
+    if not loaded.config.no_batch_norm:
+        _save(plots.batch_norm_parameters(_records(loaded.run)), directory / "batch_norm.png")
     _save(plots.filters(model.parameters()["0.weight"].data), directory / "filters.png")
 
     x, labels = next(dataset.test.batches(1, dtype))
@@ -42,7 +42,7 @@ def draw_run(run: Run, model: Sequential, dataset: data.Dataset, directory: Path
 
 
 def draw_comparison(runs: Sequence[Run], directory: Path) -> None:
-    """Those pictures that show several runs as well as one."""
+    """Draw the pictures that show several runs as well as one."""
     records = {_label(run): _records(run) for run in runs}
     _save(plots.curves(records), directory / "curves.png")
     _save(plots.preactivation_histograms(records), directory / "preactivations.png")

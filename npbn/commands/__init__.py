@@ -1,0 +1,59 @@
+"""The command ``npbn``, and what each of its subcommands prints: ``npbn COMMAND --help``."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import signal
+import sys
+from typing import NoReturn
+
+COMMANDS = {
+    "train": "train a network, and keep the run in a folder",
+    "evaluate": "loss and accuracy of a run's model on its test images",
+    "predict": "classify image files with a run's model",
+    "plot": "draw runs",
+    "runs": "list the runs in a folder",
+    "export": "write a run's model for PyTorch or ONNX Runtime",
+    "check": "check gradients: npbn's, or those of files of yours",
+}
+
+
+def main() -> NoReturn:
+    """Run ``npbn COMMAND ...``, as the command line has it."""
+    from npbn import __version__
+    from npbn.commands.command_line import ArgumentParser
+
+    lines = [f"  {name:10}{what}" for name, what in COMMANDS.items()]
+    parser = ArgumentParser(
+        prog="npbn",
+        description="Batch normalization with hand-derived gradients: train, look, check.",
+        epilog="\n".join(["commands:", *lines, "", "npbn COMMAND --help says more of each"]),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"npbn {__version__}")
+    parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help="see below")
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, help="of the command")
+    if len(sys.argv) == 1:
+        parser.print_help()
+        sys.exit()
+    found = parser.parse_args()
+    start(found.command, f"npbn {found.command}", found.arguments)
+
+
+def start(command: str, program: str, arguments: list[str] | None = None) -> NoReturn:
+    """Run a command and exit.
+
+    Args:
+        command: one of COMMANDS.
+        program: its name in messages.
+        arguments: those of the command line unless given.
+    """
+    from npbn.commands.command_line import run
+
+    # Ctrl-C during the imports ends the process without a traceback; `run` takes over from there.
+    # (Where the signal is ignored, as in the background, it stays so.)
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    module = importlib.import_module(f"npbn.commands.{command}")
+    run(program, lambda: module.main(program, sys.argv[1:] if arguments is None else arguments))

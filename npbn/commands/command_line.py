@@ -1,0 +1,125 @@
+"""What the command lines share: one clear line for bad input, and exit codes.
+
+0 all went well, 1 nobody reads the output any more, 2 bad input, something missing on this machine
+or an output that cannot be written, 130 interrupted (Ctrl-C).
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import math
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+STARTED = time.perf_counter()
+"""When the program began: what it imports after this is part of the wait."""
+
+
+def _fail(message: str) -> int:
+    if sys.stderr is not None:
+        print(message, file=sys.stderr)
+    return 2
+
+
+def one_line(message: str) -> str:
+    r"""Return the message with what would break the line written as Python does: \n."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in message)
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """argparse's, with errors of one line, without the usage before it."""
+
+    def error(self, message: str) -> NoReturn:
+        message = one_line(f"{self.prog}: error: {message} (--help lists the options)")
+        self.exit(2, f"{message}\n")
+
+
+def value(kind: type, description: str, holds: Callable[[Any], bool]) -> Callable[[str], Any]:
+    """Return an argparse type: an int, float or str for which ``holds`` is true."""
+
+    def parse(text: str) -> Any:
+        try:
+            found = kind(text)
+            if holds(found):
+                return found
+        except ValueError:
+            pass
+        raise argparse.ArgumentTypeError(f"expected {description}, got {text!r}")
+
+    return parse
+
+
+def integer(minimum: int) -> Callable[[str], int]:
+    """Return an argparse type: an integer of at least ``minimum``."""
+    return value(int, f"an integer >= {minimum}", lambda found: bool(found >= minimum))
+
+
+def number(description: str, holds: Callable[[float], bool]) -> Callable[[str], float]:
+    """Return an argparse type: a finite number for which ``holds`` is true."""
+    return value(float, description, lambda found: math.isfinite(found) and holds(found))
+
+
+class CtrlC:
+    """Inside, the first Ctrl-C is noted; a second one ends the program at once."""
+
+    def __init__(self) -> None:
+        self.pressed = False
+
+    def __enter__(self) -> CtrlC:
+        self._before = signal.getsignal(signal.SIGINT)
+        if self._before is signal.default_int_handler:  # and not ignored, as in the background
+            signal.signal(signal.SIGINT, self._note)
+        return self
+
+    def _note(self, *_: object) -> None:
+        self.pressed = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def __exit__(self, *_: object) -> None:
+        signal.signal(signal.SIGINT, self._before)
+
+
+def typed(program: str) -> str:
+    """Return what is typed to start a program: "npbn train", or "python scripts/train.py"."""
+    return f"python scripts/{program}" if program.endswith(".py") else program
+
+
+def say(line: str) -> None:
+    """Print a line, so that it is seen at once."""
+    print(line, flush=True)
+
+
+def run(program: str, main: Callable[[], int | None]) -> NoReturn:
+    """Run ``main``, exit with its code; what a user can mend is one line, without a traceback."""
+    from npbn.errors import NpbnError
+
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal without √ shows \u221a
+        sys.stdout.reconfigure(errors="backslashreplace")
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    code = 0
+    try:
+        try:
+            code = main() or 0
+        finally:  # also after argparse's --help, which ends the program
+            if sys.stdout is not None:
+                sys.stdout.flush()
+    except NpbnError as error:
+        sys.exit(_fail(one_line(f"{program}: error: {error}")))
+    except KeyboardInterrupt:
+        _fail(f"\n{program}: interrupted")
+        sys.exit(130)
+    except OSError as error:
+        if error.filename is not None:  # nothing that we print to
+            raise
+        # What is left in the buffer would fail again when Python ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if isinstance(error, BrokenPipeError):  # the reader has gone, as in `train.py | head`
+            sys.exit(1)
+        sys.exit(_fail(f"{program}: error: cannot write the output: {error.strerror}"))
+    sys.exit(code)

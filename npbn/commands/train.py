@@ -1,0 +1,476 @@
+"""Train LeNet with batch norm on Fashion-MNIST, every gradient computed by hand-written code."""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import dataclasses
+import datetime
+import math
+import platform
+import shlex
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+import npbn
+from npbn import backend, experiment, inspection, plots, runs, training, verify
+from npbn.commands.command_line import STARTED, ArgumentParser, CtrlC, say, typed, value
+from npbn.commands.pictures import draw_run
+from npbn.data import Dataset
+from npbn.errors import CheckpointError, DataError, NonFiniteError, NpbnError, UnsupportedError
+from npbn.experiment import Config
+
+EPILOG = """\
+examples:
+  {train}                                the published setting, on what is there
+  {train} --backend cupy                 on a GPU
+  {train} --model blenet --epochs 3
+  {train} --no-batch-norm --lr 0.5       what it is like without
+  {train} --schedule cosine --momentum 0.9 --lr 0.1
+  {train} --dataset folder --data photos --side 32 --test-fraction 0.2
+  {train} --run runs/first               a folder to find again
+  {train} --resume runs/first            after Ctrl-C, or a power cut
+
+exit codes: 0 trained, 1 the output pipe was closed, 2 bad input, something missing on this
+machine, an output that cannot be written, or a loss that became NaN, 130 interrupted
+"""
+
+# On what a run that goes on may differ from the one that was interrupted.
+FREE_WITH_RESUME = ("resume", "data", "backend", "threads", "plots")
+
+# The fields of `Config` that are options, in groups.
+OPTIONS = {
+    "where to compute": {
+        "backend": "array library: numpy (CPU), cupy (NVIDIA GPU), or auto, a GPU if there is a "
+        "usable one",
+        "engine": "layers, the textbook; fused, the same mathematics planned into fused stages; "
+        "or auto, fused on the CPU if it can train this model, else layers",
+        "threads": "CPU threads, of the fused engine or of the BLAS library for layers; use 1 on "
+        "a busy machine (default: every CPU that this process may use)",
+        "dtype": "of all numbers",
+    },
+    "data": {
+        "dataset": "fashion-mnist, downloaded if need be; digits, handwritten ones; or auto, "
+        "Fashion-MNIST if it is available, else digits",
+        "data": "directory with Fashion-MNIST's four IDX files, gzipped or not, or with "
+        "torchvision's FashionMNIST/raw; no other place is tried then (default: $NPBN_DATA, else "
+        "the system's and the user's data directories, else a download)",
+        "limit_train": "train on the first N examples only",
+    },
+    "model": {
+        "model": "lenet, network A; blenet, network B, with a padded first convolution, for "
+        "images of any size; or auto, lenet for grey images of 28 × 28 in 10 classes, else blenet",
+        "no_batch_norm": "leave batch norm out",
+        "activation": "what follows each batch norm",
+    },
+    "training": {
+        "epochs": "passes over the training images",
+        "batch_size": "examples a step",
+        "lr": "learning rate",
+        "schedule": "of the learning rate: constant; step, multiplied by --lr-factor every "
+        "--lr-epochs epochs; cosine, down to 0 at the end",
+        "lr_epochs": "with --schedule step (default: 3)",
+        "lr_factor": "with --schedule step (default: 0.1)",
+        "momentum": "of SGD",
+        "weight_decay": "of weights, not of biases, gamma and beta",
+        "max_steps": "stop after N steps of the optimizer",
+        "target_accuracy": "stop when the test accuracy is at least X",
+        "eval_every": "epochs from one evaluation to the next",
+        "precise_bn": "before each evaluation, recompute batch norm's statistics over the "
+        "training set, in place of the moving averages",
+        "seed": "of initial weights and shuffling; on one machine and backend, two runs of a seed "
+        "are equal to the last bit, by layers with one number of threads",
+    },
+}
+METAVARS = {int: "N", float: "X", str: "DIR"}
+
+
+def parse_arguments(program: str, words: list[str]) -> argparse.Namespace:
+    parser = ArgumentParser(
+        prog=program,
+        description=__doc__,
+        epilog=EPILOG.format(train=typed(program)),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"npbn {npbn.__version__}")
+    fields = {field.name: field for field in dataclasses.fields(Config)}
+    for title, options in OPTIONS.items():
+        group = parser.add_argument_group(title)
+        for name, text in options.items():
+            flag, default = f"--{name.replace('_', '-')}", fields[name].default
+            check = fields[name].metadata["check"]
+            if check is experiment.FLAG:
+                group.add_argument(flag, action="store_true", help=text)
+                continue
+            group.add_argument(
+                flag,
+                type=str if check.type is str else value(check.type, check.description, check),
+                choices=check.choices,
+                default=default,
+                metavar=None if check.choices else METAVARS[check.type],
+                help=text if default is None else f"{text} (default: {default})",
+            )
+
+    kept = parser.add_argument_group("what is checked and kept")
+    kept.add_argument(
+        "--check-gradients",
+        action="store_true",
+        help="first compare every gradient with the complex step, on one batch, in float64",
+    )
+    kept.add_argument(
+        "--run",
+        metavar="DIR",
+        help="new folder for configuration, metrics and checkpoints (default: runs/DATE-TIME)",
+    )
+    kept.add_argument("--overwrite", action="store_true", help="replace the run in that folder")
+    kept.add_argument(
+        "--resume",
+        metavar="DIR",
+        help="go on with the run in this folder, with its own options, from its last checkpoint: "
+        "it ends as if it had never been interrupted",
+    )
+    kept.add_argument("--plots", action="store_true", help="draw the run at the end")
+
+    arguments = parser.parse_args(words)
+    if arguments.dataset == "digits" and arguments.data is not None:
+        parser.error("argument --data: not allowed with --dataset digits, which needs no files")
+    if arguments.schedule == "step":
+        arguments.lr_epochs = arguments.lr_epochs or 3
+        arguments.lr_factor = arguments.lr_factor or 0.1
+    for option in ("lr_epochs", "lr_factor"):
+        if arguments.schedule != "step" and getattr(arguments, option) is not None:
+            name = option.replace("_", "-")
+            parser.error(f"argument --{name}: not allowed without --schedule step")
+    if arguments.overwrite and arguments.run is None:
+        parser.error("argument --overwrite: not allowed without --run, which names what to replace")
+    if arguments.resume is not None:
+        # Once more, without the defaults, to see what was given.
+        nothing = argparse.Namespace(**dict.fromkeys(vars(arguments)))
+        for option, given in vars(parser.parse_args(words, nothing)).items():
+            if option not in FREE_WITH_RESUME and given is not None:
+                name = option.replace("_", "-")
+                parser.error(f"argument --{name}: not allowed with --resume: the run has its own")
+    return arguments
+
+
+def main(program: str, words: list[str]) -> None:
+    arguments = parse_arguments(program, words)
+    backend.keep_freed_memory()
+    if arguments.plots:
+        plots.check_matplotlib()
+    session = start(arguments) if arguments.resume is None else resume(arguments)
+    train(session, program)
+    if arguments.plots:
+        draw_run(experiment.load(session.run.path), session.dataset, session.run.path / "plots")
+
+
+@dataclasses.dataclass
+class Session:
+    """What a new run and one that goes on have in common."""
+
+    run: runs.Run
+    config: Config
+    state: training.Training
+    dataset: Dataset
+    device: backend.Backend
+    resumed: bool
+
+    def describe(self) -> None:
+        """The lines above the table."""
+        config, dataset, model = self.config, self.dataset, self.state.model
+        say(
+            f"data: {dataset.name} from {dataset.source}, "
+            f"{len(dataset.train):,} training and {len(dataset.test):,} test images"
+        )
+        count = sum(parameter.data.size for parameter in model.parameters().values())
+        say(
+            f"model: {type(model).__name__} {'without' if config.no_batch_norm else 'with'} "
+            f"batch norm, {count:,} parameters, {config.dtype}, {self.state.engine.description}"
+        )
+        say(
+            f"training: {config.epochs} epoch{'s' * (config.epochs > 1)}, "
+            f"batches of {config.batch_size}, SGD with {config.schedule} learning rate "
+            f"{config.lr}, momentum {config.momentum:g}, weight decay "
+            f"{config.weight_decay:g}, seed {config.seed}"
+        )
+        if config.batch_size == 1 and not config.no_batch_norm:
+            say(
+                "note: over a batch of one, batch norm after a linear layer is constant: "
+                "little is learned"
+            )
+
+    def record(self, epoch: training.Epoch | None) -> dict[str, Any]:
+        """A line of the metrics; None stands for the time before the first epoch."""
+        model, split = self.state.model, self.state.train
+        if epoch is None:
+            found: dict[str, Any] = {"number": 0, "step": 0, "train": None, "test": None}
+        else:
+            found = dataclasses.asdict(epoch)
+        found["batch_norm"] = [
+            {
+                name: backend.to_numpy(p.data).ravel().tolist()
+                for name, p in norm.parameters().items()
+            }
+            for norm in inspection.batch_norms(model)
+        ]
+        x, _ = next(split.batches(256, self.config.dtype))
+        found["preactivations"] = inspection.histograms(model, x)
+        return found
+
+    def save(self, epoch: training.Epoch | None = None, *, best: bool = False) -> None:
+        """After an epoch, or in the middle of one."""
+        arrays, record = self.state.state()  # first, for it refuses a state that is not finite
+        if epoch is not None:
+            self.run.append(self.record(epoch))
+        self.run.save(arrays, record, best=best)
+
+
+def start(arguments: argparse.Namespace) -> Session:
+    """A new run."""
+    names = [name for options in OPTIONS.values() for name in options]
+    config = Config(**{name: getattr(arguments, name) for name in names})
+    now = datetime.datetime.now()
+    default = now.strftime("runs/%Y-%m-%d-%H.%M.%S")
+    path = Path(default if arguments.run is None else arguments.run)
+    check_name(path, overwrite=arguments.overwrite)  # before anything that takes long
+    device = open_device(config.backend, config.threads)
+    dataset = load_data(config)
+    for note in dataset.notes:
+        say(f"note: {note}")
+    data = None if config.data is None else str(Path(config.data).resolve())
+    config = dataclasses.replace(config.fitted(dataset), backend=device.name, data=data)
+    with device.explaining_failures():
+        try:
+            state = experiment.build_training(config, dataset, device, report=say)
+        except UnsupportedError as error:
+            raise NpbnError(f"--engine fused: {error}; --engine layers can do it") from None
+    # Which it was, so that the rest of the run is computed likewise.
+    config = dataclasses.replace(config, engine=state.engine.kind)
+    session = Session(runs.Run(path, {}), config, state, dataset, device, resumed=False)
+    session.describe()
+    if arguments.check_gradients:
+        check_gradients(session)
+    environment = describe_environment(device) | {
+        "command": shlex.join(sys.argv),
+        "started": now.isoformat(timespec="seconds"),
+    }
+    with device.explaining_failures():
+        session.run = runs.Run.create(
+            path,
+            config.to_json(),
+            environment,
+            (session.record(None), *session.state.state()),
+            overwrite=arguments.overwrite,
+        )
+    say(f"run: {path}")
+    return session
+
+
+def check_name(path: Path, *, overwrite: bool) -> None:
+    """Refuse a name that `Run.create` would refuse; say what to type."""
+    try:
+        runs.Run.check_name(path, overwrite=overwrite)
+    except CheckpointError as error:
+        advice = "" if overwrite else "; choose another name, or --overwrite it"
+        raise CheckpointError(f"{error}{advice}") from None
+
+
+def load_data(config: Config) -> Dataset:
+    """Load the data; of what is wrong with it, say what to type."""
+    try:
+        return experiment.load_data(config, on_download=say)
+    except DataError as error:
+        if config.limit_train is not None and "training examples" in str(error):
+            raise DataError(f"--limit-train: {error}") from None
+        raise
+
+
+def resume(arguments: argparse.Namespace) -> Session:
+    """A run that goes on."""
+    run, config = experiment.open_run(arguments.resume)
+    there = run.environment()
+    run.load()  # which vouches for the configuration, too, before anything is done with it
+    if arguments.data is not None and config.dataset == "digits":
+        raise NpbnError("--data: not allowed with this run of the digits, which need no files")
+    name = config.backend if arguments.backend == "auto" else arguments.backend
+    threads = arguments.threads or config.threads
+    device = open_device(name, threads)
+    dataset = load_data(dataclasses.replace(config, data=arguments.data or config.data))
+    engine = config.engine if device.name == config.backend else "auto"
+    now = dataclasses.replace(config, threads=threads, engine=engine)
+    with device.explaining_failures():
+        state, record = experiment.load_training(run, now, dataset, device, report=say)
+    session = Session(run, config, state, dataset, device, resumed=True)
+    session.describe()
+    run.rewind(record)
+    for name, here in describe_environment(device).items():
+        if there.get(name) != here:
+            say(
+                f"note: {name} was {there.get(name)} when this run began and is {here} now: "
+                "the last bits may differ"
+            )
+    say(f"run: {run.path}, going on after epoch {state.epoch}, batch {state.batch}")
+    return session
+
+
+def open_device(name: str, threads: int | None) -> backend.Backend:
+    """The backend; without a number of threads, every CPU that this process may use computes."""
+    usable = backend.usable_cpus()
+    backend.limit_blas_threads(threads or min(usable, backend.blas_threads() or usable))
+    device = backend.get_backend(name)
+    say(f"npbn {npbn.__version__}, Python {platform.python_version()}, {device.description}")
+    if device.note:
+        say(f"on the CPU, because: {device.note}")
+    return device
+
+
+def describe_environment(device: backend.Backend) -> dict[str, str | None]:
+    """What the last bits of a result depend on."""
+    return {
+        "npbn": npbn.__version__,
+        "commit": commit(),
+        "Python": platform.python_version(),
+        "device": device.description,
+        "platform": platform.platform(),
+    }
+
+
+def commit() -> str | None:
+    """Of the checkout that npbn is in, if it is in one."""
+    try:
+        process = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=12"],
+            cwd=Path(npbn.__file__).parent,
+            capture_output=True,
+            text=True,
+            timeout=10,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return process.stdout.strip() or None
+
+
+class StoppedError(Exception):
+    """Ctrl-C, between two batches; what there is has been saved."""
+
+
+def train(session: Session, program: str) -> None:
+    """Train to the end, saving after each epoch; print the table and what came out."""
+    config, state, run = session.config, session.state, session.run
+    say("")
+    say("epoch    loss  train acc  test acc  examples/s")
+    bar = tqdm(
+        total=len(state.train),
+        initial=state.batch * state.batch_size,
+        unit=" examples",
+        unit_scale=True,
+        leave=False,
+        disable=sys.stderr is None or not sys.stderr.isatty(),
+    )
+    bar.set_description(f"epoch {state.epoch + 1}")
+    epochs: list[training.Epoch] = []
+    best = state.best
+
+    def on_batch(examples: int) -> None:
+        bar.update(examples)
+        if ctrl_c.pressed:
+            session.save()
+            raise StoppedError
+
+    def on_epoch(epoch: training.Epoch) -> None:
+        nonlocal best
+        epochs.append(epoch)
+        bar.clear()
+        accuracy = "-" if epoch.test is None else f"{epoch.test.accuracy:.4f}"
+        say(
+            f"{epoch.number:5d}  {epoch.train.loss:6.4f}  {epoch.train.accuracy:9.4f}  "
+            f"{accuracy:>8}  {epoch.train.examples / epoch.train.seconds:10,.0f}"
+        )
+        if epoch.skipped and epoch.number == 1:
+            say("       (one example an epoch is left out: as a batch it has no variance)")
+        session.save(epoch, best=state.best > best)
+        best = state.best
+        if epoch.number < config.epochs:
+            bar.reset()
+            bar.set_description(f"epoch {epoch.number + 1}")
+        if ctrl_c.pressed:
+            raise StoppedError
+
+    try:
+        # NaN and infinity are looked for in the results.
+        with CtrlC() as ctrl_c, np.errstate(over="ignore", invalid="ignore"):
+            state.run(
+                config.epochs,
+                max_steps=config.max_steps or math.inf,
+                eval_every=config.eval_every,
+                target_accuracy=config.target_accuracy or math.inf,
+                on_batch=on_batch,
+                on_epoch=on_epoch,
+            )
+    except StoppedError:
+        bar.close()
+        say(
+            f"stopped after step {state.optimizer.steps}; to go on: "
+            f"{typed(program)} --resume {shlex.quote(str(run.path))}"
+        )
+        raise KeyboardInterrupt from None
+    except NonFiniteError as error:
+        bar.close()
+        raise NpbnError(f"{error}: {explain_non_finite(session)}") from None
+    finally:
+        bar.close()
+    conclude(session, epochs)
+
+
+def explain_non_finite(session: Session) -> str:
+    """Where it began, by doing the epoch over from the last checkpoint, and why."""
+    state, run = session.state, session.run
+    state.load_state(*run.load())
+    with np.errstate(over="ignore", invalid="ignore"):
+        where = state.locate_non_finite()
+    cause = ""
+    if "label" not in where and state.optimizer.steps > 0:
+        cause = f"; most likely the learning rate, {state.optimizer.lr:g}, is too high"
+    return f"{where}{cause}; the last good checkpoint is kept: {run.path / 'last.safetensors'}"
+
+
+def conclude(session: Session, epochs: list[training.Epoch]) -> None:
+    """What there is to say at the end."""
+    state = session.state
+    say("")
+    if not epochs:
+        say(f"this run was finished already, after epoch {state.epoch}")
+    else:
+        seconds = sum(epoch.train.seconds for epoch in epochs)
+        examples = sum(epoch.train.examples for epoch in epochs)
+        in_all = f", {time.perf_counter() - STARTED:.1f} s in all" if not session.resumed else ""
+        say(
+            f"{examples / seconds:,.0f} examples/s in training on {session.device.name}: "
+            f"{seconds:.1f} s of training{in_all}"
+        )
+    say(f"best test accuracy {state.best:.4f}; checkpoints last and best in {session.run.path}")
+    norms = inspection.batch_norms(state.model)
+    for parameter in (norms[0].gamma, norms[0].beta) if norms else ():
+        values = " ".join(f"{v:.3f}" for v in backend.to_numpy(parameter.data).ravel())
+        say(f"{parameter.name} of the first batch norm: {values}")
+
+
+def check_gradients(session: Session) -> None:
+    """Print a table for one batch of the data; end the program if a gradient is wrong."""
+    copied = copy.deepcopy(session.state.model)
+    copied.to(session.device, "float64")
+    x, labels = next(session.state.train.batches(session.state.batch_size, "float64"))
+    report = verify.check_model(copied, x, labels)
+    say("")
+    say(f"gradients on a batch of {len(labels)}, float64, by the complex step:")
+    say("parameter     relative error  verdict")
+    for finding in report.findings:
+        say(f"{finding.name:12}  {finding.error:14.1e}  {finding.verdict}")
+    if not report.ok:
+        raise NpbnError("a gradient is wrong, see above; nothing was trained")
