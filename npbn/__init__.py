@@ -27,7 +27,8 @@ def __getattr__(name: str) -> Any:
     if name in _MODULES:
         return importlib.import_module(f"npbn.{name}")
     if name in __all__:
-        return getattr(importlib.import_module("npbn.experiment"), name)
+        globals()[name] = getattr(importlib.import_module("npbn.experiment"), name)
+        return globals()[name]
     raise AttributeError(f"module 'npbn' has no attribute {name!r}")
 
 

@@ -25,6 +25,8 @@ def main() -> None:
         raise NpbnError("pdoc is not installed: pip install 'pdoc>=15'")
     import pdoc.render
 
+    for name in npbn.__all__:
+        getattr(npbn, name)  # pdoc sees only what has been imported
     modules = ["npbn"] + [
         module.name
         for module in pkgutil.walk_packages(npbn.__path__, "npbn.")

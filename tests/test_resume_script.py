@@ -63,7 +63,7 @@ def test_interrupted_twice_it_ends_as_if_it_had_not_been(options, trainer, tmp_p
         assert process.returncode == 130, process.stderr
         assert process.stderr.strip() == "train.py: interrupted"
         arguments = ("--resume", "run")
-    assert "stopped after step 13; to go on: --resume run" in process.stdout
+    assert "stopped after step 13; to go on: python scripts/train.py --resume run" in process.stdout
     names = {path.name for path in (tmp_path / "run").iterdir()}
     assert names - {"best.safetensors"} == {
         "config.json",

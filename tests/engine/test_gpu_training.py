@@ -264,7 +264,10 @@ def test_the_program_trains_by_it_and_goes_on_to_the_bit(builds, trainer, tmp_pa
     assert "float32, by the fused engine on the GPU\n" in whole.stdout
     stopped = train(*FUSED, "--run", "stopped", prelude=INTERRUPT)
     assert stopped.returncode == 130, stopped.stderr
-    assert "stopped after step 5; to go on: --resume stopped\n" in stopped.stdout
+    assert (
+        "stopped after step 5; to go on: python scripts/train.py --resume stopped\n"
+        in stopped.stdout
+    )
     failed = train(*FUSED, "--run", "failed", prelude=FAIL)
     assert_refused(failed, "the GPU failed: CUDARuntimeError: cudaErrorUnknown; ", "--resume goes")
     for name, where in (("stopped", "epoch 1, batch 2"), ("failed", "epoch 1, batch 0")):
