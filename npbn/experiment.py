@@ -72,6 +72,8 @@ FLAG = Check("true or false", bool)
 TEXT = Check("a text", str)
 POSITIVE = Check("a number > 0", float, lambda value: bool(value > 0))
 SHARE = Check("a number in (0, 1]", float, lambda value: bool(0 < value <= 1))
+PART = Check("a number in (0, 1)", float, lambda value: bool(0 < value < 1))
+COLOURS = Check("1 or 3", int, lambda value: value in (1, 3))
 FRACTION = Check("a number in [0, 1)", float, lambda value: bool(0 <= value < 1))
 NOT_NEGATIVE = Check("a number >= 0", float, lambda value: bool(value >= 0))
 
@@ -97,9 +99,9 @@ class Config:
     dtype: str = option("float32", one_of("float32", "float64"))
     dataset: str = option("auto", one_of(*data.DATASETS))
     data: str | None = option(None, TEXT)
-    channels: int | None = option(None, integer(1))
+    channels: int | None = option(None, COLOURS)
     side: int | None = option(None, integer(1))
-    test_fraction: float | None = option(None, FRACTION)
+    test_fraction: float | None = option(None, PART)
     limit_train: int | None = option(None, integer(2))
     model: str = option("auto", one_of("auto", "lenet", "blenet"))
     no_batch_norm: bool = option(False, FLAG)
@@ -189,12 +191,9 @@ class Config:
 
 def load_data(config: Config, on_download: Callable[[str], None] | None = None) -> Dataset:
     """Return the data set, with no more training examples than the configuration allows."""
-    options = {
-        name: value
-        for name in ("channels", "side", "test_fraction")
-        if config.dataset == "folder" and (value := getattr(config, name)) is not None
-    }
+    options: dict[str, Any] = {}
     if config.dataset == "folder":
+        options = {name: getattr(config, name) for name in ("channels", "side", "test_fraction")}
         options["seed"] = config.seed
     dataset = data.load(config.dataset, config.data, on_download=on_download, **options)
     if config.limit_train is None:

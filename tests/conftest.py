@@ -26,6 +26,8 @@ from hypothesis import HealthCheck, settings
 
 from commands import Trainer, run
 from npbn import backend, data
+from npbn.data import published
+from npbn.data.published import FASHION_MNIST
 from npbn.errors import BackendError
 
 # No deadline: a slow machine is no failure. print_blob: a failure can be replayed by pasting.
@@ -79,9 +81,10 @@ def dtype(request) -> str:
 @pytest.fixture(scope="session")
 def fashion_mnist() -> data.Dataset:
     """The real data; the tests that need it are skipped where it is not installed."""
-    if not data.SYSTEM_DIRECTORY.exists():
+    directory = published.SYSTEM_DIRECTORY / "fashion-mnist"
+    if not directory.exists():
         pytest.skip("Fashion-MNIST is not installed (Debian: dataset-fashion-mnist)")
-    return data._read_fashion_mnist(data.SYSTEM_DIRECTORY)
+    return FASHION_MNIST.read(directory)
 
 
 @pytest.fixture

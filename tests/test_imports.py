@@ -9,7 +9,7 @@ import pytest
 
 from commands import ROOT
 
-HEAVY = ("cupy", "numba", "torch", "torchvision", "matplotlib", "sklearn", "scipy")
+HEAVY = ("cupy", "numba", "torch", "torchvision", "matplotlib", "PIL", "pooch", "sklearn", "scipy")
 
 
 def loaded_after(code: str) -> set[str]:

@@ -301,13 +301,6 @@ def test_bad_arguments_are_refused_in_one_line(arguments, expected, runs):
     assert_refused(run("predict.py", *arguments, cwd=runs), "predict.py: error:", expected)
 
 
-def test_without_pillow_one_line_says_how_to_get_it(runs):
-    prelude = "sys.modules['PIL'] = None"
-    process = run("predict.py", "with", "a.png", cwd=runs, prelude=prelude)
-    assert_refused(process, "pip install 'pillow>=10'")
-    assert run("predict.py", "with", "--index", "0", cwd=runs, prelude=prelude).returncode == 0
-
-
 def test_a_checkpoint_of_another_model(runs, tmp_path):
     shutil.copytree(runs / "with", tmp_path / "one")
     arrays, record = load_checkpoint(tmp_path / "one" / "best.safetensors")

@@ -314,27 +314,27 @@ def test_the_threads_of_the_run_are_taken_up_again(threads, trainer, tmp_path):
 def test_resumed_where_the_data_is_missing(trainer, tmp_path):
     """A run of Fashion-MNIST, begun elsewhere. (The data set alone is exchanged by hand.)"""
     as_fashion = """
+import dataclasses
 from npbn import data
-data.Dataset.key = "fashion-mnist"
+load = data.load
+data.load = lambda *a, **o: dataclasses.replace(load(*a, **o), key="fashion-mnist")
 """
     trainer(*SMALL, "--run", "run", cwd=tmp_path, prelude=as_fashion + after_step(1, CTRL_C))
     elsewhere = """
 import os, pathlib
-from npbn import data
+from npbn.data import published
 
-def download(*_):
-    raise data.DataError("no network")
+def download(*_, **__):
+    raise published.DataError("no network")
 
-data._download_fashion_mnist = download
-data.SYSTEM_DIRECTORY = pathlib.Path("nowhere")
+published.IdxSource._download = download
+published.SYSTEM_DIRECTORY = pathlib.Path("nowhere")
 os.environ.update(XDG_CACHE_HOME=os.path.abspath("cache"), HOME=os.getcwd())
 os.environ.pop("NPBN_DATA", None)
 """
     with unchanged(tmp_path / "run"):
         process = trainer("--resume", "run", cwd=tmp_path, prelude=elsewhere)
-        assert_refused(
-            process, "could not be downloaded: no network", "three ways to get it", "--data"
-        )
+        assert_refused(process, "could not be downloaded: no network", "ways to get it", "--data")
         assert "downloading Fashion-MNIST into" in process.stdout
         process = trainer("--resume", "run", "--data", ".", cwd=tmp_path, prelude=elsewhere)
         assert_refused(process, "holds none of Fashion-MNIST's files")

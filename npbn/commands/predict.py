@@ -1,19 +1,21 @@
 """Classify images with the network of a training run: image files, or images of the test set.
 
-Image files may be of any size, grey or in colour. They are made what the network was trained on:
-grey, light on dark, square and small, with the aspect ratio kept.
+Image files may be of any size, grey or in colour. They are converted to the training format: grey
+or in colour, padded to a square with black, and resized, with the aspect ratio kept.
 """
 
 from __future__ import annotations
 
 import argparse
-import warnings
 
 import numpy as np
 
 from npbn import experiment
 from npbn.commands.command_line import ArgumentParser, integer, say, typed
+from npbn.data import YOURS
+from npbn.data.images import padded, read_pixels
 from npbn.errors import NpbnError
+from npbn.experiment import Config
 from npbn.runs import CHECKPOINTS
 
 EPILOG = """\
@@ -68,12 +70,11 @@ def parse_arguments(program: str, words: list[str]) -> argparse.Namespace:
 def main(program: str, words: list[str]) -> None:
     arguments = parse_arguments(program, words)
     loaded = experiment.load(arguments.run, arguments.checkpoint)
-    config, side = loaded.config, loaded.config.side
-    assert side is not None
+    config = loaded.config
     names, images, labels = [], [], []
     for path in arguments.images:
         names.append(path)
-        images.append(read_image(path, side, invert=arguments.invert))
+        images.append(read(path, config, invert=arguments.invert))
         labels.append(UNKNOWN)
     if arguments.index:
         test = experiment.load_data(config).test
@@ -93,42 +94,16 @@ def main(program: str, words: list[str]) -> None:
             say(f"  {probabilities[k]:.4f}  {config.classes[k]}")
 
 
-def read_image(path: str, side: int, *, invert: bool) -> np.ndarray:
-    """An image file as the network knows images: uint8, (1, side, side), on black."""
-    try:
-        from PIL import Image, ImageOps, UnidentifiedImageError
-    except ImportError as error:
-        raise NpbnError(f"Pillow is needed ({error}): pip install 'pillow>=10'") from None
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path) as file:
-                image = ImageOps.exif_transpose(file)
-        if image.mode.startswith("I"):  # 16 bits, which Pillow would clip to 8
-            values = np.asarray(image)
-            if np.min(values) < 0 or np.max(values) > 65535:
-                raise ValueError("expected pixels of 8 or 16 bits")
-            image = Image.fromarray((values // 257).astype(np.uint8))
-        elif image.mode == "F":
-            raise ValueError("expected pixels of 8 or 16 bits, got floating point")
-        longer = max(image.size)
-        width, height = (max(1, round(side * size / longer)) for size in image.size)
-        image = image.convert("RGBA").convert("LA").resize((width, height))
-    except UnidentifiedImageError:
-        raise NpbnError(f"{path} is no image of a format that Pillow knows, or damaged") from None
-    except Exception as error:  # the decoder of each format fails in its own way
-        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
-        raise NpbnError(f"{path} cannot be read as an image: {reason}") from None
-    grey, alpha = np.moveaxis(np.asarray(image, dtype=np.float64), -1, 0)
-    # What is transparent is ground, so black in any case.
-    values = np.rint((255 - grey if invert else grey) * (alpha / 255)).astype(np.uint8)
-    if np.mean(np.concatenate([values[0], values[-1], values[:, 0], values[:, -1]])) > 127:
+def read(path: str, config: Config, *, invert: bool) -> np.ndarray:
+    """Return an image file as training would have read it; say so if it seems to need --invert."""
+    assert config.channels is not None and config.side is not None
+    pixels = read_pixels(path, config.channels, config.side, invert=invert)
+    border = np.concatenate(
+        [pixels[:, 0], pixels[:, -1], pixels[:, :, 0], pixels[:, :, -1]], axis=1
+    )
+    if config.dataset not in YOURS and np.mean(border) > 127:
         say(
             f"note: the border of {path} is light, but the network was trained on light things on "
             f"black: try {'without' if invert else 'with'} --invert"
         )
-    padded = np.zeros((1, side, side), np.uint8)
-    top, left = (side - height) // 2, (side - width) // 2
-    padded[0, top : top + height, left : left + width] = values
-    return padded
+    return padded(pixels, config.side)

@@ -22,7 +22,7 @@ import npbn
 from npbn import backend, experiment, inspection, plots, runs, training, verify
 from npbn.commands.command_line import STARTED, ArgumentParser, CtrlC, say, typed, value
 from npbn.commands.pictures import draw_run
-from npbn.data import Dataset
+from npbn.data import YOURS, Dataset
 from npbn.errors import CheckpointError, DataError, NonFiniteError, NpbnError, UnsupportedError
 from npbn.experiment import Config
 
@@ -56,11 +56,16 @@ OPTIONS = {
         "dtype": "of all numbers",
     },
     "data": {
-        "dataset": "fashion-mnist, downloaded if need be; digits, handwritten ones; or auto, "
-        "Fashion-MNIST if it is available, else digits",
-        "data": "directory with Fashion-MNIST's four IDX files, gzipped or not, or with "
-        "torchvision's FashionMNIST/raw; no other place is tried then (default: $NPBN_DATA, else "
-        "the system's and the user's data directories, else a download)",
+        "dataset": "fashion-mnist, mnist or kmnist, downloaded if need be; digits, handwritten "
+        "ones that npbn carries; idx, any four files in MNIST's format; folder, image files in a "
+        "folder for each class; or auto, Fashion-MNIST if it is available, else digits",
+        "data": "directory with the four IDX files, gzipped or not, or as torchvision lays them "
+        "out, such as FashionMNIST/raw; no other place is tried then (default: $NPBN_DATA, else "
+        "the system's and the user's data directories, else a download). With folder: it holds "
+        "train/CLASS/* and test/CLASS/*, or CLASS/* and --test-fraction",
+        "channels": "1, grey, or 3, colour, with folder (default: 3 if any image has colours)",
+        "side": "of the square images, in pixels, with folder (default: their own)",
+        "test_fraction": "share of each class to keep for testing, with folder; --seed chooses",
         "limit_train": "train on the first N examples only",
     },
     "model": {
@@ -87,6 +92,14 @@ OPTIONS = {
         "seed": "of initial weights and shuffling; on one machine and backend, two runs of a seed "
         "are equal to the last bit, by layers with one number of threads",
     },
+}
+# What to type against an error that has these words.
+ADVICE = {
+    "training examples": "--limit-train",
+    "test_fraction": "--test-fraction",
+    "a side": "--side",
+    "into a directory": "--data",
+    "'s files": "--dataset and --data",
 }
 METAVARS = {int: "N", float: "X", str: "DIR"}
 
@@ -140,6 +153,12 @@ def parse_arguments(program: str, words: list[str]) -> argparse.Namespace:
     arguments = parser.parse_args(words)
     if arguments.dataset == "digits" and arguments.data is not None:
         parser.error("argument --data: not allowed with --dataset digits, which needs no files")
+    if arguments.dataset in YOURS and arguments.data is None:
+        parser.error(f"argument --data: expected a directory with --dataset {arguments.dataset}")
+    for option in ("channels", "side", "test_fraction"):
+        if arguments.dataset != "folder" and getattr(arguments, option) is not None:
+            name = option.replace("_", "-")
+            parser.error(f"argument --{name}: not allowed without --dataset folder")
     if arguments.schedule == "step":
         arguments.lr_epochs = arguments.lr_epochs or 3
         arguments.lr_factor = arguments.lr_factor or 0.1
@@ -286,8 +305,9 @@ def load_data(config: Config) -> Dataset:
     try:
         return experiment.load_data(config, on_download=say)
     except DataError as error:
-        if config.limit_train is not None and "training examples" in str(error):
-            raise DataError(f"--limit-train: {error}") from None
+        for words, option in ADVICE.items():
+            if words in str(error):
+                raise DataError(f"{error}; see {option}") from None
         raise
 
 
