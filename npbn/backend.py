@@ -64,7 +64,7 @@ class Backend:
     def explaining_failures(self) -> Iterator[None]:
         """Inside, an error of the GPU's own becomes a `BackendError`.
 
-        A GPU computes later than it is asked to, so it may show anywhere: at a launch, or where
+        Kernels run asynchronously, so an error may surface at a later launch, or where
         somebody waits for a result.
         """
         if self.name != "cupy":
@@ -78,7 +78,7 @@ class Backend:
         except cupy.cuda.memory.OutOfMemoryError as error:
             raise BackendError(
                 f"the GPU has too little free memory: {_one_line(error)}; take smaller batches, or "
-                "see in nvidia-smi who else uses it"
+                "see in nvidia-smi what else uses it"
             ) from None
         except failures as error:
             raise BackendError(
@@ -120,7 +120,7 @@ def keep_freed_memory() -> None:
 
     A training step allocates and frees the same few large arrays over and over. By default glibc
     hands such memory back to the operating system, which then has to map and clear every page of
-    it anew: about a third of a training step of LeNet. (CuPy keeps a memory pool of its own.) The
+    it anew: about a third of a training step of LeNet. (CuPy has its own memory pool.) The
     setting holds for the whole process, so it is for programs to make, not for libraries. Where
     the C library is not glibc, this does nothing.
     """
@@ -208,7 +208,7 @@ def _cupy_backend() -> Backend:
         raise BackendError(f"CuPy is not installed: {_WHEELS}") from None
     except Exception as error:  # a broken installation raises whatever its loader raises
         raise BackendError(
-            f"CuPy is installed but cannot be loaded: {_one_line(error)}; to install it anew: "
+            f"CuPy is installed but cannot be loaded: {_one_line(error)}; to reinstall it: "
             f"{_WHEELS}"
         ) from None
     if not cupy.is_available():
@@ -224,7 +224,7 @@ def _cupy_backend() -> Backend:
             raise RuntimeError("a 2 x 2 matrix product came out wrong")
         device = cupy.cuda.runtime.getDeviceProperties(cupy.cuda.Device().id)["name"].decode()
         cuda = cupy.cuda.runtime.runtimeGetVersion()
-    except Exception as error:  # every CUDA library fails with an exception of its own
+    except Exception as error:  # every CUDA library has its own exceptions
         raise BackendError(
             "CuPy and a GPU are there, but a CUDA library cannot be loaded or does not work: "
             f"{_one_line(error)}; the extra [ctk] installs the libraries: {_WHEELS}"

@@ -2,7 +2,7 @@
 
 A checkpoint is one file in the safetensors format (huggingface.co/docs/safetensors): named arrays,
 and with them a record, JSON in the file's metadata. Nothing in it can be executed. Its SHA-256 over
-all of that is in the metadata, too, so that a damaged file is told from a whole one.
+the metadata also hold a checksum, so that a damaged file is recognized.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ PathLike = str | os.PathLike[str]
 def write_file(path: PathLike, content: bytes) -> None:
     """Write a file whole or not at all, so that a crash leaves the old one or the new one.
 
-    (And, if the process is killed, a hidden file beside it, which nothing reads.)
+    (If the process is killed, a hidden file next to it remains, which nothing reads.)
 
     Raises:
-        OSError: it cannot be written; an old file of that name is as it was.
+        OSError: it cannot be written; an old file of that name is unchanged.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}-{os.getpid()}")
@@ -45,7 +45,7 @@ def write_file(path: PathLike, content: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())  # before the rename, or a power cut could leave it empty
         os.replace(temporary, path)
-    except BaseException:  # Ctrl-C, too, is to leave nothing behind
+    except BaseException:  # Ctrl-C must leave nothing behind either
         temporary.unlink(missing_ok=True)
         raise
 
@@ -54,7 +54,7 @@ def save_checkpoint(path: PathLike, arrays: Mapping[str, np.ndarray], record: Re
     """Write arrays and a record of what JSON can hold.
 
     Raises:
-        CheckpointError: the file cannot be written; an old one of that name is as it was.
+        CheckpointError: the file cannot be written; an old one of that name is unchanged.
     """
     # As the file has them, for the SHA-256 to be that of what will be read.
     arrays = {

@@ -20,7 +20,7 @@ class CheckpointError(NpbnError):
 
 
 class SubmissionError(NpbnError):
-    """Somebody's code cannot be examined, by no fault of its author: a name is wrong, say."""
+    """A submission could not be examined because of the request: a wrong file or function name."""
 
 
 class NonFiniteError(NpbnError):

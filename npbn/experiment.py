@@ -30,7 +30,7 @@ from npbn.training import Epoch, Training, steps_per_epoch
 
 ACTIVATIONS = {"sigmoid": layers.Sigmoid, "relu": layers.ReLU}
 FORMAT = 2
-"""Of a configuration in JSON. 1 had no number."""
+"""The format of a configuration in JSON. Format 1 had no number."""
 
 
 LARGEST = sys.float_info.max
@@ -220,7 +220,7 @@ def build_model(config: Config, generator: np.random.Generator) -> layers.Sequen
 
 
 def build_schedule(config: Config, steps: int) -> optim.Schedule:
-    """Return the learning rate by step, for epochs of so many ``steps``."""
+    """Return the learning rate as a function of the step; an epoch has ``steps`` steps."""
     if config.schedule == "step":
         return optim.StepDecay(config.lr, (config.lr_epochs or 3) * steps, config.lr_factor or 0.1)
     if config.schedule == "cosine":

@@ -13,7 +13,7 @@ import numpy as np
 from npbn import functional as F
 from npbn.backend import to_numpy
 from npbn.data import Split
-from npbn.functional._arrays import Array
+from npbn.functional.arrays import Array
 from npbn.layers import (
     BatchNorm,
     Layer,
@@ -86,7 +86,7 @@ def histograms(model: Sequential, x: Array) -> dict[str, list[int]]:
 def batch_norm_momentum(model: Layer, momentum: float) -> Iterator[None]:
     """The model in training mode, its batch norms with another momentum, for a while.
 
-    With 1, a forward pass leaves the moving averages alone; with 0, it sets them to the batch's
+    With 1, a forward pass does not change the moving averages; with 0, it sets them to the batch's
     statistics. As in training, a batch norm in prediction mode within a model in training mode is
     frozen: it stays in its mode.
     """
@@ -194,5 +194,5 @@ def first_non_finite(model: Sequential, x: Array, labels: Array) -> tuple[str, f
                 if kind := bad(parameter.gradient):
                     return f"the gradient by {parameter_name} of {name(i)} is {kind}", float(loss)
             if kind := bad(dy):
-                return f"the gradient by the input of {name(i)} is {kind}", float(loss)
+                return f"the gradient with respect to the input of {name(i)} is {kind}", float(loss)
     return "", float(loss)

@@ -20,8 +20,8 @@ import numpy as np
 
 from npbn import functional as F
 from npbn.backend import Backend, to_numpy
-from npbn.functional._arrays import Array, real_part
-from npbn.functional._windows import check_pooling_padding, pair
+from npbn.functional.arrays import Array, real_part
+from npbn.functional.windows import check_pooling_padding, pair
 
 
 class Buffer:

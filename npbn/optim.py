@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TypeAlias
 
-from npbn.functional._arrays import Array
+from npbn.functional.arrays import Array
 from npbn.layers import Parameter
 
 Schedule: TypeAlias = Callable[[int], float]
@@ -78,7 +78,7 @@ class SGD:
         momentum: m, the fraction of the velocity that is kept, in [0, 1).
         weight_decay: λ, on weights only: pulling γ, β and biases towards 0 limits what a layer can
             compute and regularizes nothing.
-        decay_all: weight decay on γ, β and biases, too.
+        decay_all: weight decay on γ, β and biases as well.
     """
 
     def __init__(
@@ -115,7 +115,7 @@ class SGD:
         return float(self.schedule(self.steps))
 
     def step(self) -> None:
-        """Move every parameter against its gradient, in place.
+        """Apply one SGD update to every parameter, in place.
 
         Raises:
             RuntimeError: a parameter has no gradient yet. Nothing is changed then.

@@ -1,7 +1,7 @@
 """Pictures of training runs and of what a network does: figures of matplotlib.
 
 matplotlib is imported only when something is drawn: npbn trains without it. The figures belong to
-the caller alone (no pyplot, no window), so they are drawn on machines without a screen, too.
+the caller (no pyplot, no window), so they can be drawn on machines without a screen.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Records = Sequence[Mapping[str, Any]]
 """A run's metrics, an epoch each; see `npbn.runs`."""
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-"""Those of Okabe and Ito, which the colour-blind tell apart, too."""
+"""The colours of Okabe and Ito, which colour-blind people can tell apart."""
 
 
 def check_matplotlib() -> None:
@@ -79,7 +79,7 @@ def curves(runs: Mapping[str, Records]) -> Figure:
 
 
 def batch_norm_parameters(records: Records) -> Figure:
-    """How γ and β of every batch norm came to be what they are."""
+    """Draw γ and β of every batch norm, epoch by epoch."""
     layers = len(records[0]["batch_norm"])
     title = "γ and β of each batch norm: a line for each feature, dotted where all began"
     figure = _new_figure(3.2 * layers, 6, title)

@@ -6,7 +6,7 @@
     last.safetensors   the state to go on from
     best.safetensors   the state with the best test accuracy
 
-The folder appears whole: it is made under a hidden name beside its own (where it stays if the
+The folder is created atomically: built in a hidden sibling, then renamed (the sibling stays if the
 process is killed before, and nothing reads it). From then on every file in it is replaced in one
 step but metrics.jsonl, which grows: lines beyond the last checkpoint's epoch, whole or not, are of
 an epoch that was cut short, and go when the run goes on.
@@ -104,13 +104,13 @@ class Run:
             CheckpointError: it is no run, or its configuration is damaged.
         """
         path = Path(path)
-        if not os.path.isdir(path):  # where Path.is_dir raises errors of its own
+        if not os.path.isdir(path):  # where Path.is_dir may raise
             raise CheckpointError(f"{path} is not a directory; expected the folder of a run")
         config = _read_json(path / "config.json")
         return cls(path, config)
 
     def environment(self) -> dict[str, Any]:
-        """What it began on.
+        """Versions, device and threads when the run started.
 
         Raises:
             CheckpointError: the file is missing or damaged.

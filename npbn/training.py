@@ -16,7 +16,7 @@ from npbn.data import Split
 from npbn.engine import Engine, Result
 from npbn.engine.layers import EVALUATION_BATCH_SIZE, predict
 from npbn.errors import NonFiniteError
-from npbn.functional._arrays import common_library
+from npbn.functional.arrays import common_library
 from npbn.layers import Layer, Sequential, dtype_of
 from npbn.optim import SGD
 
@@ -61,7 +61,7 @@ class Epoch:
 
 
 def left_out(examples: int, batch_size: int) -> int:
-    """How many examples an epoch skips: one, if it would be a last batch of its own."""
+    """How many examples an epoch skips: one, if it would be the only one in the last batch."""
     return 1 if batch_size > 1 and examples % batch_size == 1 else 0
 
 
@@ -159,7 +159,7 @@ class Training:
 
     Attributes:
         epoch: how many are done.
-        batch: how many batches of the epoch that is under way are done.
+        batch: how many batches of the current epoch are done.
         best: the best test accuracy so far; -1 before the first.
     """
 
@@ -195,7 +195,7 @@ class Training:
         self.epoch = 0
         self.batch = 0
         self.best = -1.0
-        self._totals: _Totals | None = None  # of the epoch that is under way
+        self._totals: _Totals | None = None  # of the current epoch
 
     def run(
         self,
@@ -212,7 +212,7 @@ class Training:
         Args:
             epochs: how many there are to be, those done already included.
             max_steps: of the optimizer, likewise; it may cut the last epoch short.
-            eval_every: how many epochs to an evaluation; the last epoch is evaluated, too.
+            eval_every: how many epochs to an evaluation; the last epoch is always evaluated.
             target_accuracy: test accuracy that is enough.
             on_batch: called with the number of its examples after each batch, or after as many
                 batches as the engine runs together; must not wait for the device.

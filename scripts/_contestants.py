@@ -1,6 +1,6 @@
 """The benchmark's contestants: a library, set up with npbn's model and weights, and the clock.
 
-Each runs in a process of its own, started by benchmark.py, and answers what it is asked.
+Each runs in its own process, started by benchmark.py, and answers its requests.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class Contestant:
     Attributes:
         description: library, version, device.
         images: how many there are.
-        passes: by task; "evaluate" is for "evaluate at once", too.
+        passes: by task; "evaluate" also stands for "evaluate at once".
         synchronize: waits for the device.
         threading_layer: of Numba, where that computes; known after the first step.
     """
@@ -175,7 +175,7 @@ def engine_contestant(settings: Settings) -> Contestant:
     """npbn's fused engine, which always takes pixels as bytes.
 
     An engine evaluates one test split: for each size of a batch there is one, and the one for 256
-    trains. On a GPU, it evaluates all images in parts of its own size, whatever the size of the
+    trains. On a GPU, it evaluates all images in parts of a fixed size, whatever the size of the
     task's batches.
     """
     from npbn import engine
@@ -302,7 +302,7 @@ def torch_contestant(settings: Settings) -> Contestant:
             for _ in range(3):  # to warm up
                 step(batch_images, batch_labels)
         cuda.current_stream().wait_stream(stream)
-        optimizer.zero_grad()  # so that the graph has gradients of its own
+        optimizer.zero_grad()  # so that the graph has its own gradients
         graph = cuda.CUDAGraph()
         with cuda.graph(graph):
             loss = step(batch_images, batch_labels)
@@ -584,5 +584,5 @@ def peak_resident_bytes() -> int:
             found += int(peak[1]) * 1024 if peak else 0
         else:
             memory = process.memory_info()
-            found += getattr(memory, "peak_wset", memory.rss)  # on macOS, what it is now
+            found += getattr(memory, "peak_wset", memory.rss)  # on macOS, the current size
     return found

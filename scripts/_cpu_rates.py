@@ -33,7 +33,7 @@ def training_operations(model: Sequential, image: tuple[int, ...], batch_size: i
 
     A convolution or linear layer takes one multiplication and addition for each weight and each
     place of the output that it contributes to: forward, for the gradient of the loss with respect
-    to the weights and, but for the first layer, with respect to the layer's input. Those with
+    to the weights and, except for the first layer, with respect to the layer's input. Those with
     padding's zeros are counted.
     """
     products = []

@@ -1,4 +1,4 @@
-"""Measure the float32 rounding error of every operation against float64, beside PyTorch's."""
+"""Measure the float32 rounding error of every operation against float64, next to PyTorch's."""
 
 from __future__ import annotations
 
@@ -164,7 +164,7 @@ def by_pytorch(torch: Any, case: Case, dy: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def error(found: np.ndarray, exact: np.ndarray) -> float:
-    """In units of rounding; the largest of any element beside the largest element."""
+    """In units of rounding: the largest error of any element, relative to the largest element."""
     largest = float(np.max(np.abs(exact)))
     return float(np.max(np.abs(found - exact))) / (largest or 1.0) / UNIT
 

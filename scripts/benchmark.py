@@ -46,9 +46,9 @@ from npbn import backend, plots
 from npbn.errors import NpbnError
 
 EPILOG = """\
-Every contestant runs in a process of its own. They take turns, in a new order each round, and the
+Every contestant runs in its own process. They take turns, in a new order each round, and the
 ratio is taken within each round. The tables show medians, with the smallest and the largest value
-in brackets. scripts/README.md says more.
+in brackets. scripts/benchmark.md says more.
 
 contestants:
   layers          npbn's layers
@@ -115,7 +115,7 @@ def parse_arguments() -> argparse.Namespace:
         choices=CONTESTANTS,
         default=list(CONTESTANTS),
         metavar="NAME",
-        help="who takes part, see below (default: all)",
+        help="contestants, see below (default: all)",
     )
     networks = "lenet, network A; blenet, network B; or wide, network A with 4 times the maps"
     for name, choices, text in (
@@ -163,7 +163,7 @@ def settings_of(arguments: argparse.Namespace) -> Settings:
 
 
 class Worker:
-    """A contestant in a process of its own, its stderr in a file."""
+    """A contestant in its own process, with its stderr in a file."""
 
     def __init__(
         self, name: str, arguments: argparse.Namespace, caches: str, stderr: IO[bytes]
@@ -405,7 +405,7 @@ def print_results(results: Results) -> None:
 
 
 def fastest_peer(results: Results, task: str) -> tuple[str, dict[str, Any]]:
-    """Return who else has the highest median, and its results."""
+    """Return the other contestant with the highest median, and its results."""
     peers = [(t, r) for t, r in results.items() if not t.startswith("npbn") and task in r]
     return max(peers, key=lambda peer: statistics.median(peer[1][task]))
 

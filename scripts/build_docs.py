@@ -35,7 +35,7 @@ def main() -> None:
     pdoc.render.configure(math=True, docformat="google", footer_text=f"npbn {npbn.__version__}")
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # a page that lacks something
-        # Packages bring most of their modules themselves, but not those beside an __all__.
+        # Most packages list their modules themselves, but not those with an __all__.
         warnings.filterwarnings("ignore", "The module specification .* already been added")
         # The constructors of named tuples, whose annotations pdoc looks up in the wrong module.
         warnings.filterwarnings("ignore", r"Error parsing type annotation .*\.__init__")

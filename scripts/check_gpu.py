@@ -67,14 +67,14 @@ BOUNDS = {"float32": 1e-4, "float64": 1e-9}
 
 LOSS_BOUND = 2e-3
 MEMORY_BOUND = 16 * 2**20
-"""On what the whole GPU may have less free afterwards, in bytes: others may use it, too."""
+"""How much less the whole GPU may have free afterwards, in bytes: others may use it as well."""
 
 SPEEDS = (
     ("examples_per_second", ",.0f", "examples/s", 5e6),
     ("ratio_to_eager", ".2f", "times PyTorch eager", 10.0),
     ("ratio_to_nearest", ".2f", "times the faster of torch.compile and torch.cuda.graph", 2.0),
 )
-"""Of training: name, format, what it is and, in batches of 256, how much is wanted."""
+"""Measures of training: name, format, meaning and, for batches of 256, the target."""
 
 TARGET_BATCH_SIZE = 256
 
@@ -127,7 +127,7 @@ class Setting:
     def engine(
         self, examples: int, name: str | None = None, dtype: str = "float32"
     ) -> tuple[Sequential, GpuEngine]:
-        """On training data of so many examples; the first network unless named."""
+        """Return an engine on random data of ``examples`` examples; for LeNet unless named."""
         model = self.model(name or next(iter(self.networks)), self.device, dtype)
         train, test = self.split(examples, self.device, 1), self.split(self.tested, self.device, 2)
         optimizer = SGD(model.parameters(), LEARNING_RATE)
@@ -378,7 +378,7 @@ def reached(target: bool) -> str:
 
 
 def check_speed(setting: Setting, batch_size: int) -> Finding:
-    """Of training, beside PyTorch, by benchmark.py."""
+    """Measure the speed of training, compared with PyTorch, by benchmark.py."""
     try:
         check_libraries()
     except NpbnError as error:
@@ -394,7 +394,7 @@ def check_speed(setting: Setting, batch_size: int) -> Finding:
 
 
 def judge_speed(comparison: Mapping[str, Any], left_out: Iterable[str]) -> Finding:
-    """A comparison by benchmark.py, and what it said of those who took no part."""
+    """Return a comparison by benchmark.py, and its lines about contestants that were skipped."""
     batch_size = comparison["batch_size"]
     train = {title: result["train"] for title, result in comparison["results"].items()}
     if ENGINE not in train:
@@ -487,7 +487,7 @@ def parse_arguments() -> argparse.Namespace:
         text += f" (default: {default})"
         parser.add_argument(name, type=integer(minimum), default=default, metavar="N", help=text)
     parser.add_argument(
-        "--json", metavar="FILE", help="write every number there, too, after each check anew"
+        "--json", metavar="FILE", help="write every number there as well, after each check"
     )
     return parser.parse_args()
 

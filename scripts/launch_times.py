@@ -1,6 +1,6 @@
 """Where a training step of network A goes on the CPU: every launch of the fused engine, timed.
 
-Each launch stands beside the time that its multiplications and additions take at the processor's
+Each launch is compared with the time that its multiplications and additions take at the processor's
 peak, which is measured in the same run. On a busy machine the numbers say little.
 """
 
@@ -46,7 +46,7 @@ def main() -> None:
     )
     peak = max(Peaks().measure(engine.threads).values())
     backend.limit_blas_threads(1)
-    # Each alone, in the order of a step; and nothing at all, for what a call costs.
+    # Each by itself, in the order of a step; and an empty call, for its overhead.
     program = np.concatenate([engine.training_program, engine.prediction_program[1:]])
     calls = [*np.split(program, len(program)), program[:0]]
     rounds: list[list[float]] = []
@@ -86,7 +86,7 @@ def operations(engine: CpuEngine, kernel: int, k: int, examples: int) -> int:
     linear = [stage.linear for stage in engine.stages]
     if kernel == launches.FORWARD:
         return products[k]
-    if kernel == launches.BACKWARD:  # dx, but for the images'; and a convolution's dW
+    if kernel == launches.BACKWARD:  # dx, except of the images; and a convolution's dW
         return products[k] * ((k > 0) + (not linear[k]))
     if kernel == launches.UPDATE:  # the linear layers' dW
         return sum(count for count, one in zip(products, linear, strict=True) if one)

@@ -62,7 +62,7 @@ def main() -> None:
     say("epoch    loss  train acc  test acc")
     for epoch in range(1, arguments.epochs + 1):
         model.train()
-        loss_sum, hits = 0.0, 0
+        loss_sum, correct = 0.0, 0
         for indices in batches(torch.randperm(len(images), device=arguments.device)):
             x, y = batch(indices)
             logits = model(x)
@@ -71,13 +71,13 @@ def main() -> None:
             loss.backward()
             optimizer.step()
             loss_sum += loss.detach() * len(y)
-            hits += (logits.argmax(dim=1) == y).sum()
+            correct += (logits.argmax(dim=1) == y).sum()
         model.eval()
         with torch.inference_mode():
             right: Any = 0
             for x, y in zip(batches(test_images), batches(test_labels), strict=True):
                 right += (model(x.float().div_(255)).argmax(dim=1) == y).sum()
-        train, test = float(hits) / len(images), float(right) / len(test_images)
+        train, test = float(correct) / len(images), float(right) / len(test_images)
         say(f"{epoch:5}  {float(loss_sum) / len(images):.4f}     {train:.4f}    {test:.4f}")
     say(f"\n{time.perf_counter() - started:.1f} s in all")
 

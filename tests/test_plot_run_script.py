@@ -44,7 +44,7 @@ def test_train_draws_what_plot_run_draws(runs, tmp_path):
     assert drawn.keys() == BOTH | OF_A_MODEL | {"batch_norm.png"}
     assert drawn == pictures(runs / "with" / "plots")
     first, *paths = process.stdout.splitlines()
-    assert first.startswith("model: as it was after epoch ")
+    assert first.startswith("model: after epoch ")
     assert {Path(path).name for path in paths} == drawn.keys()
 
 
@@ -96,7 +96,7 @@ def test_a_run_that_was_cut_short_is_drawn_as_far_as_it_came(copy):
     (one / "best.safetensors").unlink()
     process = run("plot_run.py", "one", cwd=copy)
     assert process.returncode == 0, process.stderr
-    assert "model: as it was after epoch 3\n" in process.stdout  # the last
+    assert "model: after epoch 3\n" in process.stdout  # the last
     assert pictures(one / "plots").keys() == BOTH | OF_A_MODEL | {"batch_norm.png"}
     process = run("plot_run.py", "one", "--checkpoint", "best", cwd=copy)
     assert_refused(process, "one/best.safetensors cannot be read: No such file")
@@ -110,7 +110,7 @@ def test_the_checkpoint_is_the_best_unless_asked_for_the_last(options, epoch, co
     save_checkpoint(copy / "one" / "best.safetensors", other, record | {"epoch": 1})
     process = run("plot_run.py", "one", *options, cwd=copy)
     assert process.returncode == 0, process.stderr
-    assert f"model: as it was after epoch {epoch}\n" in process.stdout
+    assert f"model: after epoch {epoch}\n" in process.stdout
     weight = {1: other, 3: arrays}[epoch]["model.0.weight"]
     assert pictures(copy / "one" / "plots")["filters.png"] == plots.png(plots.filters(weight))
 

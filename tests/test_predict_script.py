@@ -54,7 +54,7 @@ def test_an_image_of_the_test_set(runs, expected):
     assert answers(process.stdout) == expected[:3]
     label = data.load("digits").test.labels[INDEX]
     first, second, *_ = process.stdout.splitlines()
-    assert first.startswith("model: as it was after epoch ")
+    assert first.startswith("model: after epoch ")
     assert second == f"test image {INDEX}: {expected[0][1]} (truly {label})"
     process = run("predict.py", "with", "--index", str(INDEX), "--all", cwd=runs)
     assert answers(process.stdout) == expected

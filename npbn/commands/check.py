@@ -111,7 +111,7 @@ def split(parser: ArgumentParser, submission: str, functions: str | None) -> tup
     forward, _, backward = names.partition(",")
     if not file or not forward or not backward or "," in backward:
         parser.error(f"expected FILE:FORWARD,BACKWARD, got {submission!r}")
-    if not os.path.isfile(file):  # where Path.is_file raises errors of its own
+    if not os.path.isfile(file):  # where Path.is_file may raise
         parser.error(f"{file} is not a file")
     return file, forward, backward
 

@@ -29,7 +29,7 @@ def main(program: str, words: list[str]) -> None:
     probabilities = loaded.predict(test.images)
     right = probabilities.argmax(axis=1) == test.labels
     loss = -np.log(np.take_along_axis(probabilities, test.labels[:, None], axis=1)).mean()
-    say(f"model: as it was after epoch {loaded.epoch}")
+    say(f"model: after epoch {loaded.epoch}")
     say(f"test images {len(test):,}  accuracy {right.mean():.4f}  loss {loss:.4f}")
     width = max(map(len, loaded.config.classes))
     for label, name in enumerate(loaded.config.classes):

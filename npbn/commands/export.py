@@ -42,7 +42,7 @@ def main(program: str, words: list[str]) -> None:
         export_torch(loaded.model, arguments.file)
     else:
         write_onnx(loaded, arguments.file)
-    say(f"{arguments.file}: the model as it was after epoch {loaded.epoch}")
+    say(f"{arguments.file}: the model after epoch {loaded.epoch}")
 
 
 def write_onnx(loaded: experiment.Loaded, path: str) -> None:

@@ -19,7 +19,7 @@ examples:
   {plot} runs/first                        into runs/first/plots
   {plot} runs/with runs/without --output comparison
 
-A run that is still under way, or was interrupted, is drawn as far as it has come.
+A run that has not ended is drawn up to its last epoch.
 
 exit codes: 0 drawn, 1 the output pipe was closed, 2 bad input or something missing on this
 machine, 130 interrupted
@@ -63,5 +63,5 @@ def main(program: str, words: list[str]) -> None:
         draw_comparison(runs, directory)
         return
     loaded = experiment.load(runs[0].path, arguments.checkpoint)
-    say(f"model: as it was after epoch {loaded.epoch}")
+    say(f"model: after epoch {loaded.epoch}")
     draw_run(loaded, experiment.load_data(loaded.config), directory)

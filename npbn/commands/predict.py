@@ -84,7 +84,7 @@ def main(program: str, words: list[str]) -> None:
             names.append(f"test image {i}")
             images.append(test.images[i])
             labels.append(int(test.labels[i]))
-    say(f"model: as it was after epoch {loaded.epoch}")
+    say(f"model: after epoch {loaded.epoch}")
     found = loaded.predict(np.stack(images))
     for name, label, probabilities in zip(names, labels, found, strict=True):
         truth = "" if label == UNKNOWN else f" (truly {config.classes[label]})"

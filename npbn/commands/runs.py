@@ -12,7 +12,7 @@ from npbn.commands.command_line import ArgumentParser, one_line, say
 from npbn.errors import CheckpointError, NpbnError
 from npbn.experiment import Config
 
-# What says nothing of a run in itself, or has a column of its own.
+# Fields that say nothing about the training, or have their own column.
 NOT_LISTED = {"model", "classes", "channels", "side", "data"}
 
 

@@ -31,7 +31,7 @@ examples:
   {train}                                the published setting, on what is there
   {train} --backend cupy                 on a GPU
   {train} --model blenet --epochs 3
-  {train} --no-batch-norm --lr 0.5       what it is like without
+  {train} --no-batch-norm --lr 0.5       without batch norm
   {train} --schedule cosine --momentum 0.9 --lr 0.1
   {train} --dataset folder --data photos --side 32 --test-fraction 0.2
   {train} --run runs/first               a folder to find again
@@ -201,7 +201,7 @@ class Session:
     resumed: bool
 
     def describe(self) -> None:
-        """The lines above the table."""
+        """Print the lines above the table."""
         config, dataset, model = self.config, self.dataset, self.state.model
         say(
             f"data: {dataset.name} from {dataset.source}, "
@@ -315,7 +315,7 @@ def resume(arguments: argparse.Namespace) -> Session:
     """A run that goes on."""
     run, config = experiment.open_run(arguments.resume)
     there = run.environment()
-    run.load()  # which vouches for the configuration, too, before anything is done with it
+    run.load()  # this also verifies the configuration before it is used
     if arguments.data is not None and config.dataset == "digits":
         raise NpbnError("--data: not allowed with this run of the digits, which need no files")
     name = config.backend if arguments.backend == "auto" else arguments.backend
@@ -362,7 +362,7 @@ def describe_environment(device: backend.Backend) -> dict[str, str | None]:
 
 
 def commit() -> str | None:
-    """Of the checkout that npbn is in, if it is in one."""
+    """Return the commit of the checkout that npbn is in, if it is in one."""
     try:
         process = subprocess.run(
             ["git", "describe", "--always", "--dirty", "--abbrev=12"],
@@ -461,7 +461,7 @@ def explain_non_finite(session: Session) -> str:
 
 
 def conclude(session: Session, epochs: list[training.Epoch]) -> None:
-    """What there is to say at the end."""
+    """Print speed, accuracy and where the checkpoints are."""
     state = session.state
     say("")
     if not epochs:

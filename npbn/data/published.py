@@ -38,7 +38,7 @@ class IdxSource:
         title: its name for people.
         torchvision: its class in torchvision, and the folder in which that keeps it.
         address: from which FILES are downloaded, with ".gz" added.
-        packages: where else they can be had, in words; may be empty.
+        packages: another way to get the files, as a sentence; may be empty.
         sha256: digests of FILES.
         classes: names by label.
         compressed: whether the digests are those of the gzipped files, as published; else they are
@@ -111,7 +111,7 @@ class IdxSource:
     def read(self, directory: Path, notes: tuple[str, ...] = ()) -> Dataset:
         """Return the data set of the four files in a directory, each of them verified.
 
-        Of a file that is there more than once, the first genuine one is taken.
+        If a file exists more than once, the first genuine one is used.
         """
         expected = f"expected {self.title}'s files"
         try:
@@ -190,8 +190,8 @@ class IdxSource:
     def _download(self, cache: Path, timeout: float, *, progress: bool) -> None:
         """Download into ``cache``, which ends up with whole, verified files or none.
 
-        By torchvision or, where that cannot be imported, pooch; in a process of its own, which can
-        be stopped when time is up, and whose memory goes with it.
+        By torchvision or, where that cannot be imported, pooch; in a separate process, which can
+        be stopped when time is up, and which frees its memory.
         """
         target = cache / self.torchvision / "raw"
         try:

@@ -11,7 +11,7 @@ import array_api_compat
 import numpy as np
 
 from npbn.backend import Backend
-from npbn.functional._arrays import common_library
+from npbn.functional.arrays import common_library
 
 
 @dataclass(frozen=True)
@@ -77,8 +77,8 @@ class Dataset:
     """A training and a test split.
 
     Attributes:
-        name: what it is, in words.
-        source: where it came from, in words.
+        name: its name for people.
+        source: where it came from.
         classes: their names, by label.
         train, test: the splits, on the host.
         notes: what a user should know about how it was chosen, a line each.

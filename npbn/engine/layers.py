@@ -12,7 +12,7 @@ from npbn import functional as F
 from npbn.backend import Backend
 from npbn.data import Split
 from npbn.engine import Result
-from npbn.functional._arrays import Array
+from npbn.functional.arrays import Array
 from npbn.layers import Layer, Sequential, dtype_of, modes_kept
 from npbn.optim import SGD
 

@@ -53,7 +53,7 @@ class StagePlan:
         shape: (C, H, W) of the input; of a linear layer (features, 1, 1).
         maps: (O, H', W') of the layer's output; of a linear layer (out features, 1, 1).
         kernel, stride, padding: (vertical, horizontal); of a linear layer (1, 1), (1, 1), (0, 0).
-        window: (kH, kW) of the pooling, whose stride it is, too; (1, 1) without.
+        window: (kH, kW) of the pooling, which is also its stride; (1, 1) without pooling.
     """
 
     layer: Conv2d | Linear

@@ -3,7 +3,7 @@
 Each file holds one operation, with the derivation in its docstring and the backward right under
 the forward. ``forward(...) -> y, cache`` and ``backward(dy, cache) -> gradients`` hold for all but
 `batch_norm`, which also returns the moving statistics, and the loss, whose backward needs no dy.
-A gradient has the shape of what it is the gradient of, and is named d + its name.
+The gradient of the loss with respect to x is named dx, and has the shape of x.
 
 What holds for every function here:
 

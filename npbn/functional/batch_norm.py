@@ -51,7 +51,7 @@ $$\boxed{ dx_i = \frac{\gamma}{s} \Big( dy_i - \frac{d\beta}{m} -
   \hat{x}_i \frac{d\gamma}{m} \Big) }$$
 
 Read it so: take the gradient that came, remove its mean (shifting all $x_i$ together changes
-nothing), remove its part along $\hat{x}$ (stretching all $x_i$ together changes nothing but for
+nothing), remove its part along $\hat{x}$ (stretching all $x_i$ together changes nothing except for
 $\epsilon$; so of that part, a fraction $\epsilon / s^2$ remains), and scale by $\gamma / s$.
 
 **Rounding.** The variance is taken in two passes, from $x - \mu$: $E[x^2] - E[x]^2$ would cancel
@@ -72,7 +72,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from npbn.functional._arrays import Array, check_shape, common_namespace, copy
+from npbn.functional.arrays import Array, check_shape, common_namespace, copy
 
 
 class BatchNormCache(NamedTuple):
@@ -163,7 +163,7 @@ def batch_norm_backward(dy: Array, cache: BatchNormCache) -> tuple[Array, Array,
     in training, and $dx = \gamma dy / s$ in prediction.
 
     Args:
-        dy: gradient of the loss by y, of the shape of y.
+        dy: gradient of the loss with respect to y, of the shape of y.
         cache: from `batch_norm`.
 
     Returns:
@@ -184,7 +184,7 @@ def batch_norm_backward(dy: Array, cache: BatchNormCache) -> tuple[Array, Array,
 
 
 def batch_norm_backward_staged(dy: Array, cache: BatchNormCache) -> tuple[Array, Array, Array]:
-    r"""The same gradients by walking the computational graph backwards, one node at a time.
+    r"""Return the gradients of `batch_norm_backward`, node by node of the computational graph.
 
     Forward, the nodes are
 

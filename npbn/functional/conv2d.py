@@ -56,8 +56,8 @@ from typing import Any, NamedTuple
 
 import array_api_compat
 
-from npbn.functional._arrays import Array, check_shape, common_namespace, copy
-from npbn.functional._windows import Windows, pad, unpad, windows_of
+from npbn.functional.arrays import Array, check_shape, common_namespace, copy
+from npbn.functional.windows import Windows, pad, unpad, windows_of
 
 
 class Conv2dCache(NamedTuple):
@@ -124,7 +124,7 @@ def conv2d_backward(dy: Array, cache: Conv2dCache) -> tuple[Array, Array, Array 
     r"""$dW = \sum_p dY_p X_p^\top$, $dX_p = W^\top dY_p$, $db = \sum_p dY_p \mathbf{1}$.
 
     Args:
-        dy: gradient of the loss by y, (N, out, H', W').
+        dy: gradient of the loss with respect to y, (N, out, H', W').
         cache: from `conv2d`.
 
     Returns:

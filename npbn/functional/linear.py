@@ -22,7 +22,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from npbn.functional._arrays import Array, check_shape, common_namespace, copy
+from npbn.functional.arrays import Array, check_shape, common_namespace, copy
 
 
 class LinearCache(NamedTuple):
@@ -67,7 +67,7 @@ def linear_backward(dy: Array, cache: LinearCache) -> tuple[Array, Array, Array 
     r"""$dX = dY W$, $dW = dY^\top X$, $db = dY^\top \mathbf{1}$.
 
     Args:
-        dy: gradient of the loss by y, (N, out).
+        dy: gradient of the loss with respect to y, (N, out).
         cache: from `linear`.
 
     Returns:

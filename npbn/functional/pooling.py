@@ -31,8 +31,8 @@ from typing import Any, NamedTuple
 
 import array_api_compat
 
-from npbn.functional._arrays import Array, check_shape, common_namespace, empty_like, real_part
-from npbn.functional._windows import Windows, check_pooling_padding, pad, unpad, windows_of
+from npbn.functional.arrays import Array, check_shape, common_namespace, empty_like, real_part
+from npbn.functional.windows import Windows, check_pooling_padding, pad, unpad, windows_of
 
 
 class AvgPool2dCache(NamedTuple):
@@ -91,7 +91,7 @@ def avg_pool2d_backward(dy: Array, cache: AvgPool2dCache) -> Array:
     """dx: every element gathers dy / (kH·kW) from each window that sees it.
 
     Args:
-        dy: gradient of the loss by y, of the shape of y.
+        dy: gradient of the loss with respect to y, of the shape of y.
         cache: from `avg_pool2d`.
     """
     windows, y_shape, precision = cache
@@ -122,7 +122,8 @@ def max_pool2d(
     padded = pad(x, windows, xp)
     maximum = _zeros(padded, windows.output_size, xp)
     chosen = xp.full_like(maximum, -1, dtype=xp.int32)
-    # The first place inside the image is better than none, even if it is -inf; padding never is.
+    # The first element inside the image replaces the initial value, even if it is -inf. Padding
+    # never wins.
     inside = pad(xp.ones_like(real_part(x[:1, :1, ...], xp)), windows, xp) > 0
     _, kw = windows.kernel_size
     for i, j, place in windows.places():
@@ -139,7 +140,7 @@ def max_pool2d_backward(dy: Array, cache: MaxPool2dCache) -> Array:
     """dx: every element gathers dy from each window whose maximum it is.
 
     Args:
-        dy: gradient of the loss by y, of the shape of y.
+        dy: gradient of the loss with respect to y, of the shape of y.
         cache: from `max_pool2d`.
     """
     windows, chosen, precision = cache

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from npbn.functional._arrays import Array, check_shape, common_namespace, empty_like, real_part
+from npbn.functional.arrays import Array, check_shape, common_namespace, empty_like, real_part
 
 
 class ReLUCache(NamedTuple):
@@ -47,7 +47,7 @@ def relu_backward(dy: Array, cache: ReLUCache) -> Array:
     r"""$dx = dy$ where $x > 0$, else 0.
 
     Args:
-        dy: gradient of the loss by y, of the shape of y.
+        dy: gradient of the loss with respect to y, of the shape of y.
         cache: from `relu`.
     """
     cut, precision = cache

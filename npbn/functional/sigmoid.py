@@ -27,7 +27,7 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
-from npbn.functional._arrays import Array, check_shape, common_namespace
+from npbn.functional.arrays import Array, check_shape, common_namespace
 
 
 class SigmoidCache(NamedTuple):
@@ -62,7 +62,7 @@ def sigmoid_backward(dy: Array, cache: SigmoidCache) -> Array:
     r"""$dx = dy \cdot y (1 - y)$.
 
     Args:
-        dy: gradient of the loss by y, of the shape of y.
+        dy: gradient of the loss with respect to y, of the shape of y.
         cache: from `sigmoid`.
     """
     (y,) = cache

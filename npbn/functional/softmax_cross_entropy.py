@@ -25,7 +25,7 @@ from typing import NamedTuple
 
 import array_api_compat
 
-from npbn.functional._arrays import (
+from npbn.functional.arrays import (
     Array,
     check_shape,
     common_library,

@@ -34,7 +34,7 @@ import array_api_compat
 import numpy as np
 
 from npbn.backend import to_numpy
-from npbn.functional._arrays import Array
+from npbn.functional.arrays import Array
 from npbn.verify import numeric
 
 SAFETY = 64
@@ -55,7 +55,7 @@ class Finding:
         analytic, numeric: its value by the backward pass, and numerically.
         largest: absolute value of any element, either way.
         method: "complex step" or "central difference".
-        problem: why there is nothing to compare, in words; or empty.
+        problem: why there is nothing to compare, as a sentence; or empty.
     """
 
     name: str

@@ -3,7 +3,7 @@
 The code under examination runs on a few probes: small random inputs, chosen so that every mistake
 of the catalogue shows (odd sizes, eps large enough to matter, training and prediction, overlapping
 and uneven windows, ties). What comes out is compared with what `npbn.functional` gives, and, where
-it differs, with what every mutant of `npbn.verify.mutants` gives, alone and two at a time: a mutant
+it differs, with what every mutant of `npbn.verify.mutants` gives, singly and in pairs: a mutant
 that gives the very same wrong numbers on every probe is the mistake, or one with the same effect.
 """
 
@@ -35,7 +35,7 @@ Outputs = dict[str, np.ndarray]
 
 @dataclass(frozen=True)
 class Probe:
-    """Arguments in the signature of `npbn.verify.plain`, by name, and what they are to show."""
+    """Arguments in the signature of `npbn.verify.plain`, by name, and what they show."""
 
     name: str
     arguments: dict[str, Any]
@@ -192,7 +192,7 @@ Place = tuple[str, str]
 """A probe and an output, by name."""
 
 Results = Mapping[str, Outputs | str | UnsupportedError]
-"""What code gave on each probe, or, in words, how it failed or why it is not meant for it."""
+"""The outputs of some code on each probe; or a sentence how it failed; or why it was not run."""
 
 
 @dataclass(frozen=True)
@@ -280,7 +280,7 @@ def examine(operation: str, results: Results, changed: Iterable[str] = ()) -> Ex
     }
     largest = math.inf if failures else max(errors.values())
     verdict = "right" if largest <= RIGHT else "wrong" if largest > WRONG else "undecided"
-    bound = WRONG if verdict == "wrong" else RIGHT  # beside a mistake, rounding is no news
+    bound = WRONG if verdict == "wrong" else RIGHT  # next to a mistake, rounding does not matter
     for probe in truth:
         if probe in failures:
             complaints.setdefault(failures[probe], f"it {failures[probe]} ({probe})")
@@ -330,7 +330,7 @@ def _complaint(name: str, probe: str, found: np.ndarray, expected: np.ndarray) -
 def _explain(
     operation: str, ran: Mapping[str, Outputs], errors: Mapping[Place, float]
 ) -> tuple[tuple[Mutant, ...], ...]:
-    """The mistakes that it equals: alone, as a pair, or, failing that, output by output."""
+    """Return the mistakes that explain it: one, else a pair, else those of each output."""
     matching = _matching(operation, ran, errors)
     if matching:
         return tuple(matching)

@@ -11,7 +11,7 @@ import numpy as np
 
 from npbn import functional as F
 from npbn.backend import to_numpy
-from npbn.functional._arrays import Array
+from npbn.functional.arrays import Array
 from npbn.layers import Layer, Parameter, Sequential
 from npbn.verify import numeric
 from npbn.verify.checker import Finding, Report, compare, like, wrong_form
@@ -24,9 +24,9 @@ def check_model(
     *,
     generator: np.random.Generator | None = None,
 ) -> Report:
-    """Compare the gradients of the loss by all parameters, and by x, with the complex step.
+    """Compare the gradients of the loss with respect to parameters and x with the complex step.
 
-    The loss is softmax cross-entropy. The model is left alone: a copy is checked, in the mode
+    The loss is softmax cross-entropy. The model is not changed: a copy is checked, in the mode
     (training or prediction) that the model is in. For a proof, let model and x be float64.
 
     A derivative of the loss is a single number. The terms that its error is measured against are

@@ -26,7 +26,7 @@ class Mutant:
     Attributes:
         operation: in `npbn.verify.plain`.
         name: of the mistake.
-        explanation: what it makes of the result, for the person who made it.
+        explanation: its effect on the result, for the person who made it.
         changes: (what stands in the plain source, what was written instead).
     """
 
@@ -290,7 +290,7 @@ BATCH_NORM = (
     mutant(
         "batch_norm",
         "statistics per pixel",
-        "feature maps are normalized per pixel, over the batch alone; each channel has one mean "
+        "feature maps are normalized per pixel, over the batch only; each channel has one mean "
         "and variance over batch, height and width",
         (
             "    axes = (0,) if x.ndim == 2 else (0, 2, 3)\n    m = x.size // gamma.size",
@@ -360,7 +360,7 @@ BATCH_NORM = (
     mutant(
         "batch_norm",
         "dgamma with the factor gamma",
-        "dgamma sums gamma·dy·x_hat; gamma belongs to dx alone",
+        "dgamma sums gamma·dy·x_hat; gamma belongs to dx only",
         ("dgamma = (dy * x_hat).sum", "dgamma = (dy * gamma * x_hat).sum"),
     ),
     mutant(
@@ -594,7 +594,7 @@ POOLING = (
     mutant(
         "max_pool2d",
         "gradient shared out",
-        "dy is shared out over the window, as for an average; the maximum alone must get it",
+        "dy is shared out over the window, as for an average; only the maximum must get it",
         ("share = chosen * dy", "share = (chosen * 0 + 1 / (kh * kw)) * dy"),
     ),
     mutant(

@@ -30,7 +30,7 @@ from typing import Any
 
 import array_api_compat
 
-from npbn.functional._arrays import Array
+from npbn.functional.arrays import Array
 
 STEP = 1e-30
 

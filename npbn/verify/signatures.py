@@ -8,14 +8,14 @@ arguments by name, parameters shaped (1, D) or (1, C, 1, 1), and (y, cache, ...)
   (moving_mean, moving_var)``; ``conv2d(x, weight, bias, stride, padding) -> y, cache``;
   ``avg_pool2d(x, kernel_size, stride, padding)``; ``linear(x, weight, bias)``; ``sigmoid(x)``;
   ``softmax_cross_entropy(logits, labels)``. Arguments that it does not have are left out, so
-  ``batch_norm(x, gamma, beta, eps) -> y, cache`` is examined in training mode alone. For x of shape
-  (N, D), gamma is (1, D), and for (N, C, H, W) it is (1, C, 1, 1); who returns dgamma as (D,), and
-  does not look at x.ndim, is examined on (N, D) alone. kernel_size, stride and padding are pairs,
-  which may differ by axis; who takes numbers is examined with those.
+  ``batch_norm(x, gamma, beta, eps) -> y, cache`` is examined only in training mode. For x of shape
+  (N, D), gamma is (1, D), and for (N, C, H, W) it is (1, C, 1, 1); code that returns
+  dgamma as (D,) and does not look at x.ndim is examined only on (N, D). kernel_size, stride and
+  padding are pairs, which may differ by axis; code that takes numbers is examined with those.
 - *course*: course homework. ``batchnorm_forward(x, gamma, beta, bn_param) -> out, cache`` for x of
   shape (N, D), with gamma of shape (D,) and bn_param a dict of "mode" ("train" or "test"), "eps",
   "momentum" (the fraction kept), "running_mean" and "running_var", which it updates; backward is
-  examined in training alone. ``conv_forward(x, w, b, conv_param)`` with "stride" and "pad";
+  examined only in training. ``conv_forward(x, w, b, conv_param)`` with "stride" and "pad";
   ``max_pool_forward(x, pool_param)`` with "pool_height", "pool_width" and "stride";
   ``affine_forward(x, w, b)`` with w of shape (D, out); ``relu_forward(x)``.
 
@@ -63,7 +63,7 @@ class UnsupportedError(Exception):
 
 
 class FindingError(Exception):
-    """What is wrong with what the code returned, in words that follow "it"."""
+    """What is wrong with the returned value, as the end of a sentence that begins with "it"."""
 
 
 COURSE_ARGUMENTS = {
@@ -110,7 +110,7 @@ def _names(function: Callable[..., Any]) -> tuple[str, ...]:
 
 
 def _of_a_loss(forward: Callable[..., Any], backward: Callable[..., Any]) -> Callable[..., Any]:
-    """The backward pass that gets the cache alone."""
+    """Return the backward pass with only the cache as argument."""
     if backward is forward:
         return lambda dx: dx  # in place of a cache, softmax_loss has returned the gradient
     if len(inspect.signature(backward).parameters) == 2:
@@ -161,7 +161,7 @@ def _numbers(arguments: dict[str, Any]) -> dict[str, Any]:
 
 
 def _vectors_if_flat(forward: Callable[..., Any], backward: Callable[..., Any]) -> Pair:
-    """Who returns dgamma as (D,), and has not asked for x.ndim, has not meant (N, C, H, W)."""
+    """Skip (N, C, H, W) for code that returns dgamma as (D,) and never inspects x.ndim."""
     flat = False
 
     def batch_norm(**arguments: Any) -> Any:

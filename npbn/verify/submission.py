@@ -1,4 +1,4 @@
-"""Running somebody's code: in a process of its own, with a time limit.
+"""Running code of others: in a separate process, with a time limit.
 
 The code under examination can crash, hang, print, or exit; all of that is a finding. What it
 computes comes back as a NumPy archive, which holds arrays and nothing that could be executed.
@@ -42,7 +42,7 @@ def examine_file(
         path: the file.
         forward, backward: names of the functions; the same name twice where the forward pass
             returns the gradient as well (softmax_loss), or for a class (with an adapter).
-        operation: what they are to be, one of `npbn.verify.examination.OPERATIONS`.
+        operation: what they compute, one of `npbn.verify.examination.OPERATIONS`.
         signature: of `npbn.verify.signatures`, or "auto" to go by the names of the arguments.
         adapter: "FILE:FUNCTION" of a function (forward, backward) → the pair in npbn's signature,
             for signatures of your own; see `npbn.verify.signatures`.
@@ -126,7 +126,7 @@ def load(path: str) -> Any:
 
 
 def _main(task: dict[str, Any]) -> None:
-    """In the process of its own: run every probe, write what comes out or how it failed."""
+    """In the separate process: run every probe; write its outputs, or how it failed."""
     warnings.simplefilter("ignore")
     path, operation, directory = task["path"], task["operation"], task["directory"]
     os.chdir(Path(path).parent)  # where it looks for its files,

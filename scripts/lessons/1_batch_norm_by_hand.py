@@ -3,7 +3,7 @@
 #
 # Four examples with three features go through batch norm, one node of the computational graph at a
 # time, and the gradient comes back the same way. Every number is printed, every gradient is checked
-# at once, and what is said about the numbers is asserted: if it were wrong, this file would fail.
+# at once, and every claim about the numbers is asserted: if it were wrong, this file would fail.
 #
 # The code that trains is in `npbn/functional/batch_norm.py`, with the same derivation in its
 # docstring. At the end, the two are compared.
@@ -24,8 +24,8 @@ from npbn.verify import complex_step
 # %% [markdown]
 # ## Forward
 #
-# A row is an example, a column a feature. Batch norm treats each column alone. $\epsilon$ is 0.25,
-# much more than the usual $10^{-5}$, so that its effect can be seen (and the roots are even).
+# A row is an example, a column a feature. Batch norm treats each column separately. $\epsilon$ is
+# 0.25, much more than the usual $10^{-5}$, so that its effect can be seen (and the roots are even).
 
 # %%
 x = np.array([[1.0, 4, 1], [3, 12, -5], [-1, 8, 1], [1, 16, -1]])
@@ -50,7 +50,7 @@ print_arrays(x=x, gamma=gamma, beta=beta)
 # | `x_centred` | $\bar{x}_i = x_i - \mu$ | centred |
 # | `q` | $q_i = \bar{x}_i^2$ | squared |
 # | `v` | $v = \frac{1}{m} \sum_i q_i$ | the variance |
-# | `s` | $s = \sqrt{v + \epsilon}$ | the standard deviation, but for $\epsilon$ |
+# | `s` | $s = \sqrt{v + \epsilon}$ | the standard deviation, except for $\epsilon$ |
 # | `r` | $r = 1 / s$ | its reciprocal |
 # | `x_hat` | $\hat{x}_i = \bar{x}_i r$ | normalized |
 # | `y` | $y_i = \gamma \hat{x}_i + \beta$ | scaled and shifted |
@@ -89,7 +89,7 @@ print_arrays(variance_of_x_hat=np.var(x_hat, axis=0), standard_deviation_of_y=np
 # The layers above say how the loss $L$ changes with each element of $y$: that is the upstream
 # gradient $dy_i = \partial L / \partial y_i$. Here it is made up, and $L = \sum_i dy_i y_i$, which
 # has just this gradient. For every node $z$, $dz = \partial L / \partial z$: what $L$ gains if a
-# little is added to $z$, and all that depends on $z$ is computed anew.
+# little is added to $z$, and all that depends on $z$ is recomputed.
 #
 # `loss` does that: the forward pass once more, with a `change` added to one node. Fed with a tiny
 # imaginary change, it gives the derivative without any subtraction, so that nothing cancels (the
@@ -277,7 +277,8 @@ print_arrays(eps_by_s_squared=eps / s**2)
 # Both in one picture, with 40 examples of one feature, the usual $\epsilon = 10^{-5}$, and
 # $\gamma / s$ left out. The line is fitted to the points by least squares. As $\hat{x}$ has mean 0
 # and variance 1, its value at $\hat{x} = 0$ is the mean of $dy$, $d\beta / m$, and its slope is
-# $d\gamma / m$. So, but for $\epsilon$, the backward pass of batch norm is a *linear regression*:
+# $d\gamma / m$. So, except for $\epsilon$, the backward pass of batch norm is a
+# *linear regression*:
 # it fits a line to the incoming gradient, and passes on the residuals.
 
 # %%
@@ -325,7 +326,7 @@ ones = np.ones_like(dy)
 
 
 def backward(dy: np.ndarray, mean_path: float = 1, variance_path: float = 1) -> np.ndarray:
-    """dx, with the two paths counted as often as is said: once is right."""
+    """dx, with the two paths counted as often as given: once is right."""
     dbeta = np.sum(dy, axis=0, keepdims=True)
     dgamma = np.sum(dy * x_hat, axis=0, keepdims=True)
     dx: np.ndarray = gamma / s * (dy - mean_path * dbeta / m - variance_path * x_hat * dgamma / m)

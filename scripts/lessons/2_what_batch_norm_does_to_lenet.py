@@ -7,7 +7,7 @@
 #
 # Short runs are measured here and now. Curves over several epochs come from `curves/*.json`;
 # `_curves.py` has the code that measured them, and `--regenerate` measures them again. They are of
-# Fashion-MNIST, always. What runs here uses scikit-learn's digits where Fashion-MNIST is not to be
+# Fashion-MNIST, always. What runs here uses handwritten digits where Fashion-MNIST is not to be
 # had.
 
 # %%
@@ -44,7 +44,7 @@ from npbn.training import Training, evaluate
 
 # %%
 dataset = lesson.data()
-is_fashion = dataset.key == "fashion-mnist"  # some claims hold for its images alone
+is_fashion = dataset.key == "fashion-mnist"  # some claims hold only for its images
 WITH, WITHOUT = "with batch norm", "without"
 COLOURS = {WITH: BLUE, WITHOUT: ORANGE}
 
@@ -374,8 +374,8 @@ lesson.show(figure, "noise")
 
 # %% [markdown]
 # The extreme is a batch of two. The mean is the middle between them, so that $\hat{x}$ is -1 for
-# one and 1 for the other (but for $\epsilon$). All that is left of a feature is which of two images
-# has more of it.
+# one and 1 for the other (except for $\epsilon$). All that is left of a feature is which of two
+# images has more of it.
 
 # %%
 norm = BatchNorm(120, num_dims=2)  # gamma is 1, beta 0

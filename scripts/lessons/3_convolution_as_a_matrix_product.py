@@ -6,7 +6,7 @@
 # and what stride and padding do. Then comes how it is computed in practice, and why the order of
 # the numbers in memory decides how fast.
 #
-# What is said about the numbers is asserted: if it were wrong, this file would fail. (But for the
+# Every claim about the numbers is asserted: if it were wrong, this file would fail. (Except for the
 # speed, which is measured on the machine that runs it.) The code that trains is in
 # `npbn/functional/conv2d.py`.
 
@@ -68,7 +68,7 @@ print_arrays(A=A, A_times_x=A @ x.ravel(), y=y.ravel())
 # %% [markdown]
 # A row of $A$ is one place of the kernel: its three rows, with gaps as wide as the image is wider
 # than the kernel. From row to row it moves on; the same nine numbers stand in every row. (A layer
-# of `Linear` would have 64 numbers of its own here.)
+# of `Linear` would have its own 64 numbers here.)
 
 # %%
 np.testing.assert_array_equal(A[0].reshape(4, 4)[:3, :3], w)
@@ -121,7 +121,7 @@ draw_matrix(row[4], dx, "their sum: $dx$", largest=32)
 lesson.show(figure, "scatter")
 
 # %% [markdown]
-# The transpose has a property of its own, which shows that it is right without any derivative. For
+# The transpose has another property, which shows that it is right without any derivative. For
 # *all* $x$ and $u$,
 #
 # $$\langle A x, u \rangle = \langle x, A^\top u \rangle$$
@@ -223,7 +223,7 @@ lesson.show(figure, "counts")
 #
 # $dw = dy  X^\top$: each weight met one row of $X$, a pixel in every window, and its gradient is
 # the sum of $dy$ times that pixel. A bias is added to every element of $y$, so $db$ is the sum of
-# $dy$. The result is linear in them, too, so that a step of 1 checks them.
+# $dy$. The result is also linear in them, so that a step of 1 checks them.
 
 # %%
 dw = (dy.ravel() @ X.T).reshape(3, 3)
@@ -236,7 +236,7 @@ np.testing.assert_array_equal(dw, np.reshape(by_steps, (3, 3)))
 assert db == np.sum(dy * (y + 1)) - np.sum(dy * y)
 
 # %% [markdown]
-# ## Stride and padding are matrices, too
+# ## Stride and padding are matrices as well
 #
 # **Padding** writes the image into a larger one of zeros: a matrix $P$ with a single 1 in each
 # column. **Stride** keeps some elements of the result at stride 1 and drops the others: a matrix
@@ -326,7 +326,7 @@ for name, gradient, npbn_gradient in (
 # one. If the batch comes last in memory, $(C, H, W, N)$, the same pixel of all images is a run of
 # $N$, at any stride.
 #
-# For each run, NumPy begins its inner loop anew, and that takes as long as many numbers do. Here
+# For each run, NumPy restarts its inner loop, and that takes as long as many numbers do. Here
 # the same amount is copied, as for unfolding, and added, as for its transpose, in runs with gaps of
 # 4.
 

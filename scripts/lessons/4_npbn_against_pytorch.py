@@ -176,8 +176,8 @@ assert max(differences["float64"].values()) < 1e-11
 # float64, and a gradient is made of thousands of numbers. A mistake would not care how precise the
 # numbers are.
 #
-# Four gradients are 0 but for rounding: those of the biases in front of a batch norm. It subtracts
-# the mean, and with it whatever a bias has added. They are parameters that learn nothing.
+# Four gradients are 0 except for rounding: those of the biases in front of a batch norm. It
+# subtracts the mean, and with it whatever a bias has added. They are parameters that learn nothing.
 
 # %%
 for i in (0, 4, 9, 12):
@@ -284,7 +284,7 @@ if dataset.key == "fashion-mnist":
 #
 # - npbn's `momentum` 0.9 is the fraction that is *kept* (as in the hand-written one above),
 #   PyTorch's `momentum` 0.1 the fraction that is *new*. That is the same average under two names.
-#   Who gives PyTorch a momentum of 0.9 gets averages that forget nearly everything at each step.
+#   With a momentum of 0.9, PyTorch has averages that forget nearly everything at each step.
 # - In training, both divide by the *biased* variance, $\frac{1}{m} \sum_i (x_i - \mu)^2$. npbn
 #   keeps a moving average of just this; PyTorch keeps the *unbiased* one,
 #   $\frac{1}{m - 1} \sum_i (x_i - \mu)^2$, larger by $m / (m - 1)$.

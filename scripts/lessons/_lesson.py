@@ -55,7 +55,7 @@ class Lesson:
         plt.close(figure)
 
     def data(self) -> Dataset:
-        """Fashion-MNIST, or, where it cannot be had, scikit-learn's digits."""
+        """Return Fashion-MNIST or, where it is not available, the handwritten digits."""
         from npbn import data
         from npbn.errors import DataError
 

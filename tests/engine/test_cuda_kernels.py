@@ -462,7 +462,7 @@ MUTANTS = {
 """Indices that go too far, by number: the text, and what it becomes."""
 
 RACES = {
-    1: ("blockIdx.y == 0 && lane == 0", "blockIdx.y == 0 && (lane == 0 || mutant_number == 1)"),
+    1: ("blockIdx.y == 0 && member == 0", "blockIdx.y == 0 && (member == 0 || mutant_number == 1)"),
     2: ("blockIdx.x == 0 && blockIdx.y", "(blockIdx.x == 0 || mutant_number == 2) && blockIdx.y"),
     3: ("x != nullptr && first_map == 0", "x != nullptr && (first_map == 0 || mutant_number == 3)"),
     4: ("dw += part *", "dw += part * (mutant_number != 4) *"),

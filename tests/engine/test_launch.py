@@ -109,7 +109,17 @@ def test_programs_of_one_model_share_what_outlives_a_step():
 def test_sizes_are_those_of_the_kernels():
     """The numbers that the Python and kernels.cu have in common."""
     source = SOURCE.read_text()
-    names = "THREADS", "SIDE", "DEPTH", "VECTOR", "ROWS", "MAPS", "TAPS", "BANKS", "WIDTH"
+    names = (
+        "THREADS",
+        "TILE",
+        "TILE_K",
+        "VECTOR",
+        "ROWS_PER_THREAD",
+        "MAPS_PER_THREAD",
+        "TAPS_PER_THREAD",
+        "BANKS",
+        "PARAMETERS_PER_BLOCK",
+    )
     for name in (*names, "SIGMOID", "RELU"):
         (value,) = re.findall(rf"\b{name} = (\d+)", source)
         python = {"SIGMOID": 1, "RELU": 2}.get(name) or getattr(shapes, name, THREADS)

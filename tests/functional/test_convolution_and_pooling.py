@@ -11,7 +11,7 @@ from hypothesis import given
 
 from cases import STRATEGIES, Case
 from npbn import functional as F
-from npbn.functional._windows import windows_of
+from npbn.functional.windows import windows_of
 
 conv_module = sys.modules["npbn.functional.conv2d"]  # the function hides the module of its name
 

@@ -299,7 +299,7 @@ def set_masks(net: Any, batch: int) -> None:
 
 @njit(**OPTIONS)
 def summed_up(net: Any, batch: int) -> tuple[float, int]:
-    """Loss and hits of all chunks, in their order."""
+    """Return loss and right predictions, summed over all chunks in their order."""
     lanes = BYTES // net.values.itemsize
     last = net.stages[len(net.stages) - 1]
     loss, correct = 0.0, 0

@@ -42,7 +42,7 @@ from npbn.engine.cpu.vector import (
 
 NO_ACTIVATION, SIGMOID, RELU = range(3)
 NO_NORM, BATCH_NORM, FROZEN = range(3)
-"""A frozen batch norm normalizes by its moving averages in training, too."""
+"""A frozen batch norm normalizes by its moving averages, in training as well."""
 
 # The constants of a stage, each one of every map: z = (y - mean) · scale + shift, where mean + rest
 # is the batch's mean, which one number of the dtype does not say well enough; inverse is 1/s.

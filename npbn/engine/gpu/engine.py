@@ -154,7 +154,7 @@ class GpuEngine:
             needed = math.ceil(sum(spec.nbytes for spec in specs.values()) / 2**20)
             raise BackendError(
                 f"the GPU has less free memory than the {needed:,} MiB that batches of "
-                f"{self.batch_size} need: take smaller ones, or see in nvidia-smi who else uses it"
+                f"{self.batch_size} need: take smaller ones, or see in nvidia-smi what else uses it"
             ) from None
         for name, spec in specs.items():
             if spec.value is not None:
@@ -180,7 +180,7 @@ class GpuEngine:
         except self.cupy.cuda.compiler.CompileException as error:
             raise BackendError(f"the GPU engine's kernels do not compile: {error}") from None
         for kernel in kernels.values():
-            # So the kernel is loaded now, too: that would not do while a graph is captured.
+            # This also loads the kernel, which is not allowed while a graph is captured.
             kernel.max_dynamic_shared_size_bytes = shared
         return kernels
 

@@ -31,12 +31,12 @@ from npbn.engine.gpu.program import (
     Structure,
 )
 from npbn.engine.gpu.shapes import (
-    MAPS,
-    SIDE,
-    TAPS,
+    MAPS_PER_THREAD,
+    PARAMETERS_PER_BLOCK,
+    TAPS_PER_THREAD,
     TILE,
+    TILES,
     VECTOR,
-    WIDTH,
     KernelStage,
     images_of,
     normalization,
@@ -48,7 +48,7 @@ from npbn.errors import UnsupportedError
 from npbn.layers import Parameter
 
 MULTIPROCESSORS = 132
-"""Streaming multiprocessors of an H100 or H200, among which the work is to be divided."""
+"""Streaming multiprocessors of an H100 or H200; the work is divided among them."""
 
 BLOCKS_PER_MULTIPROCESSOR = 4
 """How many blocks of threads there are at most for each multiprocessor, where each goes through
@@ -197,8 +197,8 @@ class _Writer:
 
     def _forward(self, before: KernelStage, stage: KernelStage, batch: Structure) -> None:
         name = stage.name
-        across = over(stage.maps, SIDE) if stage.linear else 1
-        examples_per_block, num_blocks = self._divided(across, SIDE if stage.linear else 1)
+        across = over(stage.maps, TILE) if stage.linear else 1
+        examples_per_block, num_blocks = self._divided(across, TILE if stage.linear else 1)
         x = means = squares = NULL
         if self.train:
             x = self._array(f"x{name}", (self.n * stage.inputs,))
@@ -209,7 +209,7 @@ class _Writer:
         sizes = [np.int32(self.n), np.int32(examples_per_block)]
         memory = [*normalization(before)]
         if stage.linear:
-            memory += TILE
+            memory += TILES
         else:
             channels_per_pass, weights = self._weight_passes(stage, stage.channels, stage.maps)
             sizes.append(np.int32(channels_per_pass))
@@ -237,7 +237,7 @@ class _Writer:
         examples_per_block = min(EXAMPLES_OF_A_LOSS, max(1, most))
         # Whatever n: a row of losses is that long.
         num_blocks = over(self.stride, examples_per_block)
-        rows = self.steps, num_blocks * THREADS // SIDE
+        rows = self.steps, num_blocks * THREADS // TILE
         dz = self._array(f"dz{last.name}", (self.n * last.values,)) if self.train else NULL
         self._launch(
             "cross_entropy",
@@ -263,21 +263,25 @@ class _Writer:
         name = stage.name
         first = before.plan is None  # the gradient with respect to the images is not needed
         bias = stage.norm is None and self._parameter(stage, "bias") is not NULL
-        across = over(stage.inputs, SIDE) if stage.linear else 1
-        examples_per_block, num_blocks = self._divided(across, SIDE if stage.linear else 1)
+        across = over(stage.inputs, TILE) if stage.linear else 1
+        examples_per_block, num_blocks = self._divided(across, TILE if stage.linear else 1)
         sizes: list[np.generic] = []
         memory = [*normalization(stage), stage.maps, stage.maps]
         if stage.linear:
-            tiles = over(stage.inputs + bias, SIDE) * over(stage.maps, SIDE)
+            tiles = over(stage.inputs + bias, TILE) * over(stage.maps, TILE)
             weight_blocks = min(over(2 * self.multiprocessors, tiles), over(self.n, LONG))
-            memory += [*normalization(before), *TILE]
+            memory += [*normalization(before), *TILES]
         else:
             tiles, weight_blocks = 1, 2 * self.multiprocessors
             channels_per_pass, weights = self._weight_passes(stage, stage.maps, stage.channels)
             sizes.append(np.int32(channels_per_pass))
             memory += max(
                 [] if first else [*normalization(before), stage.wide, stage.inputs, weights],
-                [stage.summed + TAPS, stage.gradients, MAPS * TAPS * THREADS],
+                [
+                    stage.summed + TAPS_PER_THREAD,
+                    stage.gradients,
+                    MAPS_PER_THREAD * TAPS_PER_THREAD * THREADS,
+                ],
                 key=self._bytes,
             )
         examples_per_weight_block = over(self.n, weight_blocks)
@@ -326,7 +330,7 @@ class _Writer:
         self._launch(
             "sgd",
             (),
-            (over(shape[0], WIDTH), 1, 1),
+            (over(shape[0], PARAMETERS_PER_BLOCK), 1, 1),
             [],
             # The partial sums of other batch sizes are elsewhere.
             self._array(f"tensors{self.n}", table.shape, np.int32, table),
@@ -377,9 +381,9 @@ class _Writer:
         memory: Sequence[int],
         *arguments: Argument,
     ) -> None:
-        """Of a kernel that is compiled for these stages, and takes their shapes first.
+        """Append the launch of a kernel that is compiled for these stages.
 
-        ``memory``: how many numbers each piece has that it takes of the shared memory.
+        ``memory``: the numbers in each piece of shared memory that it allocates.
         """
         shapes = [", ".join(map(str, stage.sizes.values())) for stage in stages]
         types = [f"Fixed<{sizes}>" if self.fixed else "Shape" for sizes in shapes]
@@ -390,7 +394,7 @@ class _Writer:
         self.launches.append(Launch(name, grid, shared, (*values, *arguments)))
 
     def _bytes(self, memory: Iterable[int]) -> int:
-        """Of these pieces of shared memory, each of whole vectors."""
+        """Return the bytes of these pieces of shared memory, each rounded up to whole vectors."""
         return sum(over(count, VECTOR) * VECTOR * self.dtype.itemsize for count in memory)
 
     def _real(self, value: float) -> np.generic:
@@ -428,7 +432,7 @@ class _Writer:
             values[kind] = self._array(f"{kind}{name}", (stage.maps,))
         if merging:
             examples_per_block, num_blocks = self.partition[name]
-            values |= {"share": examples_per_block, "parts": num_blocks}
+            values |= {"examples_per_part": examples_per_block, "parts": num_blocks}
             values |= {kind: Pointer(f"{kind}{name}") for kind in ("means", "squares")}
         return Structure("Norm", values)
 
@@ -460,6 +464,6 @@ class _Writer:
     def _weight_passes(self, stage: KernelStage, channels: int, maps: int) -> tuple[int, int]:
         """How many channels' weights are in shared memory together, and how many numbers."""
         taps = stage.sizes["kernel_h"] * stage.sizes["kernel_w"]
-        one = taps * over(maps, MAPS) * MAPS
+        one = taps * over(maps, MAPS_PER_THREAD) * MAPS_PER_THREAD
         channels_per_pass = min(channels, max(1, WEIGHTS_AT_A_TIME // (one * self.dtype.itemsize)))
         return channels_per_pass, channels_per_pass * one

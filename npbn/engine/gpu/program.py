@@ -20,7 +20,7 @@ OPTIONS = ("--std=c++17", "--prec-div=false", "--prec-sqrt=false")
 """Compiler flags: approximate division and square root of floats (2 ulp)."""
 
 THREADS = 256
-"""Of a block, as in kernels.cu."""
+"""Threads of a block, as in kernels.cu."""
 
 # The structures of kernels.cu.
 SHAPE_FIELDS = (
@@ -33,7 +33,7 @@ STRUCTURES = {
     "Shape": dict.fromkeys(SHAPE_FIELDS, "int"),
     "Batch": dict.fromkeys(("images", "labels", "order", "step"), "pointer") | {"stride": "int"},
     "Norm": dict.fromkeys(("gamma", "beta", *_STATISTICS), "pointer")
-    | {"parts": "int", "share": "int", "eps": "real", "momentum": "real"},
+    | {"parts": "int", "examples_per_part": "int", "eps": "real", "momentum": "real"},
     "Sums": {"sums": "pointer", "parts": "int", "dgamma": "pointer", "dbeta": "pointer"},
     "Tensor": dict.fromkeys(("offset", "size", "partial_offset", "partials", "decays"), "int"),
 }

@@ -1,6 +1,6 @@
 """The stages of a plan as the kernels see them: sizes as numbers, and the shared memory they need.
 
-The kernels compute the sizes of their shared memory, too; tests hold both equal.
+The kernels compute the sizes of their shared memory as well; tests hold both equal.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from npbn.engine.plan import StagePlan
 from npbn.layers import MaxPool2d, ReLU, Sigmoid
 
 # As in kernels.cu.
-SIDE, DEPTH, VECTOR = 16, 128, 4
-ROWS, MAPS, TAPS, BANKS, WIDTH = 4, 2, 5, 32, 32
+TILE, TILE_K, VECTOR = 16, 128, 4
+ROWS_PER_THREAD, MAPS_PER_THREAD, TAPS_PER_THREAD, BANKS, PARAMETERS_PER_BLOCK = 4, 2, 5, 32, 32
 ACTIVATIONS = {type(None): 0, Sigmoid: 1, ReLU: 2}
 
-TILE = (2 * SIDE * (DEPTH + VECTOR),)
+TILES = (2 * TILE * (TILE_K + VECTOR),)
 """Numbers in shared memory of each array that ``tile_of_product`` allocates."""
 
 
@@ -63,7 +63,9 @@ class KernelStage:
         self.wide = self.maps * _plane_read(
             (s["height"], 1, s["kernel_h"]), (s["width"], 1, s["kernel_w"])
         )
-        self.gradients = over(self.maps, MAPS) * MAPS * s["rows"] * (s["columns"] | 1)
+        self.gradients = (
+            over(self.maps, MAPS_PER_THREAD) * MAPS_PER_THREAD * s["rows"] * (s["columns"] | 1)
+        )
 
 
 _Axis = tuple[int, int, int]
@@ -74,9 +76,9 @@ def _plane_read(down: _Axis, across: _Axis) -> int:
     """The area of ``planes_read``."""
     rows, stride, kernel = down
     columns, stride_w, kernel_w = across
-    height = (over(rows, ROWS) * ROWS - 1) * stride + kernel
+    height = (over(rows, ROWS_PER_THREAD) * ROWS_PER_THREAD - 1) * stride + kernel
     width = (columns - 1) * stride_w + kernel_w
-    return height * _raised(width, over(columns, ROWS), BANKS // ROWS)
+    return height * _raised(width, over(columns, ROWS_PER_THREAD), BANKS // ROWS_PER_THREAD)
 
 
 def _plane_summed(down: _Axis, across: _Axis) -> int:

@@ -19,7 +19,7 @@ from typing import Any
 import array_api_compat
 import numpy as np
 
-from npbn.functional._arrays import Array
+from npbn.functional.arrays import Array
 
 
 def pair(name: str, value: int | tuple[int, int], *, minimum: int) -> tuple[int, int]:
@@ -33,7 +33,7 @@ def pair(name: str, value: int | tuple[int, int], *, minimum: int) -> tuple[int,
 
 
 def check_pooling_padding(kernel_size: tuple[int, int], padding: tuple[int, int]) -> None:
-    """Raise ValueError if padding is more than half the kernel: some windows saw nothing else."""
+    """Raise ValueError if padding is more than half the kernel: some windows were all padding."""
     if any(2 * p > k for p, k in zip(padding, kernel_size, strict=True)):
         raise ValueError(
             f"expected padding of at most half the kernel {kernel_size}, got {padding}"

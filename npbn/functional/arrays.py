@@ -59,12 +59,12 @@ def check_shape(name: str, array: Array, expected: tuple[int, ...]) -> None:
 
 
 def real_part(array: Array, xp: Any) -> Array:
-    """Re(array): what a branch goes by, so that a complex step cannot switch it."""
+    """Return Re(array), for comparisons: a complex step must not change which branch is taken."""
     return xp.real(array) if xp.isdtype(array.dtype, "complex floating") else array
 
 
 def empty_like(array: Array, xp: Any) -> Array:
-    """No elements, of the array's dtype: for a cache that must know the precision alone."""
+    """Return an empty array of this dtype; caches keep it to check the dtype of dy."""
     return xp.zeros((0,), dtype=array.dtype, device=array_api_compat.device(array))
 
 
