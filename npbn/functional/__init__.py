@@ -13,7 +13,8 @@ What holds for every function here:
   TypeError, as are integers. A complex number may stand where a real one of the same precision
   may: with it, a complex step f'(x) = Im f(x + ih) / h goes through the very code that trains.
 - *Memory.* Arguments are never written to, and nothing returned shares memory with them. Any memory
-  order is accepted, read-only arrays too.
+  order is accepted, and read-only arrays are. Convolution and pooling return arrays of shape
+  (N, C, H, W) whose examples are neighbours in memory, because NumPy is fastest on long runs.
 - *Caches.* A cache can be used any number of times, as long as nobody writes into a returned y
   (`sigmoid`'s cache is its y).
 """

@@ -1,5 +1,7 @@
 r"""Batch normalization: the forward pass and its gradient, derived step by step.
 
+(``scripts/lessons/1_batch_norm_by_hand.py`` does it on a 4 × 3 example, with numbers.)
+
 **Formula.** One feature (a column of (N, D), a channel of (N, C, H, W)) at a time. Let
 $x_1, \dots, x_m$ be all its values in the batch: $m = N$ for (N, D), $m = N H W$ for (N, C, H, W).
 
@@ -18,7 +20,7 @@ $$d\beta = \sum_i dy_i \qquad d\gamma = \sum_i dy_i \hat{x}_i \qquad d\hat{x}_i 
 
 **Prediction.** $\mu$ and $s$ do not depend on $x$, so $dx_i = d\hat{x}_i / s = \gamma dy_i / s$.
 
-**Training.** $x_i$ reaches the loss by three ways: through $\hat{x}_i$ directly, through $v$ (and
+**Training.** $x_i$ reaches the loss along three paths: through $\hat{x}_i$ directly, through $v$ (and
 so through *every* $\hat{x}_k$), and through $\mu$ (likewise). To follow them one node at a time,
 call the centred value $\bar{x}_i = x_i - \mu$, so that $\hat{x}_i = \bar{x}_i / s$. Every
 $\hat{x}_i$ is divided by $s$, and $s$ is the root of $v + \epsilon$:
@@ -50,9 +52,9 @@ $\gamma$ comes out of the bracket:
 $$\boxed{ dx_i = \frac{\gamma}{s} \Big( dy_i - \frac{d\beta}{m} -
   \hat{x}_i \frac{d\gamma}{m} \Big) }$$
 
-Read it so: take the gradient that came, remove its mean (shifting all $x_i$ together changes
-nothing), remove its part along $\hat{x}$ (stretching all $x_i$ together changes nothing except for
-$\epsilon$; so of that part, a fraction $\epsilon / s^2$ remains), and scale by $\gamma / s$.
+In words: take the incoming gradient; subtract its mean (shifting all $x_i$ together does not change
+$y$); subtract its component along $\hat{x}$ (nor does stretching them, except for $\epsilon$, which
+leaves the fraction $\epsilon / s^2$ of that component); scale by $\gamma / s$.
 
 **Rounding.** The variance is taken in two passes, from $x - \mu$: $E[x^2] - E[x]^2$ would cancel
 catastrophically where the mean is large. And since $\mu$ itself is rounded, in training $\bar{x}$

@@ -1,5 +1,7 @@
 r"""Two-dimensional convolution as matrix products, and its gradient.
 
+(``scripts/lessons/3_convolution_as_a_matrix_product.py`` has pictures of it.)
+
 **Formula.** (Cross-correlation, as in every deep-learning library: the kernel is not flipped.)
 There are $N$ images of $C$ channels and $O$ kernels of $k_H \times k_W$ pixels, moved by $s_H$ and
 $s_W$ pixels at a time. With $x$ padded by zeros, output channel $o$ at position $(p, q)$ of example
@@ -26,7 +28,7 @@ would wait for memory: a block of strips stays in the CPU's cache.)
 
 **Backward.** $dY_p$ is given. Number the rows of $X_p$ by $\kappa = (i, c, j)$ and its columns by
 $\rho = (q, n)$. From $Y_{p, o \rho} = b_o + \sum_\kappa W_{o \kappa} X_{p, \kappa \rho}$, the chain
-rule gives a sum over all ways on which an entry reaches the loss. $W$ and $b$ meet every column of
+rule gives a sum over all paths along which an entry reaches the loss. $W$ and $b$ meet every column of
 every row; an entry of $X_p$ meets every output channel:
 
 $$dW_{o \kappa} = \sum_p \sum_\rho dY_{p, o \rho} X_{p, \kappa \rho} \qquad

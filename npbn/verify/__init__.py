@@ -12,14 +12,14 @@ from npbn.verify.checker import Finding, Report, check_gradients
 from npbn.verify.examination import Examination
 from npbn.verify.model import check_model
 from npbn.verify.numeric import central_difference, complex_step
-from npbn.verify.signatures import UnsupportedError
+from npbn.verify.signatures import NotExaminedError
 from npbn.verify.submission import examine_file
 
 __all__ = [
     "Examination",
     "Finding",
     "Report",
-    "UnsupportedError",
+    "NotExaminedError",
     "central_difference",
     "check_gradients",
     "check_model",

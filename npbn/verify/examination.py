@@ -21,7 +21,7 @@ import numpy as np
 
 from npbn import functional as F
 from npbn.verify.mutants import MUTANTS, Mutant, functions_of
-from npbn.verify.signatures import FindingError, UnsupportedError
+from npbn.verify.signatures import BadResultError, NotExaminedError
 
 OPERATIONS = tuple(dict.fromkeys(mutant.operation for mutant in MUTANTS))
 
@@ -135,13 +135,13 @@ def outputs(
 ) -> Outputs:
     """Everything that forward and backward give on a probe, by name.
 
-    Where the backward pass raises `UnsupportedError`, that is what forward gives.
+    Where the backward pass raises `NotExaminedError`, that is what forward gives.
     """
     forward, backward = pair
     result = forward(**probe.arguments)
     y, cache = result[0], result[1]
     if y is None:
-        raise FindingError("returned None from forward")
+        raise BadResultError("returned None from forward")
     found = {"y": y}
     if operation == "batch_norm" and len(result) > 2 and result[2] is not None:
         found["moving_mean"], found["moving_var"] = result[2]
@@ -151,7 +151,7 @@ def outputs(
         else:
             dy = np.random.default_rng(1502).standard_normal(np.shape(y))
             gradients = backward(dy, cache)
-    except UnsupportedError:
+    except NotExaminedError:
         pass
     else:
         found |= _named(operation, gradients)
@@ -167,11 +167,11 @@ def outputs(
 def _named(operation: str, gradients: Any) -> dict[str, Any]:
     names = GRADIENTS[operation]
     if gradients is None:
-        raise FindingError("returned None from backward")
+        raise BadResultError("returned None from backward")
     if not isinstance(gradients, (tuple, list)):
         gradients = (gradients,)
     if len(gradients) != len(names):
-        raise FindingError(
+        raise BadResultError(
             f"returned {len(gradients)} from backward, expected {len(names)} gradients "
             f"({', '.join(names)})"
         )
@@ -191,7 +191,7 @@ def difference(found: np.ndarray, expected: np.ndarray) -> float:
 Place = tuple[str, str]
 """A probe and an output, by name."""
 
-Results = Mapping[str, Outputs | str | UnsupportedError]
+Results = Mapping[str, Outputs | str | NotExaminedError]
 """The outputs of some code on each probe; or a sentence how it failed; or why it was not run."""
 
 
@@ -305,7 +305,7 @@ def examine(operation: str, results: Results, changed: Iterable[str] = ()) -> Ex
 def _unexamined(results: Results, truth: Mapping[str, Outputs]) -> list[str]:
     places: dict[str, list[str]] = {}
     for probe, found in results.items():
-        if isinstance(found, UnsupportedError):
+        if isinstance(found, NotExaminedError):
             places.setdefault(f"not examined, as {found}", []).append(probe)
         elif not isinstance(found, str) and truth[probe].keys() - found.keys():
             left = ", ".join(name for name in truth[probe] if name not in found)

@@ -25,15 +25,15 @@ it is forward and backward then, ``softmax_loss,softmax_loss``.
 
 - *any other*, by an adapter of yours: ``adapt(forward, backward)`` gets the two functions, or
   classes, and returns two in npbn's signature, with the arguments it can use. Where it raises
-  `npbn.verify.UnsupportedError`, nothing is examined. For a class BatchNorm1D(features, eps) with
+  `npbn.verify.NotExaminedError`, nothing is examined. For a class BatchNorm1D(features, eps) with
   forward(x) and backward(dy), which is to be handed over as ``BatchNorm1D,BatchNorm1D``::
 
-      from npbn.verify import UnsupportedError
+      from npbn.verify import NotExaminedError
 
       def adapt(forward, backward):
           def batch_norm(x, gamma, beta, training, eps):
               if not training:
-                  raise UnsupportedError("prediction is another exercise")
+                  raise NotExaminedError("prediction is another exercise")
               layer = forward(gamma.size, eps)
               layer.gamma, layer.beta = gamma.ravel(), beta.ravel()
               return layer.forward(x), layer
@@ -58,12 +58,12 @@ SIGNATURES = ("npbn", "course")
 Pair = tuple[Callable[..., Any], Callable[..., Any]]
 
 
-class UnsupportedError(Exception):
-    """The code is not meant for this probe, as the message says: it is not examined there."""
+class NotExaminedError(Exception):
+    """The code is not meant for this probe, so it is not examined on it; the message says why."""
 
 
-class FindingError(Exception):
-    """What is wrong with the returned value, as the end of a sentence that begins with "it"."""
+class BadResultError(Exception):
+    """The code returned something unusable; the message completes a sentence that begins "it"."""
 
 
 COURSE_ARGUMENTS = {
@@ -129,16 +129,16 @@ def _by_name(forward: Callable[..., Any]) -> Callable[..., Any]:
         try:
             signature.bind(**taken)
         except TypeError:
-            raise UnsupportedError(
+            raise NotExaminedError(
                 f"its arguments ({', '.join(names)}) are not npbn's: try --signature course, or "
                 "--adapter"
             ) from None
         if "training" in dropped and not arguments["training"]:
-            raise UnsupportedError("it has no prediction mode")
+            raise NotExaminedError("it has no prediction mode")
         if "stride" in dropped and arguments["stride"] != arguments.get("kernel_size", (1, 1)):
-            raise UnsupportedError("it has no stride")
+            raise NotExaminedError("it has no stride")
         if "padding" in dropped and arguments["padding"] != (0, 0):
-            raise UnsupportedError("it has no padding")
+            raise NotExaminedError("it has no padding")
         try:
             result = forward(**taken)
         except TypeError as error:  # for strides, it may want numbers
@@ -156,7 +156,7 @@ def _numbers(arguments: dict[str, Any]) -> dict[str, Any]:
     """With a number for every pair."""
     pairs = {name: value for name, value in arguments.items() if isinstance(value, tuple)}
     if any(height != width for height, width in pairs.values()):
-        raise UnsupportedError("it takes no pairs of unequal numbers")
+        raise NotExaminedError("it takes no pairs of unequal numbers")
     return arguments | {name: height for name, (height, _) in pairs.items()}
 
 
@@ -166,7 +166,7 @@ def _vectors_if_flat(forward: Callable[..., Any], backward: Callable[..., Any]) 
 
     def batch_norm(**arguments: Any) -> Any:
         if flat and arguments["x"].ndim == 4:
-            raise UnsupportedError("its dgamma is flat, for (N, D)")
+            raise NotExaminedError("its dgamma is flat, for (N, D)")
         return forward(**arguments)
 
     def batch_norm_backward(dy: Any, cache: Any) -> Any:
@@ -193,7 +193,7 @@ def _course(operation: str, forward: Callable[..., Any], backward: Callable[...,
             momentum: float,
         ) -> Any:
             if x.ndim == 4:
-                raise UnsupportedError("homework is for (N, D)")
+                raise NotExaminedError("homework is for (N, D)")
             parameter = {
                 "mode": "train" if training else "test",
                 "eps": eps,
@@ -208,7 +208,7 @@ def _course(operation: str, forward: Callable[..., Any], backward: Callable[...,
         def batch_norm_backward(dy: Any, cache: Any) -> Any:
             cache, training = cache
             if not training:
-                raise UnsupportedError("homework has no backward pass in prediction")
+                raise NotExaminedError("homework has no backward pass in prediction")
             return backward(dy, cache)
 
         return batch_norm, batch_norm_backward
@@ -216,7 +216,7 @@ def _course(operation: str, forward: Callable[..., Any], backward: Callable[...,
 
         def conv2d(x: Any, weight: Any, bias: Any, stride: Any, padding: Any) -> Any:
             if stride[0] != stride[1] or padding[0] != padding[1]:
-                raise UnsupportedError("it has one stride and one padding")
+                raise NotExaminedError("it has one stride and one padding")
             return _with_cache(forward(x, weight, bias, {"stride": stride[0], "pad": padding[0]}))
 
         return conv2d, backward
@@ -224,7 +224,7 @@ def _course(operation: str, forward: Callable[..., Any], backward: Callable[...,
 
         def pool(x: Any, kernel_size: Any, stride: Any, padding: Any) -> Any:
             if stride[0] != stride[1] or padding != (0, 0):
-                raise UnsupportedError("it has one stride and no padding")
+                raise NotExaminedError("it has one stride and no padding")
             height, width = kernel_size
             options = {"pool_height": height, "pool_width": width, "stride": stride[0]}
             return _with_cache(forward(x, options))

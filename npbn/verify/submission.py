@@ -23,7 +23,7 @@ import numpy as np
 
 from npbn.errors import SubmissionError
 from npbn.verify.examination import Examination, Outputs, examine, outputs, probes
-from npbn.verify.signatures import FindingError, UnsupportedError, adapt, guess
+from npbn.verify.signatures import BadResultError, NotExaminedError, adapt, guess
 
 
 def examine_file(
@@ -61,7 +61,7 @@ def examine_file(
     adapter_file, _, adapter_name = (adapter or "").rpartition(":")
     if adapter and not os.path.isfile(adapter_file):
         raise SubmissionError(f"expected FILE:FUNCTION for the adapter, got {adapter!r}")
-    results: dict[str, Outputs | str | UnsupportedError] = {}
+    results: dict[str, Outputs | str | NotExaminedError] = {}
     with tempfile.TemporaryDirectory(prefix="npbn-") as directory:
         task = {
             "path": str(path.resolve()),
@@ -100,7 +100,7 @@ def examine_file(
                 with np.load(answer, allow_pickle=False) as archive:
                     results[probe.name] = dict(archive)
             elif unsupported:
-                results[probe.name] = UnsupportedError(unsupported)
+                results[probe.name] = NotExaminedError(unsupported)
             else:
                 results[probe.name] = _told(directory, f"{k}.failed") or failure
     return examine(operation, results, changed.split())
@@ -160,15 +160,15 @@ def _main(task: dict[str, Any]) -> None:
             arrays: dict[str, Any] = outputs(operation, (forward, backward), probe)
             strange = [name for name, array in arrays.items() if array.dtype.kind not in "fiub"]
             if strange:
-                raise FindingError(f"returned no numbers for {', '.join(strange)}")
+                raise BadResultError(f"returned no numbers for {', '.join(strange)}")
             part = Path(directory) / f"{k}.part"
             with open(part, "wb") as file:
                 np.savez(file, **arrays)
             part.replace(Path(directory) / f"{k}.npz")
             _tell(directory, "changed", " ".join(changed))
-        except UnsupportedError as error:
+        except NotExaminedError as error:
             _tell(directory, f"{k}.unsupported", str(error) or "it is not meant for this")
-        except FindingError as error:
+        except BadResultError as error:
             _tell(directory, f"{k}.failed", str(error))
         except (Exception, SystemExit) as error:
             if adapter and _line(error, adapter) and not _line(error, path):
