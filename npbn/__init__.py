@@ -1,8 +1,31 @@
-"""npbn: batch normalization, and the network around it, with gradients derived by hand.
+r"""A minimal deep-learning framework without autograd: every gradient is derived by hand.
 
-Where to start: `npbn.functional` is the mathematics, `npbn.layers` the state around it,
-`npbn.models` the networks, `npbn.training` the loop; `npbn.train` trains a model on data of yours,
-`npbn.load` loads the model of a run.
+With m values of a feature in the batch, s = √(variance + eps) and x̂ = (x − mean) / s, this is the
+backward pass of batch normalization in training:
+
+```python
+dbeta = xp.sum(dy, axis=axes, keepdims=True)
+dgamma = xp.sum(dy * x_centred, axis=axes, keepdims=True) / s
+dx = (gamma / s) * (dy - dbeta / m - x_centred * (dgamma / (s * m)))
+```
+
+$$dx_i = \frac{\gamma}{s} \Big( dy_i - \frac{d\beta}{m} - \hat{x}_i \frac{d\gamma}{m} \Big)$$
+
+**Where to read**, in this order:
+
+1. `npbn.functional.batch_norm`: the derivation, step by step; then `npbn.functional.conv2d` and the
+   other operations of `npbn.functional`
+2. `npbn.layers`, `npbn.models`, `npbn.optim`: the state around the operations, two networks, SGD
+3. `npbn.training`: the loop; `npbn.engine`: what computes in it
+4. `npbn.verify`: how every gradient is proved
+5. `npbn.data`, `npbn.experiment`, `npbn.runs`, `npbn.checkpoint`: data, configurations, runs, files
+
+`npbn.train` trains a model on data of yours; `npbn.load` loads the model of a run.
+
+**Lessons**: [batch norm by hand](lessons/1_batch_norm_by_hand.html),
+[what batch norm does to LeNet](lessons/2_what_batch_norm_does_to_lenet.html),
+[convolution as a matrix product](lessons/3_convolution_as_a_matrix_product.html),
+[npbn against PyTorch](lessons/4_npbn_against_pytorch.html).
 """
 
 from __future__ import annotations

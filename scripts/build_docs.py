@@ -1,4 +1,7 @@
-"""Build the site of npbn's docstrings, with their formulas, by pdoc."""
+"""Build npbn's documentation as a site that needs no network: docstrings, by pdoc, and the lessons.
+
+Formulas become MathML, which browsers show by themselves, when the site is built.
+"""
 
 from __future__ import annotations
 
@@ -6,13 +9,23 @@ from _command_line import ArgumentParser, run, say
 
 # isort: split
 
+import functools
+import html
+import importlib
 import importlib.util
 import pkgutil
+import re
 import warnings
 from pathlib import Path
+from typing import Any
 
 import npbn
 from npbn.errors import NpbnError
+
+SCRIPTS = Path(__file__).parent
+LESSONS = sorted((SCRIPTS / "lessons").glob("[0-9]*.py"))
+# What is no formula though it has dollars: code. Then $$ … $$ and $ … $.
+MATH = re.compile(r"(<pre.*?</pre>|<code.*?</code>)|\$\$(.+?)\$\$|\$(.+?)\$", re.DOTALL)
 
 
 def main() -> None:
@@ -21,9 +34,26 @@ def main() -> None:
         "output", nargs="?", default="site", metavar="DIR", help="folder to write (default: site)"
     )
     output = Path(parser.parse_args().output)
-    if importlib.util.find_spec("pdoc") is None:
-        raise NpbnError("pdoc is not installed: pip install 'pdoc>=15'")
+    for name in ("pdoc", "latex2mathml"):
+        if importlib.util.find_spec(name) is None:
+            raise NpbnError(f"{name} is not installed: pip install -e '.[docs]'")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # a page that lacks something
+        # Packages list most of their modules by themselves, but not those with an __all__.
+        warnings.filterwarnings("ignore", "The module specification .* already been added")
+        # The constructors of named tuples, whose annotations pdoc looks up in the wrong module.
+        warnings.filterwarnings("ignore", r"Error parsing type annotation .*\.__init__")
+        try:
+            count = build(output)
+        except OSError as error:
+            raise NpbnError(f"{output} cannot be written: {error.strerror}") from None
+    say(f"{count} modules, {len(LESSONS)} lessons; open {output / 'index.html'}")
+
+
+def build(output: Path) -> int:
+    """Write the site; return the number of modules in it."""
     import pdoc.render
+    import pdoc.search
 
     for name in npbn.__all__:
         getattr(npbn, name)  # pdoc sees only what has been imported
@@ -32,18 +62,87 @@ def main() -> None:
         for module in pkgutil.walk_packages(npbn.__path__, "npbn.")
         if not module.name.rpartition(".")[2].startswith("_")
     ]
-    pdoc.render.configure(math=True, docformat="google", footer_text=f"npbn {npbn.__version__}")
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")  # a page that lacks something
-        # Most packages list their modules themselves, but not those with an __all__.
-        warnings.filterwarnings("ignore", "The module specification .* already been added")
-        # The constructors of named tuples, whose annotations pdoc looks up in the wrong module.
-        warnings.filterwarnings("ignore", r"Error parsing type annotation .*\.__init__")
-        try:
-            pdoc.pdoc(*modules, output_directory=output)
-        except OSError as error:
-            raise NpbnError(f"{output} cannot be written: {error.strerror}") from None
-    say(f"{len(modules)} modules; open {output / 'index.html'}")
+    for name in modules:
+        without_aliases(importlib.import_module(name))
+
+    def pages_near(module: str) -> tuple[str, list[tuple[str, str]]]:
+        """Return a title, and name and page of the modules in a package, or in that of a module."""
+        package, _, own = module.rpartition(".")
+        within = [name for name in modules if name.rpartition(".")[0] == module]
+        names = within or [name for name in modules if name.rpartition(".")[0] == package]
+        short = [name.rpartition(".")[2] for name in names]
+        pages = [f"{own}/{name}.html" if within else f"{name}.html" for name in short]
+        return f"In {module if within else package}", list(zip(short, pages, strict=True))
+
+    environment: Any = pdoc.render.env
+    pdoc.render.configure(
+        docformat="google",
+        footer_text=f"npbn {npbn.__version__}",
+        template_directory=SCRIPTS / "site",
+    )
+    environment.filters["to_html"] = to_html
+    vars(pdoc.search)["to_html"] = to_html
+    environment.globals["pages_near"] = pages_near
+    pdoc.pdoc(*modules, output_directory=output)
+
+    (output / "lessons").mkdir(exist_ok=True)
+    titles = {path: cells(path)[0][1].splitlines()[0].removeprefix("# ") for path in LESSONS}
+    for path in LESSONS:
+        page = environment.get_template("lesson.html.jinja2").render(
+            name=path.stem,
+            title=titles[path],
+            lessons=[(path.stem, title) for path, title in titles.items()],
+            body="\n".join(
+                to_html(text if kind == "markdown" else f"```python\n{text}\n```")
+                for kind, text in cells(path)
+            ),
+        )
+        (output / "lessons" / f"{path.stem}.html").write_text(page, encoding="utf-8")
+    return len(modules)
+
+
+def cells(path: Path) -> list[tuple[str, str]]:
+    """Return the cells of a lesson: ("markdown" or "code", text)."""
+    parts = re.split(r"^# %%(.*)\n", path.read_text(encoding="utf-8"), flags=re.MULTILINE)[1:]
+    return [
+        ("markdown", re.sub(r"^# ?", "", text.strip(), flags=re.MULTILINE))
+        if header
+        else ("code", text.strip())
+        for header, text in zip(parts[::2], parts[1::2], strict=True)
+    ]
+
+
+@functools.cache
+def to_html(text: str) -> Any:
+    """Return Markdown as HTML, with its formulas as MathML.
+
+    As pdoc's function of this name does, the result has an attribute ``toc_html``.
+    """
+    import pdoc.render_helpers
+    from latex2mathml.converter import convert
+
+    def replace(match: re.Match[str]) -> str:
+        code, display, inline = match.groups()
+        if code:
+            return str(code)
+        formula = html.unescape(re.sub(r"</?em>", "*", display or inline))
+        boxed = re.fullmatch(r"\s*\\boxed\{(.*)\}\s*", formula, re.DOTALL)  # MathML has no boxes
+        mathml = convert(boxed[1] if boxed else formula, display="block" if display else "inline")
+        return f'<div class="boxed">{mathml}</div>' if boxed else str(mathml)
+
+    plain: Any = pdoc.render_helpers.to_html(text)
+    result: Any = type(plain)(MATH.sub(replace, plain))
+    result.toc_html = plain.toc_html
+    return result
+
+
+def without_aliases(module: Any) -> None:
+    """Delete what Python says of named tuples: "Alias for field number 0"."""
+    for value in vars(module).values():
+        if isinstance(value, type) and issubclass(value, tuple):
+            value.__new__.__doc__ = ""
+            for name in getattr(value, "_fields", ()):
+                getattr(value, name).__doc__ = ""
 
 
 if __name__ == "__main__":

@@ -109,14 +109,45 @@ def test_the_readme_is_a_front_page():
     assert len(README.split()) <= 1500
 
 
-def test_the_site_has_a_page_for_every_module(tmp_path):
-    process = run("build_docs.py", "out", cwd=tmp_path)
+@pytest.fixture(scope="module")
+def site(tmp_path_factory) -> Path:
+    directory = tmp_path_factory.mktemp("site")
+    process = run("build_docs.py", "out", cwd=directory)
     assert process.returncode == 0, process.stderr
+    return directory / "out"
+
+
+def test_the_site_has_a_page_for_every_module_and_lesson(site):
     for path in (ROOT / "npbn").rglob("[a-z]*.py"):
         name = path.relative_to(ROOT).with_suffix(".html")
-        assert (tmp_path / "out" / name).is_file(), name
-    page = (tmp_path / "out" / "npbn" / "functional" / "batch_norm.html").read_text("utf-8")
-    assert r"\frac{\gamma}{s}" in page and "MathJax" in page
+        assert (site / name).is_file(), name
+    start = (site / "npbn.html").read_text("utf-8")
+    for path in LESSONS:
+        assert f'href="lessons/{path.stem}.html"' in start
+        page = (site / "lessons" / f"{path.stem}.html").read_text("utf-8")
+        assert "<math" in page and "lesson = start(" in re.sub(r"<.*?>", "", page)
+    # Every page of an operation lists the others.
+    for path in (ROOT / "npbn" / "functional").glob("[a-z]*.py"):
+        page = (site / "npbn" / "functional" / f"{path.stem}.html").read_text("utf-8")
+        assert 'href="batch_norm.html"' in page and 'href="conv2d.html"' in page
+
+
+def test_the_site_needs_no_network_and_its_formulas_are_set(site):
+    for path in site.rglob("*.html"):
+        page = path.read_text("utf-8")
+        assert "Alias for field number" not in page
+        assert not re.search(
+            r"""(?:<script|<link|<img)[^>]*(?:src|href)=["']?(?:https?:)?//""", page
+        )
+        prose = re.sub(
+            r"<(pre|code|script|style)\b.*?</\1>|<math.*?</math>", "", page, flags=re.DOTALL
+        )
+        assert "\\frac" not in prose and "\\sum" not in prose, path
+        if path.parent.name in ("functional", "lessons"):  # others speak of $NPBN_DATA
+            assert "$" not in prose, path
+    page = (site / "npbn" / "functional" / "batch_norm.html").read_text("utf-8")
+    assert "<mfrac><mrow><mi>&#x003B3;</mi></mrow><mrow><mi>s</mi></mrow></mfrac>" in page
+    assert '<div class="boxed"><math' in page  # MathML has no boxes
 
 
 def test_bad_places_for_the_site_are_refused_in_one_line(tmp_path):

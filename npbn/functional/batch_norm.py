@@ -20,9 +20,9 @@ $$d\beta = \sum_i dy_i \qquad d\gamma = \sum_i dy_i \hat{x}_i \qquad d\hat{x}_i 
 
 **Prediction.** $\mu$ and $s$ do not depend on $x$, so $dx_i = d\hat{x}_i / s = \gamma dy_i / s$.
 
-**Training.** $x_i$ reaches the loss along three paths: through $\hat{x}_i$ directly, through $v$ (and
-so through *every* $\hat{x}_k$), and through $\mu$ (likewise). To follow them one node at a time,
-call the centred value $\bar{x}_i = x_i - \mu$, so that $\hat{x}_i = \bar{x}_i / s$. Every
+**Training.** $x_i$ reaches the loss along three paths: through $\hat{x}_i$ directly, through $v$
+(and so through *every* $\hat{x}_k$), and through $\mu$ (likewise). To follow them one node at a
+time, call the centred value $\bar{x}_i = x_i - \mu$, so that $\hat{x}_i = \bar{x}_i / s$. Every
 $\hat{x}_i$ is divided by $s$, and $s$ is the root of $v + \epsilon$:
 
 $$ds = -\frac{1}{s^2} \sum_i d\hat{x}_i \bar{x}_i = -\frac{1}{s} \sum_i d\hat{x}_i \hat{x}_i

@@ -28,8 +28,8 @@ would wait for memory: a block of strips stays in the CPU's cache.)
 
 **Backward.** $dY_p$ is given. Number the rows of $X_p$ by $\kappa = (i, c, j)$ and its columns by
 $\rho = (q, n)$. From $Y_{p, o \rho} = b_o + \sum_\kappa W_{o \kappa} X_{p, \kappa \rho}$, the chain
-rule gives a sum over all paths along which an entry reaches the loss. $W$ and $b$ meet every column of
-every row; an entry of $X_p$ meets every output channel:
+rule gives a sum over all paths along which an entry reaches the loss. $W$ and $b$ meet every
+column of every row; an entry of $X_p$ meets every output channel:
 
 $$dW_{o \kappa} = \sum_p \sum_\rho dY_{p, o \rho} X_{p, \kappa \rho} \qquad
   dX_{p, \kappa \rho} = \sum_o W_{o \kappa} dY_{p, o \rho} \qquad

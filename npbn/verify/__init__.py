@@ -18,8 +18,8 @@ from npbn.verify.submission import examine_file
 __all__ = [
     "Examination",
     "Finding",
-    "Report",
     "NotExaminedError",
+    "Report",
     "central_difference",
     "check_gradients",
     "check_model",
