@@ -48,7 +48,12 @@ def test_formulas_survive_markdown(name, text):
 
 
 @pytest.mark.parametrize(
-    "path", sorted(p.name for p in (ROOT / "npbn" / "functional").glob("[a-z]*.py"))
+    "path",
+    sorted(
+        path.name
+        for path in (ROOT / "npbn" / "functional").glob("[a-z]*.py")
+        if path.stem not in ("arrays", "windows")  # what operations share
+    ),
 )
 def test_every_operation_has_formula_derivation_and_source(path):
     text = ast.get_docstring(ast.parse((ROOT / "npbn" / "functional" / path).read_text("utf-8")))
