@@ -83,8 +83,8 @@ class Backend:
         except failures as error:
             raise BackendError(
                 f"the GPU failed: {_one_line(error)}; if nvidia-smi no longer lists it, it was "
-                "lost or reset; --resume goes on from the last checkpoint, once it is back or with "
-                "--backend numpy"
+                "lost or reset; a run can go on from its last checkpoint once it is back, or on "
+                "the CPU"
             ) from None
 
 
@@ -215,7 +215,7 @@ def _cupy_backend() -> Backend:
         raise BackendError(
             "CuPy is installed, but there is no usable NVIDIA driver or GPU: nvidia-smi should "
             "list one, with a driver at least as new as the CUDA version of the CuPy wheel; "
-            "--backend numpy runs without"
+            "the backend numpy needs none"
         )
     try:
         # A kernel needs NVRTC and the CUDA headers, a matrix product needs cuBLAS.

@@ -9,7 +9,6 @@ Layers start on the host in float32, with NumPy; `Layer.to` moves them to anothe
 from __future__ import annotations
 
 import contextlib
-import copy
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
@@ -185,33 +184,6 @@ class Sequential(Layer):
 
     def children(self) -> dict[str, Layer]:
         return {str(i): layer for i, layer in enumerate(self.layers)}
-
-    def summary(self, input_shape: tuple[int, ...]) -> str:
-        """A table of the layers with their output shapes and parameter counts.
-
-        Args:
-            input_shape: of one example, without the batch axis; for instance (1, 28, 28).
-        """
-        model = copy.deepcopy(self)  # a forward pass must leave no trace in this one
-        like = next((p.data for p in model.parameters().values()), np.empty((), np.float32))
-        xp = array_api_compat.array_namespace(like)
-        device = array_api_compat.device(like)
-        x = xp.zeros((1, *input_shape), dtype=like.dtype, device=device)
-        rows = [("", "layer", "output shape", "parameters")]
-        total = 0
-        for i, layer in enumerate(model.layers):
-            x = layer.forward(x)
-            count = sum(math.prod(p.data.shape) for p in layer.parameters().values())
-            total += count
-            shape = ", ".join(str(size) for size in x.shape[1:])
-            name = type(layer).__name__ if isinstance(layer, Sequential) else repr(layer)
-            rows.append((str(i), name, f"(N, {shape})", f"{count:,}"))
-        rows.append(("", "total", "", f"{total:,}"))
-        widths = [max(len(row[k]) for row in rows) for k in range(4)]
-        return "\n".join(
-            f"{i:>{widths[0]}}  {name:<{widths[1]}}  {shape:<{widths[2]}}  {count:>{widths[3]}}"
-            for i, name, shape, count in rows
-        )
 
     def __repr__(self) -> str:
         lines = [f"({i}) {layer!r}" for i, layer in enumerate(self.layers)]

@@ -313,7 +313,7 @@ def test_state_is_a_copy_and_is_loaded_in_place(device):
     assert layer.weight.data is data and np.all(to_host(data) == 7)
 
 
-def test_state_and_summary_stay_on_the_device():
+def test_state_stays_on_the_device():
     """array-api-strict has devices that are none, and refuses to mix them."""
     import array_api_strict
 
@@ -322,7 +322,6 @@ def test_state_and_summary_stay_on_the_device():
     for array in model.state().values():
         data = array_api_strict.asarray(array.data)
         array.data = data.to_device(array_api_strict.Device("device1"))
-    assert model.summary((2, 5, 6)) == every_layer().summary((2, 5, 6))
     model.load_state_dict({name: value + 1 for name, value in state.items()})
     for name, array in model.state().items():
         assert array.data.device == array_api_strict.Device("device1")
@@ -372,7 +371,7 @@ def test_batch_norm_shows_each_option_that_is_not_the_default():
     assert repr(BatchNorm(3, 2)) == "BatchNorm(3, 2)"
 
 
-def test_repr_and_summary(device):
+def test_repr(device):
     model = every_layer()
     model.to(device)
     assert repr(model).splitlines() == [
@@ -390,14 +389,6 @@ def test_repr_and_summary(device):
         "  (10) Linear(5, 4)",
         ")",
     ]
-    before = model.state_dict()
-    table = model.summary((2, 5, 6)).splitlines()
-    assert table[1].split("  ")[-1].strip() == "39"
-    assert "(N, 3, 5, 4)" in table[1] and "(N, 12)" in table[7]
-    assert table[-1].split() == ["total", "163"]
-    for name, value in model.state_dict().items():
-        np.testing.assert_array_equal(value, before[name])
-    assert model.training
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,14 @@ from npbn import backend, experiment, inspection, plots, runs, training, verify
 from npbn.commands.command_line import STARTED, ArgumentParser, CtrlC, say, typed, value
 from npbn.commands.pictures import draw_run
 from npbn.data import YOURS, Dataset
-from npbn.errors import CheckpointError, DataError, NonFiniteError, NpbnError, UnsupportedError
+from npbn.errors import (
+    BackendError,
+    CheckpointError,
+    DataError,
+    NonFiniteError,
+    NpbnError,
+    UnsupportedError,
+)
 from npbn.experiment import Config
 
 EPILOG = """\
@@ -435,17 +442,21 @@ def train(session: Session, program: str) -> None:
             )
     except StoppedError:
         bar.close()
-        say(
-            f"stopped after step {state.optimizer.steps}; to go on: "
-            f"{typed(program)} --resume {shlex.quote(str(run.path))}"
-        )
+        say(f"stopped after step {state.optimizer.steps}; to go on: {resuming(program, run)}")
         raise KeyboardInterrupt from None
+    except BackendError as error:
+        raise BackendError(f"{error}: {resuming(program, run)}") from None
     except NonFiniteError as error:
         bar.close()
         raise NpbnError(f"{error}: {explain_non_finite(session)}") from None
     finally:
         bar.close()
     conclude(session, epochs)
+
+
+def resuming(program: str, run: runs.Run) -> str:
+    """Return what to type to go on with a run."""
+    return f"{typed(program)} --resume {shlex.quote(str(run.path))}"
 
 
 def explain_non_finite(session: Session) -> str:

@@ -374,7 +374,6 @@ BATCH_NORM = (
 _WINDOW = "np.tensordot(window, weight, axes=((1, 2, 3), (1, 2, 3)))"
 _DX = "dpadded[:, :, rows, columns] += np.tensordot(dy[:, :, p, q], weight, axes=(1, 0))"
 _DWEIGHT = "dweight += np.tensordot(dy[:, :, p, q], padded[:, :, rows, columns], axes=(0, 0))"
-_ROWS = "rows, columns = slice(p * sh, p * sh + kh), slice(q * sw, q * sw + kw)"
 _OUTPUT = "y = np.empty((n, out, (h - kh) // sh + 1, (w - kw) // sw + 1))"
 _CROP = "dx = dpadded[:, :, ph : h - ph, pw : w - pw]"
 

@@ -130,8 +130,8 @@ def _by_name(forward: Callable[..., Any]) -> Callable[..., Any]:
             signature.bind(**taken)
         except TypeError:
             raise NotExaminedError(
-                f"its arguments ({', '.join(names)}) are not npbn's: try --signature course, or "
-                "--adapter"
+                f"its arguments ({', '.join(names)}) are not npbn's: perhaps the course's, or an "
+                "adapter is needed"
             ) from None
         if "training" in dropped and not arguments["training"]:
             raise NotExaminedError("it has no prediction mode")

@@ -1,7 +1,8 @@
 """What the lessons share: their options, their pictures, and arrays in print.
 
 A lesson is a Python file in cells (``# %%``). It opens as a notebook in VS Code and, with jupytext,
-in Jupyter, where its pictures appear below their cells. It also runs as a script, which saves them:
+in Jupyter, where its pictures appear below their cells. It also runs as a script, which prints the
+text and, after each part of it, what the code prints; and which saves the pictures:
 
     python scripts/lessons/1_batch_norm_by_hand.py [--quick] [--pictures DIR]
 """
@@ -69,12 +70,16 @@ class Lesson:
 
 
 def start(*, needs: tuple[str, ...] = (), curves: bool = False) -> Lesson:
-    """The lesson's options, as a script; ends with one clear line where something is missing.
+    """Return the lesson's options; exit with one clear line where something is missing.
+
+    In a script, the first call runs the whole lesson, cell by cell, with its text, and exits.
 
     Args:
         needs: libraries, apart from matplotlib, that it cannot do without.
         curves: it shows measurements of `_curves`, which --regenerate makes again.
     """
+    if _running:
+        return _running[0]
     lesson = Lesson() if _in_notebook() else _from_command_line(needs, curves)
     logging.getLogger("matplotlib").setLevel(logging.ERROR)  # at first, it reports on its fonts
     import matplotlib.pyplot as plt
@@ -82,7 +87,34 @@ def start(*, needs: tuple[str, ...] = (), curves: bool = False) -> Lesson:
     if not _in_notebook():
         plt.switch_backend("Agg")
     plt.rcParams.update({"figure.constrained_layout.use": True, "axes.titlesize": "medium"})
+    if not _in_notebook():
+        _running.append(lesson)
+        _run(Path(sys.argv[0]))
+        sys.exit()
     return lesson
+
+
+_running: list[Lesson] = []
+"""The lesson that this process runs as a script."""
+
+
+def _run(path: Path) -> None:
+    """Run the cells of a lesson in the main module, and print their text."""
+    code: list[str] = []
+    lines = [*path.read_text(encoding="utf-8").splitlines(), "# %%"]
+    for number, line in enumerate(lines):
+        if not line.startswith("# %%"):
+            code.append(line)
+            continue
+        if code and code[0].startswith("# %% [markdown]"):
+            text = "\n".join(line.removeprefix("#").removeprefix(" ") for line in code[1:])
+            print(f"{text.strip()}\n")
+        else:
+            # Empty lines before it, so that a traceback has the numbers of the file.
+            source = "\n" * (number - len(code)) + "\n".join(code)
+            exec(compile(source, str(path), "exec"), vars(sys.modules["__main__"]))
+            print()
+        code = [line]
 
 
 def print_arrays(**arrays: Any) -> None:

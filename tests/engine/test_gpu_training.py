@@ -197,7 +197,7 @@ def test_a_gpu_that_fails_is_one_clear_error(place, failure, cupy, monkeypatch):
         monkeypatch.setattr(state.engine, "evaluate", fail)
     message = (
         rf"^the GPU failed: {failure.__name__}: cudaErrorIllegalAddress: an illegal memory access "
-        r"was encountered; .* --resume goes on from the last checkpoint"
+        r"was encountered; .* a run can go on from its last checkpoint"
     )
     with pytest.raises(BackendError, match=message):
         state.run(2, on_epoch=fail if place == "checkpoint" else None)
@@ -269,7 +269,9 @@ def test_the_program_trains_by_it_and_goes_on_to_the_bit(builds, trainer, tmp_pa
         in stopped.stdout
     )
     failed = train(*FUSED, "--run", "failed", prelude=FAIL)
-    assert_refused(failed, "the GPU failed: CUDARuntimeError: cudaErrorUnknown; ", "--resume goes")
+    assert_refused(
+        failed, "the GPU failed: CUDARuntimeError: cudaErrorUnknown; ", "--resume failed"
+    )
     for name, where in (("stopped", "epoch 1, batch 2"), ("failed", "epoch 1, batch 0")):
         resumed = train("--resume", name)
         assert resumed.returncode == 0, resumed.stderr

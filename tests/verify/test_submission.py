@@ -464,7 +464,7 @@ def test_signatures_that_people_use(homework, old, new, verdict, tmp_path):
     result = examined(tmp_path, source.replace(old, new) if old else source, names, operation)
     assert result.verdict == verdict, str(result)
     if verdict == "undecided":
-        assert "not npbn's: try --signature course, or --adapter" in str(result)
+        assert "not npbn's: perhaps the course's, or an adapter is needed" in str(result)
 
 
 def test_who_asks_for_ndim_is_examined_on_feature_maps(tmp_path):
