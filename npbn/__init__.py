@@ -40,7 +40,7 @@ __version__ = "0.1.0"
 __all__ = ["load", "train"]
 
 _MODULES = (
-    *("backend", "checkpoint", "data", "engine", "errors", "experiment", "functional"),
+    *("backend", "checkpoint", "commands", "data", "engine", "errors", "experiment", "functional"),
     *("inspection", "layers", "models", "optim", "plots", "runs", "training", "verify"),
 )
 

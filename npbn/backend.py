@@ -140,7 +140,7 @@ def limit_blas_threads(threads: int) -> None:
 
 
 def blas_threads() -> int | None:
-    """How many threads the CPU's matrix products compute with, where that can be known."""
+    """Return the number of threads of the CPU's matrix products; None if it is unknown."""
     pools = threadpoolctl.threadpool_info()
     return max((pool["num_threads"] for pool in pools if pool["user_api"] == "blas"), default=None)
 
@@ -241,7 +241,7 @@ def _one_line(error: Exception) -> str:
 
 
 def cpu_name() -> str:
-    """What the processor calls itself."""
+    """Return the name of the processor."""
     if sys.platform == "linux":
         try:
             with open("/proc/cpuinfo", encoding="utf-8") as file:

@@ -56,7 +56,7 @@ def save_checkpoint(path: PathLike, arrays: Mapping[str, np.ndarray], record: Re
     Raises:
         CheckpointError: the file cannot be written; an old one of that name is unchanged.
     """
-    # As the file has them, for the SHA-256 to be that of what will be read.
+    # Little-endian and contiguous, as in the file, so that the SHA-256 is that of the file.
     arrays = {
         name: np.array(array, array.dtype.newbyteorder("<"), order="C")
         for name, array in arrays.items()
@@ -120,7 +120,7 @@ def _digest(text: str, arrays: Mapping[str, np.ndarray]) -> str:
     return digest.hexdigest()
 
 
-# What PyTorch calls the parts of a batch norm. Its weight and bias are the others' own names.
+# PyTorch's names of the arrays of a batch norm. Other layers have its names, weight and bias.
 _TORCH_NAMES = {
     "gamma": "weight",
     "beta": "bias",
@@ -191,7 +191,7 @@ def import_torch(model: Sequential, path: PathLike) -> None:
 
 
 def _batch_norms(layer: Layer, prefix: str = "") -> dict[str, BatchNorm]:
-    """Every batch norm in it, by name."""
+    """Return every batch norm of a model, by name."""
     found: dict[str, BatchNorm] = {}
     for name, child in layer.children().items():
         if isinstance(child, BatchNorm):

@@ -28,7 +28,6 @@ from npbn.engine.layers import LayersEngine
 from npbn.errors import CheckpointError, DataError, UnsupportedError
 from npbn.training import Epoch, Training, steps_per_epoch
 
-ACTIVATIONS = {"sigmoid": layers.Sigmoid, "relu": layers.ReLU}
 FORMAT = 2
 """The format of a configuration in JSON. Format 1 had no number."""
 
@@ -38,7 +37,7 @@ LARGEST = sys.float_info.max
 
 @dataclass(frozen=True)
 class Check:
-    """What a field of `Config` may be.
+    """The values that a field of `Config` may have.
 
     Attributes:
         description: completes "expected ".
@@ -85,7 +84,7 @@ def option(default: Any, check: Check) -> Any:
 
 @dataclass(frozen=True)
 class Config:
-    """What is trained, on what, and how. ``npbn train --help`` explains the options.
+    """A model, its data and its training. ``npbn train --help`` explains the options.
 
     The last three follow from the data; a model needs them to predict without the data.
 
@@ -105,7 +104,7 @@ class Config:
     limit_train: int | None = option(None, integer(2))
     model: str = option("auto", one_of("auto", "lenet", "blenet"))
     no_batch_norm: bool = option(False, FLAG)
-    activation: str = option("sigmoid", one_of(*ACTIVATIONS))
+    activation: str = option("sigmoid", one_of(*layers.ACTIVATIONS))
     epochs: int = option(10, integer(1))
     batch_size: int = option(256, integer(1))
     lr: float = option(1.0, POSITIVE)
@@ -210,7 +209,7 @@ def build_model(config: Config, generator: np.random.Generator) -> layers.Sequen
     """Return the model of a fitted configuration, with initial weights from ``generator``."""
     options: dict[str, Any] = {
         "batch_norm": not config.no_batch_norm,
-        "activation": ACTIVATIONS[config.activation],
+        "activation": layers.ACTIVATIONS[config.activation],
         "generator": generator,
     }
     if config.model == "lenet":

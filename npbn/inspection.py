@@ -15,18 +15,17 @@ from npbn.backend import to_numpy
 from npbn.data import Split
 from npbn.functional.arrays import Array
 from npbn.layers import (
+    Activation,
     BatchNorm,
     Layer,
-    ReLU,
     Sequential,
-    Sigmoid,
     modes_kept,
     self_and_descendants,
 )
 
 
 def batch_norms(model: Layer) -> list[BatchNorm]:
-    """Every batch norm of a model, in the order of its layers."""
+    """Return all batch norms of a model, in the order of its layers."""
     return [layer for layer in self_and_descendants(model) if isinstance(layer, BatchNorm)]
 
 
@@ -42,7 +41,7 @@ def activations(model: Sequential, x: Array) -> list[Array]:
 def probabilities(
     model: Layer, split: Split, *, dtype: Any = "float32", batch_size: int = 256
 ) -> np.ndarray:
-    """How probable the model in prediction mode finds each class, (N, K), for every example."""
+    """Return the model's probability of each class, (N, K), in prediction mode."""
     found = []
     with modes_kept(model):
         model.eval()
@@ -53,7 +52,7 @@ def probabilities(
 
 
 def preactivations(model: Sequential, x: Array) -> dict[str, np.ndarray]:
-    """What enters each sigmoid and ReLU in training on the batch x, by the layer's name.
+    """Return what enters each activation in training on the batch x, by the layer's name.
 
     The model is in training mode for that, so batch norm uses the statistics of x, unless it is
     frozen; its moving averages stay as they are.
@@ -63,7 +62,7 @@ def preactivations(model: Sequential, x: Array) -> dict[str, np.ndarray]:
     return {
         str(i): to_numpy(outputs[i - 1] if i else x)
         for i, layer in enumerate(model.layers)
-        if isinstance(layer, Sigmoid | ReLU)
+        if isinstance(layer, Activation)
     }
 
 
@@ -71,7 +70,7 @@ HISTOGRAM_EDGES = np.linspace(-10, 10, 81)
 
 
 def histograms(model: Sequential, x: Array) -> dict[str, list[int]]:
-    """How often the `preactivations` fall between two `HISTOGRAM_EDGES`, by the layer's name.
+    """Return how many `preactivations` lie between neighbouring `HISTOGRAM_EDGES`, by layer.
 
     What is beyond the edges counts in the first and the last of the bins.
     """
@@ -153,7 +152,7 @@ def precise_statistics(
 
 
 def first_non_finite(model: Sequential, x: Array, labels: Array) -> tuple[str, float]:
-    """Where the first NaN or infinity appears in a training step, and the loss.
+    """Return where the first NaN or infinity appears in a training step, and the loss.
 
     The parameters, the forward pass layer by layer, the loss, the backward pass layer by layer. The
     words are empty if there is none; then the gradients are left in the parameters, for a step of

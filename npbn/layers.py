@@ -11,8 +11,8 @@ from __future__ import annotations
 import contextlib
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, ClassVar
 
 import array_api_compat
 import numpy as np
@@ -55,7 +55,7 @@ class Parameter(Buffer):
 
 
 class Layer(ABC):
-    """What all layers share.
+    """The base of all layers.
 
     A layer of your own needs ``forward`` and ``backward``, and ``super().__init__()`` first. The
     parameters, buffers and layers that it keeps in attributes are found there, and named after
@@ -82,7 +82,7 @@ class Layer(ABC):
         return {name: value for name, value in vars(self).items() if isinstance(value, Layer)}
 
     def parameters(self) -> dict[str, Parameter]:
-        """What is trained, by name; a child's have its name and a dot before theirs."""
+        """Return the parameters by name; names in a child begin with the child's name and a dot."""
         return {n: array for n, array in self.state().items() if isinstance(array, Parameter)}
 
     def state(self) -> dict[str, Buffer]:
@@ -409,26 +409,33 @@ class MaxPool2d(AvgPool2d):
         return F.max_pool2d_backward(dy, self._last_cache())
 
 
-class Sigmoid(Layer):
+class Activation(Layer):
+    """An operation on each element by itself; ``operation`` is its forward and backward pass."""
+
+    operation: ClassVar[tuple[Callable[..., Any], Callable[..., Any]]]
+
+    def forward(self, x: Array) -> Array:
+        y, self._cache = self.operation[0](x)
+        return y
+
+    def backward(self, dy: Array) -> Array:
+        return self.operation[1](dy, self._last_cache())
+
+
+class Sigmoid(Activation):
     """`npbn.functional.sigmoid`."""
 
-    def forward(self, x: Array) -> Array:
-        y, self._cache = F.sigmoid(x)
-        return y
-
-    def backward(self, dy: Array) -> Array:
-        return F.sigmoid_backward(dy, self._last_cache())
+    operation = F.sigmoid, F.sigmoid_backward
 
 
-class ReLU(Layer):
+class ReLU(Activation):
     """`npbn.functional.relu`."""
 
-    def forward(self, x: Array) -> Array:
-        y, self._cache = F.relu(x)
-        return y
+    operation = F.relu, F.relu_backward
 
-    def backward(self, dy: Array) -> Array:
-        return F.relu_backward(dy, self._last_cache())
+
+ACTIVATIONS: dict[str, type[Activation]] = {"sigmoid": Sigmoid, "relu": ReLU}
+"""The activations by name, for options."""
 
 
 class Flatten(Layer):

@@ -8,7 +8,7 @@ import numpy as np
 from onnx import NodeProto, TensorProto, ValueInfoProto, checker, helper, numpy_helper
 
 from npbn.backend import to_numpy
-from npbn.layers import AvgPool2d, BatchNorm, Conv2d, Flatten, Linear, ReLU, Sequential, Sigmoid
+from npbn.layers import Activation, AvgPool2d, BatchNorm, Conv2d, Flatten, Linear, Sequential
 
 OPSET = 13  # of 2020: every operator here is in it, and every runtime of today reads it
 IR_VERSION = 8
@@ -61,8 +61,8 @@ def onnx_graph(model: Sequential, image: tuple[int, int, int]) -> bytes:
             else:
                 x = node("Gemm", inputs, y, transB=1)
                 classes = len(bias)
-        elif isinstance(layer, Sigmoid | ReLU):
-            x = node("Sigmoid" if isinstance(layer, Sigmoid) else "Relu", [x], y)
+        elif isinstance(layer, Activation):
+            x = node(type(layer).__name__.capitalize(), [x], y)  # ONNX says Relu
         elif type(layer) is AvgPool2d and layer.padding == (0, 0):
             size, stride = [*layer.kernel_size], [*layer.stride]
             x = node("AveragePool", [x], y, kernel_shape=size, strides=stride)

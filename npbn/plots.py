@@ -27,7 +27,7 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 
 
 def check_matplotlib() -> None:
-    """To be called before a long computation whose result is to be drawn.
+    """Raise an error if matplotlib is missing: before a long computation whose result is drawn.
 
     Raises:
         NpbnError: matplotlib is not installed, or does not work.
@@ -89,7 +89,7 @@ def batch_norm_parameters(records: Records) -> Figure:
         for axes, name, symbol in zip(grid[:, k], ("gamma", "beta"), "γβ", strict=True):
             values = np.array([record["batch_norm"][k][name] for record in records])
             features = values.shape[1]
-            # From dark to bright by where they end.
+            # Colours from dark to bright, in the order of the final values.
             for shade, i in zip(np.linspace(0, 0.9, features), np.argsort(values[-1]), strict=True):
                 axes.plot(epochs, values[:, i], color=_viridis(shade), linewidth=1)
             axes.axhline(values[0, 0], color="black", linestyle=":")
@@ -101,7 +101,7 @@ def batch_norm_parameters(records: Records) -> Figure:
 
 
 def preactivation_histograms(runs: Mapping[str, Records]) -> Figure:
-    """What enters each activation layer, at four epochs of those that all runs have.
+    """Draw what enters each activation layer, at four epochs that all runs have.
 
     Args:
         runs: with equally many activation layers, no more than there are `COLOURS`, by what the
@@ -152,7 +152,7 @@ def filters(weight: np.ndarray) -> Figure:
 def feature_maps(
     outputs: Mapping[str, np.ndarray], true_class: str, classes: Sequence[str]
 ) -> Figure:
-    """What layer after layer makes of one image.
+    """Draw the output of each layer for one image.
 
     Args:
         outputs: maps, (C, H, W), or vectors, (C,), by what to call them: first the image, last the
@@ -179,7 +179,7 @@ def feature_maps(
 
 
 def confusion_matrix(labels: np.ndarray, predictions: np.ndarray, classes: Sequence[str]) -> Figure:
-    """How many examples of each class were taken for which class."""
+    """Draw how many examples of each class were predicted as which class."""
     n = len(classes)
     counts = np.zeros((n, n), dtype=np.int64)
     np.add.at(counts, (labels, predictions), 1)
@@ -274,7 +274,7 @@ def _hide_ticks(axes: Axes) -> None:
 
 
 def _add_legend(figure: Figure, axes: Axes) -> None:
-    """What is in ``axes``, below the figure."""
+    """Write below the figure what ``axes`` show."""
     handles, labels = axes.get_legend_handles_labels()
     legend = figure.legend(handles, labels, loc="outside lower center", frameon=False)
     for text in legend.get_texts():

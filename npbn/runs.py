@@ -155,7 +155,7 @@ class Run:
             raise _cannot_write(path, error) from None
 
     def records(self) -> list[Record]:
-        """What each epoch found. A last line that was not finished is left out.
+        """Return the metrics of each epoch. An unfinished last line is left out.
 
         Raises:
             CheckpointError: the file is damaged.

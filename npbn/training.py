@@ -23,7 +23,7 @@ from npbn.optim import SGD
 
 @dataclass(frozen=True)
 class Metrics:
-    """What a pass over a split found.
+    """The metrics of a pass over a split.
 
     Attributes:
         loss: mean cross-entropy per example, in nats.
@@ -40,7 +40,7 @@ class Metrics:
 
 @dataclass(frozen=True)
 class Epoch:
-    """What one epoch found.
+    """The metrics of one epoch.
 
     Attributes:
         number: from 1.
@@ -61,12 +61,12 @@ class Epoch:
 
 
 def left_out(examples: int, batch_size: int) -> int:
-    """How many examples an epoch skips: one, if it would be the only one in the last batch."""
+    """Return how many examples an epoch skips: one, if it were the only one in the last batch."""
     return 1 if batch_size > 1 and examples % batch_size == 1 else 0
 
 
 def steps_per_epoch(examples: int, batch_size: int) -> int:
-    """How many batches an epoch has, what it skips left aside."""
+    """Return the number of batches in an epoch, without the example that it skips."""
     return _batches(examples - left_out(examples, batch_size), batch_size)
 
 
@@ -108,7 +108,7 @@ class _Totals:
         }
 
     def metrics(self) -> Metrics:
-        """Return the means; synchronizes."""
+        """Return the mean loss and accuracy so far. This waits for the device."""
         sums = self.read()
         n = sums["examples"] or math.nan
         return Metrics(sums["loss"] / n, sums["correct"] / n, sums["examples"], sums["seconds"])
@@ -273,7 +273,7 @@ class Training:
         return order[self.batch * self.batch_size : end]
 
     def state(self) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-        """Everything that is needed to go on: arrays by name, and what JSON can hold.
+        """Return all that is needed to go on: arrays by name, and a record for JSON.
 
         Raises:
             NonFiniteError: something in it is NaN or infinite: there is nothing to go on from.

@@ -1,4 +1,4 @@
-"""What the scripts share with npbn's commands, once it is clear that npbn is installed."""
+"""Check that npbn is installed; then offer what its commands share to the scripts."""
 
 from __future__ import annotations
 

@@ -45,7 +45,7 @@ That is the losses in training, and in evaluation how many were classified as la
 
 @dataclass(frozen=True)
 class Settings:
-    """What one contestant is measured with: the options of benchmark.py, a value of each."""
+    """The settings of one measurement: one value of each option of benchmark.py."""
 
     worker: str
     model: str
@@ -277,7 +277,7 @@ def torch_contestant(settings: Settings) -> Contestant:
     optimizer = torch.optim.SGD(model.parameters(), lr=LEARNING_RATE)
     criterion = nn.CrossEntropyLoss()
     if settings.worker.startswith("compile"):
-        # For each shape separately, and so the fastest.
+        # Compiled for each shape separately, which gives the fastest code.
         model = torch.compile(model, dynamic=False, mode="max-autotune" if on_gpu else None)
 
     def step(images: Array, labels: Array) -> Array:
@@ -398,7 +398,7 @@ def jax_contestant(settings: Settings) -> Contestant:
     from jax import lax
     from jax import numpy as jnp
 
-    # Of each block with batch norm, four: weight, bias, gamma, beta. The last layer has two.
+    # Each block with batch norm has four: weight, bias, gamma, beta. The last layer has two.
     initial = npbn_model(settings).parameters().values()
     weights = [jnp.asarray(parameter.data) for parameter in initial]
     moving = [(jnp.zeros_like(gamma), jnp.ones_like(gamma)) for gamma in weights[2::4]]
@@ -558,7 +558,7 @@ def serve(settings: Settings) -> None:
 
 
 def serve_peaks(settings: Settings) -> None:
-    """Likewise, with the operations a second that the CPU does at most."""
+    """Answer with the operations per second that the CPU does at most."""
     from _cpu_rates import Peaks
 
     peaks = Peaks()

@@ -136,7 +136,7 @@ class Peaks:
             self._kernel = None
 
     def measure(self, threads: int, seconds: float = 0.03) -> dict[str, float]:
-        """Return the highest of a few measurements in each way, with this many threads."""
+        """Measure the peak in each way, with this many threads; return the highest of a few."""
         rates = {}
         if self._kernel is not None:
             rates["multiply-add"] = self._multiply_add(self._kernel, threads, seconds)

@@ -1,4 +1,4 @@
-"""How much a GPU can do in a second, by its clocks."""
+"""The operations and bytes per second of a GPU, from its clocks."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def card_rates() -> tuple[float, float]:
     device, runtime = cupy.cuda.Device(), cupy.cuda.runtime
 
     def attribute(name: str) -> int:
-        """From CUDA 13 on, some of these are no properties any more."""
+        """Return an attribute; since CUDA 13, some are no longer among the device's properties."""
         return int(runtime.deviceGetAttribute(getattr(runtime, f"cudaDevAttr{name}"), device.id))
 
     # A multiplication and an addition a cycle in each; kHz; two edges a cycle, and bits.

@@ -1,4 +1,4 @@
-"""What a measurement was made on: processor, libraries, versions, date."""
+"""Describe where a measurement was made: processor, libraries, versions, date."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def about(machine: dict[str, Any]) -> str:
 def features() -> list[str]:
     """Return the processor's features for which NumPy looked and that it found."""
     simd: Any = np.show_config(mode="dicts").get("SIMD Extensions", {})
-    # On other processors than x86-64, what matters may all be in the baseline.
+    # On processors other than x86-64, all features that matter may be in the baseline.
     found: list[str] = simd.get("found") or simd.get("baseline", [])
     return [word for name in found for word in LEVELS.get(name, name).split()]
 

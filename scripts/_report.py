@@ -1,4 +1,4 @@
-"""What measurements are reported with: medians, tables, files."""
+"""Report measurements: medians, tables, files."""
 
 from __future__ import annotations
 

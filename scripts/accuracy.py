@@ -164,7 +164,7 @@ def by_pytorch(torch: Any, case: Case, dy: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def error(found: np.ndarray, exact: np.ndarray) -> float:
-    """In units of rounding: the largest error of any element, relative to the largest element."""
+    """Return the largest error, relative to the largest element, in units of rounding."""
     largest = float(np.max(np.abs(exact)))
     return float(np.max(np.abs(found - exact))) / (largest or 1.0) / UNIT
 

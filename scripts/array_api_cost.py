@@ -1,4 +1,4 @@
-"""What keeping to the array API costs: npbn.functional on NumPy against buffers allocated once."""
+"""Measure what the array API costs: npbn.functional on NumPy against preallocated buffers."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def parse_arguments() -> argparse.Namespace:
     return arguments
 
 
-# Each of the next two functions allocates buffers and returns a function that computes what
+# The next two functions allocate buffers and return a function that computes what
 # npbn.functional does, forward and backward, in them. Here as there, arrays have the shape
 # (N, C, H, W) and the memory order C, H, W, N.
 

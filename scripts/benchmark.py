@@ -1,4 +1,4 @@
-"""How fast npbn trains and evaluates LeNet with batch norm, as a ratio to PyTorch eager."""
+"""Measure how fast npbn trains and evaluates LeNet with batch norm, compared with PyTorch."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ TUNED_MALLOC = {  # glibc's names for what npbn.backend.keep_freed_memory sets
     "MALLOC_TOP_PAD_": str(64 * 2**20),
 }
 PEAKS = "peaks"
-"""Not a contestant: measures what the CPU can do at most."""
+"""Not a contestant: a process that measures the peak of the CPU."""
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -171,7 +171,7 @@ class Worker:
         self.title = CONTESTANTS.get(name, name)
         self.stderr = stderr
         self.tasks: list[str] = []
-        # What was compiled in earlier runs would make the time to the first step mean nothing.
+        # Code compiled in earlier runs would make the time to the first step meaningless.
         environment = {"TORCHINDUCTOR_CACHE_DIR": caches}
         if name.endswith("-malloc"):
             environment |= TUNED_MALLOC
@@ -213,7 +213,7 @@ class Worker:
 
 
 def check_libraries() -> None:
-    """One line if what a comparison needs is not there."""
+    """Raise an error of one line if a comparison lacks something."""
     missing = [name for name in ("torch", "psutil") if importlib.util.find_spec(name) is None]
     if missing:
         install = "in npbn's directory: pip install -e '.[benchmark]'"
@@ -280,10 +280,10 @@ def count(number: int, noun: str) -> str:
 
 
 Results = dict[str, dict[str, Any]]
-"""By title: what a contestant is, and its values, by task."""
+"""Return descriptions of the contestants, and their values by task, by title."""
 
 Peaks = dict[int, list[dict[str, float]]]
-"""By number of threads: operations a second, measured in different ways, of each round."""
+"""Return operations per second of each round, in each way, by number of threads."""
 
 
 def compare_one(arguments: argparse.Namespace) -> tuple[Results, Peaks]:
@@ -413,7 +413,7 @@ def fastest_peer(results: Results, task: str) -> tuple[str, dict[str, Any]]:
 def print_floor(
     arguments: argparse.Namespace, results: Results, peaks: Peaks
 ) -> dict[str, Any] | None:
-    """Print what a training step takes at least, and how near each contestant comes.
+    """Print the least time of a training step, and how near each contestant comes to it.
 
     That is the time of the layers' products at the peak of this CPU, measured in the same rounds;
     on a GPU, at the rate by the card's clocks, or the time of what is moved to and from memory,

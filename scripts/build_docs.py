@@ -24,7 +24,7 @@ from npbn.errors import NpbnError
 
 SCRIPTS = Path(__file__).parent
 LESSONS = sorted((SCRIPTS / "lessons").glob("[0-9]*.py"))
-# What is no formula though it has dollars: code. Then $$ … $$ and $ … $.
+# Code, in which dollars are no formulas; then the formulas $$ … $$ and $ … $.
 MATH = re.compile(r"(<pre.*?</pre>|<code.*?</code>)|\$\$(.+?)\$\$|\$(.+?)\$", re.DOTALL)
 
 
@@ -66,7 +66,7 @@ def build(output: Path) -> int:
         without_aliases(importlib.import_module(name))
 
     def pages_near(module: str) -> tuple[str, list[tuple[str, str]]]:
-        """Return a title, and name and page of the modules in a package, or in that of a module."""
+        """Return a title, and name and page of each module in a package, or next to one."""
         package, _, own = module.rpartition(".")
         within = [name for name in modules if name.rpartition(".")[0] == module]
         names = within or [name for name in modules if name.rpartition(".")[0] == package]

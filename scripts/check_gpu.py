@@ -1,4 +1,4 @@
-"""Check on this machine's GPU what the GPU engine promises: that it is right, and fast."""
+"""Check on this machine's GPU that the GPU engine is right, and how fast it is."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ exit codes: 0 nothing failed, 1 something did, 2 bad input or no GPU to be used,
 """
 
 BOUNDS = {"float32": 1e-4, "float64": 1e-9}
-"""On errors, as fractions of the largest number of their kind."""
+"""Bounds of errors, relative to the largest number of an array."""
 
 LOSS_BOUND = 2e-3
 MEMORY_BOUND = 16 * 2**20
@@ -82,7 +82,7 @@ CONTEST = "engine", "eager", "compile", "graph"
 ENGINE, EAGER, *NEAREST = (CONTESTANTS[name] for name in CONTEST)
 
 TRAINING_BOUNDS = {"loss": 0.285, "train_accuracy": 0.893, "test_accuracy": 0.845}
-"""After 10 epochs: the highest loss, the lowest accuracies; that on test data in the best epoch."""
+"""Bounds after 10 epochs: highest loss, lowest training accuracy, lowest best test accuracy."""
 
 TRAINING_TARGET = 2.0
 """Seconds for those epochs, evaluation included."""
@@ -147,7 +147,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class Finding:
-    """What a check found: a line for people, and numbers for programs.
+    """The result of a check: a line for people, and numbers for programs.
 
     Attributes:
         status: ok; FAILED; missed, a target of speed; skipped, for something is not there.
@@ -234,7 +234,7 @@ def difference(found: Mapping[str, np.ndarray], right: Mapping[str, np.ndarray])
 
 
 def check_repetition(setting: Setting) -> Finding:
-    """Two runs of a seed over two epochs."""
+    """Compare two runs of a seed over two epochs."""
     runs = []
     for _ in range(2):
         model, engine = setting.engine(setting.examples)
@@ -281,7 +281,7 @@ def check_memory(setting: Setting) -> Finding:
     order = np.random.default_rng(setting.seed)
 
     def used_after(epochs: int) -> tuple[int, int]:
-        """By CuPy's arrays; and by all on the GPU, from its whole memory and what is free."""
+        """Return the bytes of CuPy's arrays, and the bytes in use on the whole GPU."""
         for _ in range(epochs):
             train(engine, order.permutation(setting.few))
             (result,) = engine.evaluate()
@@ -301,7 +301,7 @@ def check_memory(setting: Setting) -> Finding:
 
 
 def lines(script: str, *options: str) -> Iterator[str]:
-    """What another script prints, as it comes.
+    """Yield the lines that another script prints, as they come.
 
     Raises:
         NpbnError: it failed; this is the last line of what it said.
@@ -326,7 +326,7 @@ def lines(script: str, *options: str) -> Iterator[str]:
 
 
 def check_training(setting: Setting) -> Finding:
-    """By train.py, after an epoch in another process, which leaves CuPy's own kernels compiled."""
+    """Train by train.py, after an epoch in another process, so that CuPy's kernels are compiled."""
     try:
         data.load("fashion-mnist")
     except DataError as error:
@@ -347,7 +347,7 @@ def check_training(setting: Setting) -> Finding:
 
 
 def judge_training(seconds: float, records: list[dict[str, Any]]) -> Finding:
-    """So many seconds of epochs with the time between them, and what train.py recorded of them."""
+    """Return the seconds from the first epoch's start to the last one's end, and all metrics."""
     epochs = records[1:]  # the first is of the time before
     last = epochs[-1]["train"]
     numbers = {
@@ -426,7 +426,7 @@ Check = Callable[[Setting], Finding]
 
 
 def checks(networks: Iterable[str]) -> dict[str, Check]:
-    """By name; what is soonest done first."""
+    """The checks by name, the quickest first."""
     steps = {
         f"{name}-{dtype}".lower(): partial(check_step, name=name, dtype=dtype)
         for name in networks
@@ -447,7 +447,7 @@ def checks(networks: Iterable[str]) -> dict[str, Check]:
 def check_all(
     setting: Setting, chosen: Mapping[str, Check]
 ) -> Iterator[tuple[str, dict[str, Any]]]:
-    """What each check finds, after a line that says it. A failed one does not stop the others."""
+    """Run the checks, printing a line for each; a failed one does not stop the others."""
     for name, check in chosen.items():
         try:
             finding = check(setting)

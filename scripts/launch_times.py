@@ -1,4 +1,4 @@
-"""Where a training step of network A goes on the CPU: every launch of the fused engine, timed.
+"""Time every launch of the fused engine in a training step of network A on the CPU.
 
 Each launch is compared with the time that its multiplications and additions take at the processor's
 peak, which is measured in the same run. On a busy machine the numbers say little.

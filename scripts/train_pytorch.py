@@ -1,4 +1,4 @@
-"""What train.py does by default, in PyTorch: to see that it comes to the same, and how fast.
+"""Do in PyTorch what train.py does by default, to compare results and speed.
 
 Network A with PyTorch's own layers and autograd, on the CPU or, with --device cuda, on a GPU; the
 images lie in memory as bytes and are gathered and converted batch by batch, which is several times

@@ -20,7 +20,7 @@ COMMANDS = {
 
 
 def main() -> NoReturn:
-    """Run ``npbn COMMAND ...``, as the command line has it."""
+    """Parse ``npbn COMMAND …``, run the command, and exit."""
     from npbn import __version__
     from npbn.commands.command_line import ArgumentParser
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import argparse
 import csv
+import functools
 import io
 import os
 import time
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 
@@ -17,7 +17,8 @@ from npbn import functional as F
 from npbn.checkpoint import write_file
 from npbn.commands.command_line import ArgumentParser, number, say, typed
 from npbn.errors import NpbnError, SubmissionError
-from npbn.verify import examination, signatures
+from npbn.verify import signatures
+from npbn.verify.operations import OPERATIONS, Pair, probes, true_functions
 
 EPILOG = """\
 examples:
@@ -47,7 +48,7 @@ def parse_arguments(program: str, words: list[str]) -> argparse.Namespace:
         description=__doc__,
         epilog=EPILOG.format(
             check=typed(program),
-            operations=", ".join(examination.OPERATIONS),
+            operations=", ".join(OPERATIONS),
             signatures=(signatures.__doc__ or "").split("\n\n", 1)[1].strip(),
         ),
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -66,7 +67,7 @@ def parse_arguments(program: str, words: list[str]) -> argparse.Namespace:
     )
     parser.add_argument(
         "--op",
-        choices=examination.OPERATIONS,
+        choices=OPERATIONS,
         metavar="OPERATION",
         help="what the two functions are to be (listed below)",
     )
@@ -164,7 +165,7 @@ def check_submissions(arguments: argparse.Namespace) -> int:
 
 
 def check_npbn() -> int:
-    """Every operation, every layer, both models; 0 if all gradients are right."""
+    """Check every operation, layer and model; return 0 if all gradients are right."""
     started = time.perf_counter()
     say(f"{'':44}  gradient     relative error  verdict")
     reports = [
@@ -194,55 +195,29 @@ Checks = dict[str, Callable[[], verify.Report]]
 
 
 def operations() -> Checks:
-    """The functional pairs, in all their variants."""
-    rng = np.random.default_rng(0)
+    """Return a check of every operation on each of its probes."""
     checks: Checks = {}
-
-    def add(name: str, pair: tuple[Any, Any], options: dict[str, Any], **shapes: Any) -> None:
-        inputs = {key: rng.standard_normal(shape) for key, shape in shapes.items()}
-        checks[name] = lambda: verify.check_gradients(*pair, inputs, constants=options)
-
-    for shape in ((8, 5), (4, 3, 5, 4)):
-        form = (1, shape[1]) + (1,) * (len(shape) - 2)
-        for training in (True, False):
-            for kind in ("", "_staged"):
-                options: dict[str, Any] = {
-                    "moving_mean": rng.standard_normal(form),
-                    "moving_var": rng.uniform(0.5, 2, form),
-                    "training": training,
-                }
-                add(
-                    f"batch_norm{kind}, {len(shape)}-D, {'training' if training else 'prediction'}",
-                    (F.batch_norm, getattr(F, f"batch_norm_backward{kind}")),
-                    options,
-                    x=shape,
-                    gamma=form,
-                    beta=form,
+    for name, operation in OPERATIONS.items():
+        pairs = {name: true_functions(name)}
+        if name == "batch_norm":
+            pairs["batch_norm, staged"] = F.batch_norm, F.batch_norm_backward_staged
+        for title, pair in pairs.items():
+            for probe in probes(name):
+                wanted = [gradient.removeprefix("d") for gradient in operation.gradients]
+                inputs = {key: probe.arguments[key] for key in wanted}
+                others = {k: v for k, v in probe.arguments.items() if k not in wanted}
+                checks[f"{title}, {probe.name}"] = functools.partial(
+                    verify.check_gradients, *with_dy(name, pair), inputs, constants=others
                 )
-    conv, image = (F.conv2d, F.conv2d_backward), (2, 3, 7, 6)
-    add("conv2d", conv, {}, x=image, weight=(4, 3, 3, 3), bias=(4,))
-    add(
-        "conv2d, stride 2, padding 1",
-        conv,
-        {"stride": 2, "padding": 1},
-        x=image,
-        weight=(4, 3, 3, 2),
-    )
-    for kind in ("avg_pool2d", "max_pool2d"):
-        pair = getattr(F, kind), getattr(F, f"{kind}_backward")
-        add(kind, pair, {"kernel_size": 2}, x=image)
-        options = {"kernel_size": 3, "stride": 2, "padding": 1}
-        add(f"{kind}, overlapping, padding 1", pair, options, x=image)
-    add("linear", (F.linear, F.linear_backward), {}, x=(5, 6), weight=(4, 6), bias=(4,))
-    add("sigmoid", (F.sigmoid, F.sigmoid_backward), {}, x=(5, 6))
-    add("relu", (F.relu, F.relu_backward), {}, x=(5, 6))
-    add(
-        "softmax_cross_entropy",
-        (F.softmax_cross_entropy, lambda dy, c: dy * F.softmax_cross_entropy_backward(c)),
-        {"labels": rng.integers(0, 4, 6)},
-        logits=(6, 4),
-    )
     return checks
+
+
+def with_dy(name: str, pair: Pair) -> Pair:
+    """Return a pair whose backward pass takes dy and a cache; that of a loss takes only a cache."""
+    forward, backward = pair
+    if name != "softmax_cross_entropy":
+        return pair
+    return forward, lambda dy, cache: dy * backward(cache)
 
 
 def each_layer() -> Checks:
@@ -263,8 +238,7 @@ def each_layer() -> Checks:
         "MaxPool2d": images(layers.MaxPool2d(2), 8),
         "Linear": vectors(layers.Linear(6, 6, generator=generator)),
         "BatchNorm, 2-D": vectors(layers.BatchNorm(6, 2)),
-        "Sigmoid": vectors(layers.Sigmoid()),
-        "ReLU": vectors(layers.ReLU()),
+        **{kind.__name__: vectors(kind()) for kind in layers.ACTIVATIONS.values()},
     }
     return {
         f"layer {name}": whole(model, (6, 2, 5, 5) if len(model.layers) == 3 else (6, 6), 3)

@@ -1,4 +1,4 @@
-"""What the command lines share: one clear line for bad input, and exit codes.
+"""Parts of all commands: one clear line for bad input, and exit codes.
 
 0 all went well, 1 nobody reads the output any more, 2 bad input, something missing on this machine
 or an output that cannot be written, 130 interrupted (Ctrl-C).
@@ -40,7 +40,7 @@ class ArgumentParser(argparse.ArgumentParser):
 
 
 def value(kind: type, description: str, holds: Callable[[Any], bool]) -> Callable[[str], Any]:
-    """Return an argparse type: an int, float or str for which ``holds`` is true."""
+    """Return a function for argparse: it converts a text to ``kind`` and requires ``holds``."""
 
     def parse(text: str) -> Any:
         try:
@@ -117,7 +117,7 @@ def run(program: str, main: Callable[[], int | None]) -> NoReturn:
     except OSError as error:
         if error.filename is not None:  # nothing that we print to
             raise
-        # What is left in the buffer would fail again when Python ends.
+        # Python would try to write the rest of the buffer at exit, and fail again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if isinstance(error, BrokenPipeError):  # the reader has gone, as in `train.py | head`
             sys.exit(1)

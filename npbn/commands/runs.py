@@ -1,4 +1,4 @@
-"""List the runs in a folder: what distinguishes them, and how far they came."""
+"""List the runs in a folder: their differences, their epochs and their accuracy."""
 
 from __future__ import annotations
 

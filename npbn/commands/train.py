@@ -48,7 +48,7 @@ exit codes: 0 trained, 1 the output pipe was closed, 2 bad input, something miss
 machine, an output that cannot be written, or a loss that became NaN, 130 interrupted
 """
 
-# On what a run that goes on may differ from the one that was interrupted.
+# The options that are allowed with --resume.
 FREE_WITH_RESUME = ("resume", "data", "backend", "threads", "plots")
 
 # The fields of `Config` that are options, in groups.
@@ -100,7 +100,7 @@ OPTIONS = {
         "are equal to the last bit, by layers with one number of threads",
     },
 }
-# What to type against an error that has these words.
+# The options to name with an error that has these words.
 ADVICE = {
     "training examples": "--limit-train",
     "test_fraction": "--test-fraction",
@@ -176,7 +176,7 @@ def parse_arguments(program: str, words: list[str]) -> argparse.Namespace:
     if arguments.overwrite and arguments.run is None:
         parser.error("argument --overwrite: not allowed without --run, which names what to replace")
     if arguments.resume is not None:
-        # Once more, without the defaults, to see what was given.
+        # Parse again without the defaults, to see which options were given.
         nothing = argparse.Namespace(**dict.fromkeys(vars(arguments)))
         for option, given in vars(parser.parse_args(words, nothing)).items():
             if option not in FREE_WITH_RESUME and given is not None:
@@ -198,7 +198,7 @@ def main(program: str, words: list[str]) -> None:
 
 @dataclasses.dataclass
 class Session:
-    """What a new run and one that goes on have in common."""
+    """A run that is about to train, whether it is new or resumed."""
 
     run: runs.Run
     config: Config
@@ -250,7 +250,7 @@ class Session:
         return found
 
     def save(self, epoch: training.Epoch | None = None, *, best: bool = False) -> None:
-        """After an epoch, or in the middle of one."""
+        """Save a checkpoint and, after an epoch, its metrics."""
         arrays, record = self.state.state()  # first, for it refuses a state that is not finite
         if epoch is not None:
             self.run.append(self.record(epoch))
@@ -276,7 +276,7 @@ def start(arguments: argparse.Namespace) -> Session:
             state = experiment.build_training(config, dataset, device, report=say)
         except UnsupportedError as error:
             raise NpbnError(f"--engine fused: {error}; --engine layers can do it") from None
-    # Which it was, so that the rest of the run is computed likewise.
+    # The engine that was chosen, so that a resumed run uses it again.
     config = dataclasses.replace(config, engine=state.engine.kind)
     session = Session(runs.Run(path, {}), config, state, dataset, device, resumed=False)
     session.describe()
@@ -358,7 +358,7 @@ def open_device(name: str, threads: int | None) -> backend.Backend:
 
 
 def describe_environment(device: backend.Backend) -> dict[str, str | None]:
-    """What the last bits of a result depend on."""
+    """Return the versions and devices that the last bits of a result depend on."""
     return {
         "npbn": npbn.__version__,
         "commit": commit(),
@@ -460,7 +460,7 @@ def resuming(program: str, run: runs.Run) -> str:
 
 
 def explain_non_finite(session: Session) -> str:
-    """Where it began, by doing the epoch over from the last checkpoint, and why."""
+    """Replay the epoch from the last checkpoint; return where the NaN began, and why."""
     state, run = session.state, session.run
     state.load_state(*run.load())
     with np.errstate(over="ignore", invalid="ignore"):

@@ -25,7 +25,7 @@ SOURCES: dict[str, Callable[..., Dataset]] = {
     "idx": from_idx,
     "folder": from_folder,
 }
-"""What `load` knows by name."""
+"""The data sets that `load` finds by name."""
 
 DATASETS = ("auto", *SOURCES)
 YOURS = ("idx", "folder")

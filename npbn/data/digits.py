@@ -30,7 +30,8 @@ def load_digits(notes: tuple[str, ...] = ()) -> Dataset:
 def _enlarged(images: np.ndarray, side: int) -> np.ndarray:
     """Interpolate images (N, n, n) linearly between the centres of their pixels."""
     n = images.shape[-1]
-    # Where the centres of the new pixels lie, in old pixels; constant beyond the outermost centres.
+    # The centres of the new pixels, in units of old pixels. Beyond the outermost old centres, the
+    # image is constant.
     centres = np.clip((np.arange(side) + 0.5) * (n / side) - 0.5, 0, n - 1)
     low = np.floor(centres).astype(np.int64)
     high = np.minimum(low + 1, n - 1)

@@ -78,7 +78,7 @@ def read(path: Path, limit: float = math.inf, *, unpack: bool = True) -> bytes:
     try:
         with gzip.open(path) if unpack and path.suffix == ".gz" else open(path, "rb") as file:
             while len(content) < limit:
-                # In pieces: a header, or a small gzipped file, can promise any size.
+                # Read in pieces, because a small gzipped file can unfold to any size.
                 piece = file.read(int(min(limit - len(content), 1 << 22)))
                 if not piece:
                     break

@@ -19,7 +19,7 @@ from npbn.data.splits import Dataset, Split
 from npbn.errors import DataError
 
 SYSTEM_DIRECTORY = Path("/usr/share/datasets")
-"""Where Debian's data-set packages put their files, in a folder each."""
+"""Debian's packages of data sets put their files here, in one folder for each set."""
 
 FILES = (
     "train-images-idx3-ubyte",
@@ -168,7 +168,7 @@ class IdxSource:
         """Return the values of ``path``, if it is the data set's file ``name``."""
         count = 60_000 if name.startswith("train") else 10_000
         size = 16 + count * 784 if "images" in name else 8 + count
-        # One byte more than there should be is enough to know that there is too much.
+        # One byte more than expected is enough to detect a file that is too long.
         content = read(path, size + 1)
         if len(content) < size:
             raise DataError(f"{path} is truncated: expected {size:,} bytes, got {len(content):,}")

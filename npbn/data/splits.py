@@ -1,4 +1,4 @@
-"""What is trained on and tested on: images with labels, in two splits."""
+"""Images with labels, in two splits: one for training, one for testing."""
 
 from __future__ import annotations
 

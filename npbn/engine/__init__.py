@@ -1,4 +1,4 @@
-"""What trains and evaluates a model: one interface, several engines, and the choice among them.
+"""Engines train and evaluate a model: one interface, three engines, and the choice among them.
 
 `LayersEngine` (`npbn.engine.layers`) is the textbook loop over the layers, on any array library;
 the fused engines plan the same mathematics into stages (`npbn.engine.plan`): `npbn.engine.cpu` for
@@ -28,7 +28,7 @@ KINDS = ("auto", "layers", "fused")
 
 
 class Result(NamedTuple):
-    """What one batch gave, or several that ran together.
+    """The result of one batch, or of several that ran together.
 
     Attributes:
         examples: how many there were.

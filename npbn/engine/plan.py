@@ -1,4 +1,4 @@
-"""From layers to stages: what an engine computes in one go. Knows no device.
+"""Divide a model into stages, which a fused engine computes in one go. No device is involved.
 
 Whether layers fit together is asked of the layers themselves: their forward passes run on one
 example of zeros, on the host, with parameters that have shapes and dtypes but take no memory.
@@ -36,7 +36,7 @@ _FOLLOWS: dict[type[Layer], str] = {
     AvgPool2d: "pool",
     MaxPool2d: "pool",
 }
-"""What can follow a convolution or linear layer, and as what."""
+"""The layers that may follow a convolution or linear layer, and their role in the stage."""
 
 _ORDER = ("norm", "activation", "pool")
 

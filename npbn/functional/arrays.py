@@ -1,4 +1,4 @@
-"""What every operation asks of its arrays, in one place."""
+"""Checks and helpers for the arrays of all operations."""
 
 from __future__ import annotations
 

@@ -78,7 +78,7 @@ from npbn.functional.arrays import Array, check_shape, common_namespace, copy
 
 
 class BatchNormCache(NamedTuple):
-    """What the backward passes need: x̄ = x - μ, s = √(v + eps), γ, and which mode it was."""
+    """For the backward passes: x̄ = x - μ, s = √(v + eps), γ, and whether it was in training."""
 
     x_centred: Array
     s: Array

@@ -20,7 +20,7 @@ from npbn.functional.arrays import Array, check_shape, common_namespace, empty_l
 
 
 class ReLUCache(NamedTuple):
-    """Where the input was cut off, that is, x <= 0; and an empty array of x's dtype."""
+    """The places with x <= 0, which are cut off; and an empty array of x's dtype."""
 
     cut: Array
     precision: Array

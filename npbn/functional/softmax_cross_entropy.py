@@ -65,7 +65,7 @@ def softmax_cross_entropy(logits: Array, labels: Array) -> tuple[Array, SoftmaxC
         raise TypeError(f"expected labels of an integer dtype, got {labels.dtype}")
     check_shape("labels", labels, (n,))
 
-    # In int64: the classes need not fit into the dtype of the labels.
+    # int64, because the number of classes may not fit into the dtype of the labels.
     classes = xp.arange(k, dtype=xp.int64, device=array_api_compat.device(labels))
     is_label = xp.astype(labels, xp.int64)[:, None] == classes[None, :]
     shifted = logits - xp.max(real_part(logits, xp), axis=1, keepdims=True)

@@ -42,7 +42,7 @@ def check_pooling_padding(kernel_size: tuple[int, int], padding: tuple[int, int]
 
 @dataclass(frozen=True)
 class Windows:
-    """All positions of a kernel on images of one size.
+    """The positions of a kernel on images of one size.
 
     Shapes: with input H × W, kernel kH × kW, stride (sH, sW) and padding (pH, pW) on either side,
 

@@ -12,7 +12,7 @@ from npbn.verify.checker import Finding, Report, check_gradients
 from npbn.verify.examination import Examination
 from npbn.verify.model import check_model
 from npbn.verify.numeric import central_difference, complex_step
-from npbn.verify.signatures import NotExaminedError
+from npbn.verify.operations import NotExaminedError
 from npbn.verify.submission import examine_file
 
 __all__ = [

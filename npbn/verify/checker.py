@@ -39,12 +39,12 @@ from npbn.verify import numeric
 
 SAFETY = 64
 SAMPLE = 24
-"""How many elements are checked one by one; of a larger array, the others all at once."""
+"""The elements that are checked one by one. Those beyond are checked all at once."""
 
 
 @dataclass(frozen=True)
 class Finding:
-    """What was found about one gradient.
+    """The result for one gradient.
 
     Attributes:
         name: of the input, or the parameter.
@@ -82,7 +82,7 @@ class Finding:
 
     @property
     def verdict(self) -> str:
-        """For a table: right, right and why it is 0, or what is wrong."""
+        """Return a cell for a table: right, right and why it is 0, or what is wrong."""
         if self.cancels:
             return "right: 0, its terms cancel"
         return "right" if self.ok else str(self)
@@ -104,7 +104,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class Report:
-    """What was found about all gradients of one operation or model."""
+    """The results for all gradients of an operation or model."""
 
     findings: tuple[Finding, ...]
 
@@ -331,7 +331,7 @@ def compare(
 
 
 def sample(gradient: np.ndarray, generator: np.random.Generator) -> list[int]:
-    """Which elements to look at: all, or the largest and some at random."""
+    """Return the elements to check one by one: all, or the largest and some at random."""
     if gradient.size <= SAMPLE:
         return list(range(gradient.size))
     drawn = generator.choice(gradient.size, SAMPLE - 1, replace=False)
@@ -340,7 +340,7 @@ def sample(gradient: np.ndarray, generator: np.random.Generator) -> list[int]:
 
 
 def wrong_form(gradient: Any, shape: Sequence[int]) -> str:
-    """What is wrong with a gradient before its values are looked at; or nothing."""
+    """Return what is wrong with a gradient's type, shape or dtype; empty if nothing is."""
     if gradient is None:
         return "expected an array, got None"
     if not array_api_compat.is_array_api_obj(gradient):

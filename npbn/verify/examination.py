@@ -1,4 +1,4 @@
-"""What is wrong with somebody's forward and backward pass, and which mistake it looks like.
+"""Find what is wrong with a forward and backward pass, and which known mistake it equals.
 
 The code under examination runs on a few probes: small random inputs, chosen so that every mistake
 of the catalogue shows (odd sizes, eps large enough to matter, training and prediction, overlapping
@@ -19,11 +19,9 @@ from typing import Any
 
 import numpy as np
 
-from npbn import functional as F
 from npbn.verify.mutants import MUTANTS, Mutant, functions_of
-from npbn.verify.signatures import BadResultError, NotExaminedError
-
-OPERATIONS = tuple(dict.fromkeys(mutant.operation for mutant in MUTANTS))
+from npbn.verify.operations import OPERATIONS, NotExaminedError, Probe, probes, true_functions
+from npbn.verify.signatures import BadResultError
 
 RIGHT = 1e-10
 """Relative error up to which float64 code is right: the probes are well conditioned, and small."""
@@ -33,107 +31,10 @@ WRONG = 1e-4
 Outputs = dict[str, np.ndarray]
 
 
-@dataclass(frozen=True)
-class Probe:
-    """Arguments in the signature of `npbn.verify.plain`, by name, and what they show."""
-
-    name: str
-    arguments: dict[str, Any]
-
-
-def probes(operation: str) -> list[Probe]:
-    """The inputs that an operation is examined on; the same every time.
-
-    No two sizes of an input are equal where that could hide that they are mixed up.
-    """
-    rng = np.random.default_rng(2015)
-
-    def normal(*shape: int) -> np.ndarray:
-        return rng.standard_normal(shape)
-
-    def batch_norm(name: str, shape: tuple[int, ...], training: bool) -> Probe:
-        form = (1, shape[1]) + (1,) * (len(shape) - 2)
-        arguments = {
-            "x": 1 + 2 * normal(*shape),
-            "gamma": rng.uniform(0.5, 2, form),
-            "beta": normal(*form),
-            "moving_mean": normal(*form),
-            "moving_var": rng.uniform(0.5, 2, form),
-            "training": training,
-            "eps": 0.1,
-            "momentum": 0.7,
-        }
-        return Probe(name, arguments)
-
-    def conv2d(name: str, image: tuple[int, int], stride: Any, padding: Any) -> Probe:
-        x, weight = normal(2, 3, *image), normal(4, 3, 3, 2)
-        return Probe(
-            name,
-            {"x": x, "weight": weight, "bias": normal(4), "stride": stride, "padding": padding},
-        )
-
-    def pooling(name: str, x: np.ndarray, kernel: Any, stride: Any, padding: Any) -> Probe:
-        options = {"kernel_size": kernel, "stride": stride, "padding": padding}
-        return Probe(name, {"x": x, **options})
-
-    if operation == "batch_norm":
-        return [
-            batch_norm("training, (N, D)", (7, 3), True),
-            batch_norm("training, (N, C, H, W)", (3, 2, 4, 5), True),
-            batch_norm("prediction, (N, D)", (5, 3), False),
-            batch_norm("prediction, (N, C, H, W)", (4, 2, 5, 3), False),
-        ]
-    if operation == "conv2d":
-        return [
-            conv2d("stride 1, no padding", (5, 6), (1, 1), (0, 0)),
-            conv2d("stride 2, padding 1", (6, 4), (2, 2), (1, 1)),
-            conv2d("stride (2, 1), padding (0, 1)", (7, 5), (2, 1), (0, 1)),
-        ]
-    if operation in ("avg_pool2d", "max_pool2d"):
-        # No two are so close that the step of a numeric derivative makes the other the maximum.
-        apart = rng.permutation(np.linspace(-4, 4, 288)).reshape(2, 3, 6, 8)
-        return [
-            pooling("windows side by side", normal(2, 3, 4, 6), (2, 2), (2, 2), (0, 0)),
-            pooling("overlapping windows", apart, (4, 3), (2, 2), (0, 0)),
-            pooling("padding, negative numbers", normal(2, 3, 5, 4) - 5, (3, 2), (2, 1), (1, 1)),
-            pooling("ties", np.floor(2 * normal(2, 3, 4, 6)), (2, 2), (2, 2), (0, 0)),
-        ]
-    if operation == "linear":
-        return [
-            Probe("square", {"x": normal(4, 3), "weight": normal(3, 3), "bias": normal(3)}),
-            Probe("wide", {"x": normal(5, 2), "weight": normal(4, 2), "bias": normal(4)}),
-        ]
-    if operation in ("sigmoid", "relu"):
-        return [Probe("matrix", {"x": normal(5, 4)}), Probe("images", {"x": normal(2, 2, 3, 2)})]
-    if operation == "softmax_cross_entropy":
-        return [
-            Probe("ordinary logits", {"logits": normal(5, 4), "labels": rng.integers(0, 4, 5)}),
-            Probe("large logits", {"logits": 1000 + normal(3, 4), "labels": rng.integers(0, 4, 3)}),
-        ]
-    raise ValueError(f"expected an operation of {', '.join(OPERATIONS)}, got {operation!r}")
-
-
-GRADIENTS = {
-    "batch_norm": ("dx", "dgamma", "dbeta"),
-    "conv2d": ("dx", "dweight", "dbias"),
-    "avg_pool2d": ("dx",),
-    "max_pool2d": ("dx",),
-    "linear": ("dx", "dweight", "dbias"),
-    "sigmoid": ("dx",),
-    "relu": ("dx",),
-    "softmax_cross_entropy": ("dlogits",),
-}
-
-
-def true_functions(operation: str) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """The shipped forward and backward."""
-    return getattr(F, operation), getattr(F, f"{operation}_backward")
-
-
 def outputs(
     operation: str, pair: tuple[Callable[..., Any], Callable[..., Any]], probe: Probe
 ) -> Outputs:
-    """Everything that forward and backward give on a probe, by name.
+    """Return all outputs of forward and backward on a probe, by name.
 
     Where the backward pass raises `NotExaminedError`, that is what forward gives.
     """
@@ -165,7 +66,7 @@ def outputs(
 
 
 def _named(operation: str, gradients: Any) -> dict[str, Any]:
-    names = GRADIENTS[operation]
+    names = OPERATIONS[operation].gradients
     if gradients is None:
         raise BadResultError("returned None from backward")
     if not isinstance(gradients, (tuple, list)):
@@ -374,7 +275,7 @@ def _matching(
 
 @functools.cache
 def _given(operation: str, mistakes: tuple[Mutant, ...]) -> dict[str, Outputs]:
-    """What comes out with these mistakes, by probe, where it can be run."""
+    """Return the outputs with these mistakes, by probe, where they can be run."""
     given: dict[str, Outputs] = {}
     try:
         pair = functions_of(operation, mistakes)
@@ -387,7 +288,7 @@ def _given(operation: str, mistakes: tuple[Mutant, ...]) -> dict[str, Outputs]:
 
 
 def _equal(found: np.ndarray, expected: np.ndarray) -> bool:
-    """But for rounding, which may be float32's."""
+    """Whether two outputs are equal up to rounding, of float32 even."""
     if found.shape != expected.shape or found.dtype.kind not in "fiub":
         return False
     finite = np.isfinite(expected)

@@ -21,7 +21,7 @@ SOURCE = Path(plain.__file__).read_text(encoding="utf-8")
 
 @dataclass(frozen=True)
 class Mutant:
-    """One mistake.
+    """A mistake.
 
     Attributes:
         operation: in `npbn.verify.plain`.
@@ -42,7 +42,7 @@ class Mutant:
 
     @property
     def functions(self) -> tuple[Callable[..., Any], Callable[..., Any]]:
-        """Forward and backward with the mistake in them."""
+        """Return forward and backward with this mistake in them."""
         return functions_of(self.operation, [self])
 
 

@@ -53,36 +53,20 @@ from typing import Any
 
 import numpy as np
 
+from npbn.verify.operations import OPERATIONS, NotExaminedError, Pair, with_cache
+
 SIGNATURES = ("npbn", "course")
-
-Pair = tuple[Callable[..., Any], Callable[..., Any]]
-
-
-class NotExaminedError(Exception):
-    """The code is not meant for this probe, so it is not examined on it; the message says why."""
 
 
 class BadResultError(Exception):
     """The code returned something unusable; the message completes a sentence that begins "it"."""
 
 
-COURSE_ARGUMENTS = {
-    "batch_norm": 4,
-    "conv2d": 4,
-    "avg_pool2d": 2,
-    "max_pool2d": 2,
-    "linear": 3,
-    "sigmoid": 1,
-    "relu": 1,
-    "softmax_cross_entropy": 2,
-}
-
-
 def guess(operation: str, forward: Callable[..., Any]) -> str:
-    """Which signature a forward pass has, by the arguments that it needs."""
+    """Guess the signature of a forward pass from the arguments that it needs."""
     parameters = inspect.signature(forward).parameters.values()
     names = [p.name.lower() for p in parameters if p.default is p.empty]
-    if len(names) != COURSE_ARGUMENTS[operation]:
+    if len(names) != OPERATIONS[operation].course_arguments:
         return "npbn"
     homework = names[:3] == ["x", "w", "b"] or names[-1].endswith(("_param", "_params"))
     softmax = operation == "softmax_cross_entropy" and names[-1] == "y"
@@ -97,7 +81,7 @@ def adapt(
     if operation == "softmax_cross_entropy":
         backward = _of_a_loss(forward, backward)
     if signature == "course":
-        return _course(operation, forward, backward)
+        return OPERATIONS[operation].from_course(forward, backward)
     call = _by_name(forward)
     if operation == "batch_norm" and "ndim" not in _names(forward):
         return _vectors_if_flat(call, backward)
@@ -105,7 +89,7 @@ def adapt(
 
 
 def _names(function: Callable[..., Any]) -> tuple[str, ...]:
-    """What its code mentions, attributes included."""
+    """Return the names in a function's code, attributes included."""
     return getattr(getattr(function, "__code__", None), "co_names", ())
 
 
@@ -147,13 +131,13 @@ def _by_name(forward: Callable[..., Any]) -> Callable[..., Any]:
                 result = forward(**numbers)
             except TypeError:
                 raise error from None
-        return _with_cache(result)
+        return with_cache(result)
 
     return call
 
 
 def _numbers(arguments: dict[str, Any]) -> dict[str, Any]:
-    """With a number for every pair."""
+    """Return the arguments with one number in place of each pair of equal numbers."""
     pairs = {name: value for name, value in arguments.items() if isinstance(value, tuple)}
     if any(height != width for height, width in pairs.values()):
         raise NotExaminedError("it takes no pairs of unequal numbers")
@@ -177,75 +161,3 @@ def _vectors_if_flat(forward: Callable[..., Any], backward: Callable[..., Any]) 
         return gradients
 
     return batch_norm, batch_norm_backward
-
-
-def _course(operation: str, forward: Callable[..., Any], backward: Callable[..., Any]) -> Pair:
-    if operation == "batch_norm":
-
-        def batch_norm(
-            x: Any,
-            gamma: Any,
-            beta: Any,
-            moving_mean: Any,
-            moving_var: Any,
-            training: bool,
-            eps: float,
-            momentum: float,
-        ) -> Any:
-            if x.ndim == 4:
-                raise NotExaminedError("homework is for (N, D)")
-            parameter = {
-                "mode": "train" if training else "test",
-                "eps": eps,
-                "momentum": momentum,
-                "running_mean": moving_mean.ravel().copy(),
-                "running_var": moving_var.ravel().copy(),
-            }
-            out, cache = _with_cache(forward(x, gamma.ravel(), beta.ravel(), parameter))
-            moving = (parameter["running_mean"], parameter["running_var"])
-            return out, (cache, training), moving
-
-        def batch_norm_backward(dy: Any, cache: Any) -> Any:
-            cache, training = cache
-            if not training:
-                raise NotExaminedError("homework has no backward pass in prediction")
-            return backward(dy, cache)
-
-        return batch_norm, batch_norm_backward
-    if operation == "conv2d":
-
-        def conv2d(x: Any, weight: Any, bias: Any, stride: Any, padding: Any) -> Any:
-            if stride[0] != stride[1] or padding[0] != padding[1]:
-                raise NotExaminedError("it has one stride and one padding")
-            return _with_cache(forward(x, weight, bias, {"stride": stride[0], "pad": padding[0]}))
-
-        return conv2d, backward
-    if operation in ("avg_pool2d", "max_pool2d"):
-
-        def pool(x: Any, kernel_size: Any, stride: Any, padding: Any) -> Any:
-            if stride[0] != stride[1] or padding != (0, 0):
-                raise NotExaminedError("it has one stride and no padding")
-            height, width = kernel_size
-            options = {"pool_height": height, "pool_width": width, "stride": stride[0]}
-            return _with_cache(forward(x, options))
-
-        return pool, backward
-    if operation == "linear":
-
-        def linear(x: Any, weight: Any, bias: Any) -> Any:
-            return _with_cache(forward(x, weight.T.copy(), bias))
-
-        def linear_backward(dy: Any, cache: Any) -> Any:
-            gradients = backward(dy, cache)
-            if isinstance(gradients, (tuple, list)) and len(gradients) == 3:
-                dx, dw, db = gradients
-                return dx, np.transpose(dw), db
-            return gradients
-
-        return linear, linear_backward
-    # The others have one argument, or the logits and the labels, in this order.
-    return lambda **arguments: _with_cache(forward(*arguments.values())), backward
-
-
-def _with_cache(result: Any) -> Any:
-    return result if isinstance(result, (tuple, list)) else (result, None)

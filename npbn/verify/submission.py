@@ -22,8 +22,9 @@ from typing import Any
 import numpy as np
 
 from npbn.errors import SubmissionError
-from npbn.verify.examination import Examination, Outputs, examine, outputs, probes
-from npbn.verify.signatures import BadResultError, NotExaminedError, adapt, guess
+from npbn.verify.examination import Examination, Outputs, examine, outputs
+from npbn.verify.operations import NotExaminedError, probes
+from npbn.verify.signatures import BadResultError, adapt, guess
 
 
 def examine_file(
@@ -42,7 +43,7 @@ def examine_file(
         path: the file.
         forward, backward: names of the functions; the same name twice where the forward pass
             returns the gradient as well (softmax_loss), or for a class (with an adapter).
-        operation: what they compute, one of `npbn.verify.examination.OPERATIONS`.
+        operation: what they compute, one of `npbn.verify.operations.OPERATIONS`.
         signature: of `npbn.verify.signatures`, or "auto" to go by the names of the arguments.
         adapter: "FILE:FUNCTION" of a function (forward, backward) → the pair in npbn's signature,
             for signatures of your own; see `npbn.verify.signatures`.
@@ -126,7 +127,7 @@ def load(path: str) -> Any:
 
 
 def _main(task: dict[str, Any]) -> None:
-    """In the separate process: run every probe; write its outputs, or how it failed."""
+    """Run every probe, in the separate process; write its outputs, or how it failed."""
     warnings.simplefilter("ignore")
     path, operation, directory = task["path"], task["operation"], task["directory"]
     os.chdir(Path(path).parent)  # where it looks for its files,

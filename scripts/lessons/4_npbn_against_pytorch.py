@@ -4,7 +4,8 @@
 # npbn computes every gradient with formulas that somebody derived; PyTorch derives them itself
 # (autograd). Both are given the same weights and the same batches. If npbn is right, the losses
 # must lie on top of one another, as far as rounding allows. How far is that? A third contestant
-# shows it: PyTorch once more, with a batch norm that is written by hand.
+# shows it: PyTorch once more, with a batch norm that is written by hand. As a script, this takes
+# about half a minute on 2 cores.
 
 # %%
 from _lesson import BLUE, ORANGE, Lesson, start

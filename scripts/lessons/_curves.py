@@ -43,7 +43,7 @@ EPOCHS = 10
 
 
 def curves(lesson: Lesson, measure: Callable[..., Any], *arguments: Any) -> Any:
-    """What a function of this file found, from its file; --regenerate measures it first."""
+    """Return the stored results of a function of this file; --regenerate measures them first."""
     path = FOLDER / f"{measure.__name__}.json"
     if lesson.regenerate:
         try:
@@ -103,7 +103,7 @@ def batch_sizes() -> list[dict[str, Any]]:
 
 
 def ten_epochs() -> list[dict[str, Any]]:
-    """What train.py does with seeds 0, 1 and 2; each epoch evaluated with several statistics."""
+    """Train as train.py does, with seeds 0 to 2; evaluate epochs with several statistics."""
     dataset, found = data.load("fashion-mnist"), []
     for seed in SEEDS:
         run = new_run(dataset, 1.0, seed=seed)
@@ -131,7 +131,7 @@ def ten_epochs() -> list[dict[str, Any]]:
 
 
 def ten_epochs_of_pytorch(networks: dict[str, Callable[[LeNet], Any]]) -> list[dict[str, Any]]:
-    """The same training in PyTorch: npbn's initial weights, and its batches in its order.
+    """Train in PyTorch with npbn's initial weights, on its batches in its order.
 
     Args:
         networks: by name, what makes PyTorch's network, with the weights of the npbn model given.
@@ -198,7 +198,7 @@ def in_parts(losses: list[float], count: int) -> list[float]:
 def accuracy_with_batch_statistics(
     model: Sequential, split: data.Split, batch_size: int = 256
 ) -> float:
-    """What no prediction should do: normalize test examples with one another."""
+    """Evaluate with batch statistics of the test data, which no prediction should use."""
     correct = 0
     with inspection.batch_norm_momentum(model, 1.0):  # the moving averages stay as they are
         for x, labels in split.batches(batch_size, "float32"):
@@ -255,7 +255,7 @@ def _write(path: Path, measure: Callable[..., Any], arguments: tuple[Any, ...]) 
 
 
 def _rounded(value: Any) -> Any:
-    """With four significant digits, and None for what is not a finite number."""
+    """Round to four significant digits; None stands for what is not a finite number."""
     if isinstance(value, dict):
         return {key: _rounded(part) for key, part in value.items()}
     if isinstance(value, list):

@@ -1,4 +1,4 @@
-"""What the lessons share: their options, their pictures, and arrays in print.
+"""Parts of all lessons: options, pictures, printed arrays.
 
 A lesson is a Python file in cells (``# %%``). It opens as a notebook in VS Code and, with jupytext,
 in Jupyter, where its pictures appear below their cells. It also runs as a script, which prints the
@@ -29,7 +29,7 @@ BLUE, ORANGE, GREEN = "#0072B2", "#E69F00", "#009E73"
 
 @dataclass(frozen=True)
 class Lesson:
-    """How the lesson was started.
+    """The options with which a lesson was started.
 
     Attributes:
         quick: measure less; everything is still shown and checked.
@@ -118,7 +118,7 @@ def _run(path: Path) -> None:
 
 
 def print_arrays(**arrays: Any) -> None:
-    """Each array after its name."""
+    """Print each array after its name."""
     import numpy as np
 
     for name, array in arrays.items():

@@ -7,14 +7,9 @@ import itertools
 import numpy as np
 import pytest
 
-from npbn.verify.examination import (
-    OPERATIONS,
-    examine,
-    outputs,
-    probes,
-    true_functions,
-)
+from npbn.verify.examination import examine, outputs
 from npbn.verify.mutants import BATCH_NORM, CONV2D, MUTANTS, functions_of, mutant
+from npbn.verify.operations import OPERATIONS, probes, true_functions
 
 
 def results(operation, forward, backward):

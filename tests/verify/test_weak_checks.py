@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 
 from npbn.verify import check_gradients, examination
-from npbn.verify.examination import GRADIENTS, probes
 from npbn.verify.mutants import MUTANTS, Mutant, functions_of
+from npbn.verify.operations import OPERATIONS, probes
 
 README = Path(__file__).parents[2] / "npbn" / "verify" / "README.md"
 START, END = "<!-- weak checks: begin -->\n", "<!-- weak checks: end -->"
@@ -44,7 +44,7 @@ def agrees(
         is_loss = operation == "softmax_cross_entropy"
         gradients = backward(cache) if is_loss else backward(dy, cache)
         gradients = gradients if isinstance(gradients, tuple) else (gradients,)
-        for gradient, analytic in zip(GRADIENTS[operation], gradients, strict=True):
+        for gradient, analytic in zip(OPERATIONS[operation].gradients, gradients, strict=True):
             name = gradient[1:]
             numeric = np.empty(arguments[name].shape)
             for i in np.ndindex(numeric.shape):
@@ -66,7 +66,10 @@ def agrees(
 def passes_check_gradients(operation, pair) -> bool:
     forward, backward = pair
     for probe in probes(operation):
-        inputs = {gradient[1:]: probe.arguments[gradient[1:]] for gradient in GRADIENTS[operation]}
+        inputs = {
+            gradient[1:]: probe.arguments[gradient[1:]]
+            for gradient in OPERATIONS[operation].gradients
+        }
         constants = {k: v for k, v in probe.arguments.items() if k not in inputs}
         if operation == "softmax_cross_entropy":
             report = check_gradients(
@@ -139,7 +142,7 @@ def test_the_weak_checks_miss_what_they_are_known_to_miss():
 
 
 def test_no_check_rejects_what_is_right():
-    for operation in GRADIENTS:
+    for operation in OPERATIONS:
         for name, passes in CHECKS.items():
             assert passes(operation, functions_of(operation)), (operation, name)
 

@@ -92,7 +92,7 @@ def _compile(kernels: dict[Dispatcher, tuple[Any, ...]], directory: Path) -> Non
         with _cached(kernels, directory):
             for kernel, types_ in kernels.items():
                 if kernel is launches.execute:
-                    # What it calls is optimized already, and is linked into it three times.
+                    # Its callees are optimized already, and are linked into it three times.
                     numba.config.OPT = 1
                 try:
                     kernel.compile(types_)

@@ -39,7 +39,7 @@ MOST_PARTS = 32
 KERNELS = "PACK", "FORWARD", "LOSS", "BACKWARD", "UPDATE", "PREDICT"
 PACK, FORWARD, LOSS, BACKWARD, UPDATE, PREDICT = range(6)
 
-# Of what `parallel` can do, prange only: it would look for loops to fuse in every function.
+# Use only prange of `parallel`: its other passes would search every function for loops to fuse.
 _OFF = ["comprehension", "reduction", "inplace_binop", "setitem", "numpy", "stencil", "fusion"]
 PARALLEL: dict[str, Any] = {
     "parallel": dict.fromkeys(_OFF, False) | {"prange": True},
@@ -79,7 +79,7 @@ def execute(program: Any, net: Any, images: Any, labels: Any, order: Any, thread
 
 @njit(**OPTIONS)
 def prepare(net: Any, kernel: int, k: int, batch: int) -> None:
-    """What one thread does before a launch."""
+    """Do the part of a launch that one thread does before all others start."""
     if kernel == PACK:
         set_masks(net, batch)
     elif kernel == BACKWARD:
@@ -100,7 +100,7 @@ def run(
     thread: int,
     threads: int,
 ) -> None:
-    """One thread's share of a launch."""
+    """Run the chunks of a launch that belong to one thread."""
     stages, batch, last = net.stages, len(order), len(net.stages) - 2
     lanes = BYTES // net.values.itemsize
     chunks = (batch + lanes - 1) // lanes
@@ -126,7 +126,7 @@ def run(
     size, parts = cut(chunks)
     own = (parts - thread + threads - 1) // threads
     for i in range(own):
-        # To and fro: what the launch before wrote last is still in the cache.
+        # Alternate the direction by stage: the chunks written last are still in the cache.
         part = thread + threads * (own - 1 - i if k % 2 else i)
         if kernel == BACKWARD and not stages[k].linear:
             clear_part(net, k, part)
@@ -158,14 +158,14 @@ def run(
 
 @njit(**OPTIONS)
 def cut(chunks: int) -> tuple[int, int]:
-    """How many chunks are a part, and how many parts there are."""
+    """Return the number of chunks in a part of the batch, and the number of parts."""
     size = (chunks + MOST_PARTS - 1) // MOST_PARTS
     return size, (chunks + size - 1) // size
 
 
 @njit(**OPTIONS)
 def gather(net: Any, slot: int, images: Any, order: Any, first: int, examples: int) -> None:
-    """x of the first stage: the pixels of a chunk's images, from 0 to 1; 0 where there is none."""
+    """Write a chunk's pixels, from 0 to 1, to x of the first stage; 0 beyond the batch."""
     stage, values = net.stages[0], net.values
     lanes, width, table = BYTES // values.itemsize, stage.width, stage.table
     for row in range(stage.channels * stage.height):

@@ -1,4 +1,4 @@
-"""From the plan to the arrays that the kernels work on.
+"""Turn a plan into the arrays that the kernels work on.
 
 Numbers of one kind lie in one array. A stage's record says where its part begins, so kernels are
 compiled once, for every model. Activations are vectors (`npbn.engine.cpu.vector`): for each chunk
@@ -43,7 +43,7 @@ STAGE = np.dtype(
         *_integers("dx dx_size masks table"),
     ]
 )
-"""What the kernels know of a stage.
+"""The record of a stage that the kernels read.
 
 Places of x, y, z, dx and masks are counted in vectors, all other places in numbers.
 
@@ -70,14 +70,14 @@ Places of x, y, z, dx and masks are counted in vectors, all other places in numb
 
 
 class Net(NamedTuple):
-    """Everything that a kernel is given.
+    """The arrays that every kernel gets.
 
     Attributes:
         stages: a record of STAGE each, and one more whose x are the logits.
         values: all numbers of the dtype.
         tables: taps and sites of all stages.
         tasks: stage and first map of every six maps.
-        found: what chunks found, a column each, in float64.
+        found: the sums of each chunk, in a column of float64.
     """
 
     stages: Array

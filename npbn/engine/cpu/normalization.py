@@ -1,4 +1,4 @@
-r"""What is between two layers, on one chunk of examples: batch norm, activation, pooling, backward.
+r"""Batch norm, activation and pooling of one chunk of examples, and their backward pass.
 
 With the batch norm's mean μ and standard deviation s of a map (`npbn.functional.batch_norm`),
 
@@ -13,8 +13,8 @@ $$dz = \sigma'(z) g(\text{window}) \qquad d\beta = \sum dz \qquad
 $$dy = \frac{\gamma}{s} \Big( dz - \frac{d\beta}{m} - \hat{x} \frac{d\gamma}{m} \Big)
   = \text{scale} \cdot dz - \text{slope} \cdot (y - \text{mean}) + \text{offset}$$
 
-The sums go over the whole batch. So a launch ends where they are needed, and what its chunks found
-is merged, in the order of the chunks.
+The sums go over the whole batch. So a launch ends where they are needed, and the sums of its chunks
+are merged in the order of the chunks.
 """
 
 from __future__ import annotations
@@ -44,12 +44,12 @@ NO_ACTIVATION, SIGMOID, RELU = range(3)
 NO_NORM, BATCH_NORM, FROZEN = range(3)
 """A frozen batch norm normalizes by its moving averages, in training as well."""
 
-# The constants of a stage, each one of every map: z = (y - mean) · scale + shift, where mean + rest
-# is the batch's mean, which one number of the dtype does not say well enough; inverse is 1/s.
+# The constants of a stage, with a value for each map: z = (y - mean) · scale + shift. The batch's
+# mean is stored as the sum mean + rest, because one number is not precise enough. inverse is 1/s.
 CONSTANTS = 7
 MEAN, REST, SCALE, SHIFT, INVERSE, SLOPE, OFFSET = range(CONSTANTS)
 
-# What a chunk finds for each map: a row of net.found each.
+# The sums that a chunk computes for each map, in these rows of net.found.
 FOUND = 4
 MEANS, SQUARES, DBETA, DGAMMA = range(FOUND)
 
@@ -124,16 +124,16 @@ def _exponential(x: Any) -> Any:
 
 @njit(**INLINE)
 def constant(net: Any, k: int, which: int, o: int) -> Any:
-    """One of the constants of map o of stage k."""
+    """Return a constant of map o of stage k."""
     stage = net.stages[k]
     return at(net.values, stage.constants + which * stage.maps + o)
 
 
 @njit(**OPTIONS)
 def activate(net: Any, k: int, slot: int) -> None:
-    """From y of a stage to a = σ(z), which is kept, and to x of the next stage.
+    """Compute a = σ(z) from a stage's y, store it, and pool it into x of the next stage.
 
-    By as many rows as a window has, so that what is to be pooled is in the cache.
+    It goes through as many rows at a time as a window has, so that they are pooled from the cache.
     """
     stage, following, values = net.stages[k], net.stages[k + 1], net.values
     height, columns = stage.window_h, stage.columns
@@ -211,7 +211,7 @@ def unpool_row(net: Any, k: int, a: int, x: int, dx: int, da: int) -> None:
 
 @njit(**OPTIONS)
 def activate_backward(net: Any, k: int, slot: int, scratch: int) -> None:
-    """From dx of the next stage to dz, which takes the place of a; and the sums for batch norm.
+    """Compute dz from dx of the next stage, store it in place of a, and add up batch norm's sums.
 
     dz = da · σ'(z); the sums are those of dz and of dz · (y - mean) over the chunk. The sigmoid's
     derivative is a (1 - a). dx is at ``scratch``; after it, there is room for da.

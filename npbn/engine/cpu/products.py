@@ -12,10 +12,11 @@ $$dx(r, s) \mathrel{+}= \sum_o W_{o r} dy_{o s} \qquad dW_{o r} = \sum_s dy_{o s
 of padding around it, so the place of x(r, s) is a sum of a number that depends on r and one that
 depends on s, whatever kernel, stride and padding are: two tables are all that distinguishes layers.
 
-Each function keeps six results in registers while it goes through what is summed up. Six, because
-six vectors are 12 registers of AVX2's 16, and the factors have room in the others; and because two
-multiplications can begin in every cycle and each takes four: fewer than eight at a time would wait
-for each other.
+Each function keeps six results in registers while it loops over the terms of their sums. Six
+vectors are 12 registers of AVX2's 16, and the factors have room in the others. Two multiplications
+can begin in every cycle, and each takes four cycles: with fewer than eight registers they would
+wait for each other. (With AVX-512, where a vector is one register, six do wait.) (With AVX-512 a
+vector is one register, so there six do wait.)
 """
 
 from __future__ import annotations
@@ -27,10 +28,10 @@ from numba import njit
 from npbn.engine.cpu.vector import at, fma, full, load, put, store, total
 
 SIX = 6
-"""Results at a time. Maps and taps are stored by whole sixes: what is beyond has weights of 0."""
+"""Results in registers. Maps and taps are padded to a multiple of six, with weights of 0."""
 
 TAPS_AT_A_TIME = 30
-"""Of `affine_backward_weight`: what they see of x stays in the cache for all maps."""
+"""Taps in a block of `affine_backward_weight`: their x stays in the cache for all maps."""
 
 OPTIONS: dict[str, Any] = {
     "error_model": "numpy",

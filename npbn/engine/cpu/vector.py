@@ -22,7 +22,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic, lower_builtin, models, register_model, type_callable
 
 BYTES = 64
-"""Of a vector."""
+"""The size of a vector."""
 
 
 class Vector(types.Type):
@@ -198,7 +198,7 @@ for _operation, _instruction in (
     _arithmetic(_operation, _instruction)
 
 
-# How they are written in LLVM's language.
+# The code that is generated for these functions, in LLVM's language.
 
 _INDEX = ir.IntType(32)
 

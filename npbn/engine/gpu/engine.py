@@ -66,7 +66,7 @@ class GpuEngine:
         self.test_size = len(test)
         self.test_batch = min(EVALUATED_AT_ONCE, self.test_size)
         self.programs = self._write_programs(len(train))
-        # Not the one that layers use: CUDA's default stream cannot be captured in a graph.
+        # A stream for the engine: CUDA's default stream, which layers use, cannot be captured.
         self.stream = cupy.cuda.Stream(non_blocking=True)
         with self._computing():
             self.arrays = self._allocate()
@@ -125,10 +125,10 @@ class GpuEngine:
             correct = self.arrays["test.correct"].sum()
         yield Result(self.test_size, loss, correct)
 
-    # How it is set up.
+    # Set-up.
 
     def _write_programs(self, examples: int) -> dict[str, Program]:
-        """Of training, by name and batch size, and of an evaluation."""
+        """Return the programs of training, for each batch size, and of an evaluation, by name."""
         programs = {}
         for n in {self.batch_size, examples % self.batch_size} - {0}:
             programs[f"train{n}"] = launch.training(
@@ -221,10 +221,10 @@ class GpuEngine:
             yield
         outside.wait_event(self.stream.record())
 
-    # What is done again and again; on the engine's stream.
+    # Every call, on the engine's stream.
 
     def _adopt(self) -> None:
-        """Take over what others have put into the layers and the optimizer."""
+        """Copy arrays that were replaced in the layers or the optimizer to the engine's arrays."""
         for array, view in self._values:
             if array.data is not view:
                 view[...] = array.data

@@ -1,4 +1,4 @@
-"""From the plan to a sequence of kernel launches, and the arrays they work on. Knows no device.
+"""Turn a plan into a sequence of kernel launches and the arrays they work on, without a device.
 
 A training step's launches are the same in every step: where the batch begins, and the learning
 rate, the kernels find by a counter in the GPU's memory. So one sequence can be run again and again,
@@ -51,11 +51,11 @@ MULTIPROCESSORS = 132
 """Streaming multiprocessors of an H100 or H200; the work is divided among them."""
 
 BLOCKS_PER_MULTIPROCESSOR = 4
-"""How many blocks of threads there are at most for each multiprocessor, where each goes through
-several examples: every part of the batch makes the merging of the statistics longer."""
+"""The most blocks for each multiprocessor if a block processes several examples. More blocks would
+mean more parts of the batch, whose statistics must be merged."""
 
 MOST_BLOCKS = 65_535
-"""In a grid's second and third axis, in CUDA."""
+"""CUDA's limit for the second and third axis of a grid."""
 
 MOST_SHARED = 227 * 1024
 """Bytes of shared memory that a block can have on an H100 or H200."""
@@ -64,17 +64,17 @@ WEIGHTS_AT_A_TIME = 12 * 1024
 """Bytes of a convolution's weights in shared memory, unless a single channel has more."""
 
 EXAMPLES_OF_A_LOSS = 32
-"""How many examples' losses a block computes, a thread each: many blocks load more at once."""
+"""The examples of a block that computes losses. Few, because more blocks load more at once."""
 
 LOGITS_AT_A_TIME = 16 * 1024
 """Bytes of logits in shared memory, unless a single example has more."""
 
 LONG = 256
-"""How many terms of a sum are worth a block of their own."""
+"""The number of terms of a sum that is worth another block."""
 
 
 def parameter_offsets(stages: Sequence[StagePlan]) -> dict[str, tuple[int, Parameter]]:
-    """Each parameter, "0.weight" say: where it begins in the arrays that hold all; and itself."""
+    """Return, by name ("0.weight"), each parameter's offset in the arrays of all, and itself."""
     found: dict[str, tuple[int, Parameter]] = {}
     end = 0
     for i, stage in enumerate(stages):
@@ -130,14 +130,14 @@ def evaluation(
 
 
 class _Writer:
-    """Writes down one program.
+    """Writes one program.
 
     Attributes:
-        n: examples of the batch that is written down.
-        steps: batches of the data set.
-        partition: of each stage's statistics, examples per block and blocks.
-        sums: of each stage, what batch norm's backward asks for.
-        partials: how many numbers of the partial sums' array are taken.
+        n: examples in a batch.
+        steps: batches in the data set.
+        partition: for the statistics of each stage, examples per block and number of blocks.
+        sums: for each stage, the ``Sums`` of kernels.cu.
+        partials: the numbers that are allocated in the array of partial sums.
     """
 
     def __init__(
@@ -193,7 +193,7 @@ class _Writer:
             self._cross_entropy(batch)
         return self._program()
 
-    # Each part of the program.
+    # The launches.
 
     def _forward(self, before: KernelStage, stage: KernelStage, batch: Structure) -> None:
         name = stage.name
@@ -344,7 +344,7 @@ class _Writer:
             self._array("velocities", shape, value=0),
         )
 
-    # What they are made of.
+    # Their parts.
 
     def _program(self) -> Program:
         for name, array in self.arrays.items():
@@ -408,7 +408,7 @@ class _Writer:
         return NULL if found is None else Pointer(array, found[0])
 
     def _output(self, stage: KernelStage) -> Pointer | None:
-        """What its affine map gives; null for the images."""
+        """Return the output of a stage's affine map; null for the images."""
         return NULL if stage.plan is None else Pointer(f"y{stage.name}")
 
     def _batch(self, order: Pointer | None, step: Pointer) -> Structure:
@@ -462,7 +462,7 @@ class _Writer:
         return examples_per_block, over(self.n, examples_per_block)
 
     def _weight_passes(self, stage: KernelStage, channels: int, maps: int) -> tuple[int, int]:
-        """How many channels' weights are in shared memory together, and how many numbers."""
+        """Return how many channels' weights are in shared memory at a time, and their numbers."""
         taps = stage.sizes["kernel_h"] * stage.sizes["kernel_w"]
         one = taps * over(maps, MAPS_PER_THREAD) * MAPS_PER_THREAD
         channels_per_pass = min(channels, max(1, WEIGHTS_AT_A_TIME // (one * self.dtype.itemsize)))

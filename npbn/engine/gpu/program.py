@@ -1,4 +1,4 @@
-"""What a training step, or an evaluation, asks of a GPU, as data. Knows no device.
+"""A training step, or an evaluation, on a GPU, as data: arrays and launches, without a device.
 
 A `Program` says which arrays there have to be, and which kernels of ``kernels.cu`` are launched on
 them, one after the other. `npbn.engine.gpu.launch` writes programs.
@@ -99,7 +99,7 @@ class Launch:
 
 @dataclass(frozen=True)
 class Program:
-    """What a training step, or an evaluation, asks of a device.
+    """The arrays and launches of a training step, or of an evaluation.
 
     Attributes:
         arrays: by name.

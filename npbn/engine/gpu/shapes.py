@@ -11,17 +11,17 @@ from npbn.engine.gpu.program import SHAPE_FIELDS
 from npbn.engine.plan import StagePlan
 from npbn.layers import MaxPool2d, ReLU, Sigmoid
 
-# As in kernels.cu.
+# The constants of kernels.cu.
 TILE, TILE_K, VECTOR = 16, 128, 4
 ROWS_PER_THREAD, MAPS_PER_THREAD, TAPS_PER_THREAD, BANKS, PARAMETERS_PER_BLOCK = 4, 2, 5, 32, 32
 ACTIVATIONS = {type(None): 0, Sigmoid: 1, ReLU: 2}
 
 TILES = (2 * TILE * (TILE_K + VECTOR),)
-"""Numbers in shared memory of each array that ``tile_of_product`` allocates."""
+"""The lengths of the arrays that ``tile_of_product`` allocates in shared memory."""
 
 
 def normalization(stage: KernelStage) -> tuple[int, ...]:
-    """Return the numbers in shared memory of each array that ``normalization`` allocates."""
+    """Return the lengths of the arrays that ``normalization`` allocates in shared memory."""
     return (stage.maps,) * 4
 
 
