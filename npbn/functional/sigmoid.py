@@ -14,9 +14,9 @@ $x \ge -708.4$ in float64. To the left of that, $y$ is $t$ where it should be sm
 $$\sigma'(x) = -\frac{1}{u^2} \cdot (-e^{-x}) = \frac{1}{u} \cdot \frac{e^{-x}}{u}
   = y (1 - y)$$
 
-because $e^{-x} / u = (u - 1) / u = 1 - y$. With $dx$ and $dy$ short for the loss's gradients by $x$
-and $y$, the chain rule gives $dx = dy \cdot y (1 - y)$. The output is all that the backward
-pass needs.
+because $e^{-x} / u = (u - 1) / u = 1 - y$. With $dx$ and $dy$ the gradients of the loss
+with respect to $x$ and $y$, the chain rule gives $dx = dy \cdot y (1 - y)$. The output is all that
+the backward pass needs.
 
 **Source.** D. Rumelhart, G. Hinton and R. Williams, "Learning representations by back-propagating
 errors", Nature 323, 1986, equations 2 and 5.
