@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -209,7 +210,8 @@ class IdxSource:
                 )
                 if process.returncode != 0:
                     lines = process.stdout.strip().splitlines()
-                    raise DataError(lines[-1] if lines else f"exit code {process.returncode}")
+                    reason = lines[-1] if lines else f"exit code {process.returncode}"
+                    raise DataError(textwrap.shorten(reason, 200, placeholder=" …"))
                 self.read(Path(temporary))
                 for path in (Path(temporary) / self.torchvision / "raw").iterdir():
                     if (path.suffix == ".gz") == self.compressed:
