@@ -1,4 +1,4 @@
-"""Check that npbn is installed; then offer what its commands share to the scripts."""
+"""Check that npbn is installed, then import the common parts of its commands for the scripts."""
 
 from __future__ import annotations
 

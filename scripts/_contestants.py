@@ -1,6 +1,8 @@
-"""The benchmark's contestants: a library, set up with npbn's model and weights, and the clock.
+"""Set up the contestants of benchmark.py and measure their speed.
 
-Each runs in its own process, started by benchmark.py, and answers its requests.
+A contestant is a library with a model that has npbn's architecture and npbn's initial weights.
+benchmark.py starts each contestant in its own process, and the process answers the requests of
+benchmark.py.
 """
 
 from __future__ import annotations
@@ -26,20 +28,21 @@ from npbn.data import Split
 from npbn.errors import NpbnError
 from npbn.layers import AvgPool2d, BatchNorm, Conv2d, Flatten, Linear, Sequential, Sigmoid
 
-LEARNING_RATE = 0.01  # small: the labels are random, there is nothing to learn
+LEARNING_RATE = 0.01  # This is small because the labels are random.
 EVALUATION_BATCH_SIZE = 256
 IMAGE = (1, 28, 28)
-# Padding of the first convolution, maps after the first and the second.
+# The padding of the first convolution, and the number of maps after each of the two convolutions.
 NETWORKS = {"lenet": (0, 6, 16), "blenet": (2, 6, 16), "wide": (0, 24, 64)}
 TASKS = ("train", "epoch", "evaluate", "evaluate at once")
 
 Array = Any
-"""An array of whichever library a contestant computes with."""
+"""An array of the library that the contestant computes with."""
 
 Pass = Callable[[int, int], Any]
-"""Go through that many images in batches of that size; return the sum of what was found.
+"""A function of the number of images and the batch size, which processes the images in batches.
 
-That is the losses in training, and in evaluation how many were classified as labelled.
+In training, the function returns the sum of the losses of the batches. In evaluation, it returns
+the number of images that the model classifies as labelled.
 """
 
 
@@ -58,14 +61,15 @@ class Settings:
 
 @dataclass(frozen=True)
 class Contestant:
-    """A library, ready to be measured. Model, images and labels are on its device.
+    """A library that is ready to be measured, with model, images and labels on its device.
 
     Attributes:
-        description: library, version, device.
-        images: how many there are.
-        passes: by task; "evaluate" also stands for "evaluate at once".
-        synchronize: waits for the device.
-        threading_layer: of Numba, where that computes; known after the first step.
+        description: the names and versions of the library and of the device.
+        images: the number of images.
+        passes: a pass for each task. The pass "evaluate" also does the task "evaluate at once".
+        synchronize: a function that waits for the device.
+        threading_layer: a function that returns Numba's threading layer after the first step, or
+            None if Numba does not compute.
     """
 
     description: str
@@ -80,7 +84,7 @@ class Contestant:
 
 
 def batches(examples: int, batch_size: int) -> list[slice]:
-    """Return the places of the batches, the last of which may be smaller."""
+    """Return the slice of each batch; the last batch may be smaller than the others."""
     return [slice(i, min(i + batch_size, examples)) for i in range(0, examples, batch_size)]
 
 
@@ -94,16 +98,18 @@ def batch_by_batch(
     gather: Callable[[Array], tuple[Array, Array]],
     set_mode: Callable[[bool], object] = lambda training: None,
 ) -> dict[str, Pass]:
-    """Return the passes of a library that is called for each batch.
+    """Return the passes of a library that is called once for each batch.
 
     Args:
-        images: as floats.
-        labels: theirs.
-        step: a training step on images and labels; returns the loss.
-        correct: how many images the model classifies as labelled.
-        shuffle: the indices of all images in a new order.
-        gather: indices → images as floats, from pixels that are bytes, and labels.
-        set_mode: sets the model's mode, True for training.
+        images: the images as floats.
+        labels: the labels of the images.
+        step: a function that does a training step on images and labels, and returns the loss.
+        correct: a function of images and labels that returns the number of images that the model
+            classifies as labelled.
+        shuffle: a function that returns the indices of all images in a new order.
+        gather: a function of indices that converts the images at these indices from bytes to
+            floats, and returns these images and their labels.
+        set_mode: a function that sets the model's mode; its argument True means training.
     """
 
     def train(examples: int, batch_size: int) -> Array:
@@ -123,7 +129,7 @@ def batch_by_batch(
 
 
 def total(results: Iterable[Array]) -> Array:
-    """Return the sum, without waiting for the device. (Of nothing, 0.)"""
+    """Return the sum of the results, or 0 if there is none, without waiting for the device."""
     found: Array = 0
     for result in results:
         found = found + result
@@ -131,7 +137,7 @@ def total(results: Iterable[Array]) -> Array:
 
 
 def layers_contestant(settings: Settings) -> Contestant:
-    """npbn's layers, as `train.py` sets them up."""
+    """Return the contestant that trains with npbn's layers, set up as in train.py."""
     backend.keep_freed_memory()
     backend.limit_blas_threads(settings.threads)
     device = backend.get_backend(settings.backend)
@@ -172,11 +178,12 @@ def layers_contestant(settings: Settings) -> Contestant:
 
 
 def engine_contestant(settings: Settings) -> Contestant:
-    """npbn's fused engine, which always takes pixels as bytes.
+    """Return the contestant that trains with npbn's fused engine, which takes pixels as bytes.
 
-    An engine evaluates one test split: for each size of a batch there is one, and the one for 256
-    trains. On a GPU, it evaluates all images in parts of a fixed size, whatever the size of the
-    task's batches.
+    An engine evaluates all of its test split. On the CPU, this contestant therefore builds one
+    engine for each size of an evaluation batch; the engine for batches of 256 also trains. On a
+    GPU, a single engine trains and evaluates all images in parts of a fixed size, so that the batch
+    size of an evaluation task has no effect.
     """
     from npbn import engine
 
@@ -205,11 +212,17 @@ def engine_contestant(settings: Settings) -> Contestant:
 
     @functools.cache
     def evaluator(tested: int) -> engine.Engine:
-        """Return one that will not train, and so needs no memory for batches."""
+        """Return an engine for a test split of this size.
+
+        A new engine only evaluates. Its training batch size is 1, to save memory.
+        """
         return trainer if tested == size else build(tested, 1)
 
     def steps(order: np.ndarray) -> float:
-        """Results of several batches may be one: this sums up the batches' mean losses."""
+        """Train on the images in this order; return the sum of the mean losses of the batches.
+
+        One result of the engine may stand for several batches.
+        """
         losses = total(result.loss * result.examples for result in trainer.steps(order))
         return float(losses) / settings.batch_size  # waits for the device
 
@@ -223,7 +236,10 @@ def engine_contestant(settings: Settings) -> Contestant:
         )
 
     def threading_layer() -> str | None:
-        """Return the one that was chosen at the first parallel kernel, None without any."""
+        """Return Numba's threading layer, or None if no parallel kernel has run.
+
+        Numba chooses the threading layer when the first parallel kernel runs.
+        """
         if (numba := sys.modules.get("numba")) is None:
             return None
         try:
@@ -251,7 +267,11 @@ def engine_contestant(settings: Settings) -> Contestant:
 
 
 def torch_contestant(settings: Settings) -> Contestant:
-    """PyTorch: eager, torch.compile, a CUDA graph, or with batch norm written by hand."""
+    """Return a contestant that trains with PyTorch.
+
+    The worker's name selects the variant: eager, torch.compile, a CUDA graph of the training step,
+    or eager with batch norm written by hand.
+    """
     import torch
     from torch import nn
 
@@ -268,7 +288,7 @@ def torch_contestant(settings: Settings) -> Contestant:
         for name, num_dims in (("norm_of_maps", 4), ("norm_of_vectors", 2)):
             norms[name] = functools.partial(HandWrittenBatchNorm, num_dims=num_dims)
     model: Any = lenet(padding=padding, maps=(maps[0], maps[1]), **norms)
-    # npbn's initial weights, so that the losses must be npbn's.
+    # The model gets npbn's initial weights, so that its losses must agree with npbn's.
     weights = npbn_model(settings).parameters().values()
     with torch.no_grad():
         for parameter, weight in zip(model.parameters(), weights, strict=True):
@@ -277,7 +297,8 @@ def torch_contestant(settings: Settings) -> Contestant:
     optimizer = torch.optim.SGD(model.parameters(), lr=LEARNING_RATE)
     criterion = nn.CrossEntropyLoss()
     if settings.worker.startswith("compile"):
-        # Compiled for each shape separately, which gives the fastest code.
+        # Without dynamic shapes, PyTorch compiles the model for each shape separately. That gives
+        # the fastest code.
         model = torch.compile(model, dynamic=False, mode="max-autotune" if on_gpu else None)
 
     def step(images: Array, labels: Array) -> Array:
@@ -288,14 +309,14 @@ def torch_contestant(settings: Settings) -> Contestant:
         return loss.detach()
 
     def captured() -> Callable[[Array, Array], Array]:
-        """Return the step as a CUDA graph, captured as PyTorch's manual has it."""
+        """Return the step as a CUDA graph, captured as PyTorch's manual describes."""
         model.train()
         batch_images, batch_labels = (
             torch.from_numpy(array[: settings.batch_size]).to(device)
             for array in random_data(settings)
         )
         before = copy.deepcopy(model.state_dict())
-        cuda: Any = torch.cuda  # some of which has no types
+        cuda: Any = torch.cuda  # Some of its functions have no type annotations.
         stream = cuda.Stream()
         stream.wait_stream(cuda.current_stream())
         with cuda.stream(stream):
@@ -306,7 +327,7 @@ def torch_contestant(settings: Settings) -> Contestant:
         graph = cuda.CUDAGraph()
         with cuda.graph(graph):
             loss = step(batch_images, batch_labels)
-        model.load_state_dict(before)  # copied to where the graph works
+        model.load_state_dict(before)  # This copies into the arrays that the graph uses.
 
         def replay(images: Array, labels: Array) -> Array:
             batch_images.copy_(images)
@@ -347,7 +368,7 @@ def torch_contestant(settings: Settings) -> Contestant:
 
 
 def onnx_contestant(settings: Settings) -> Contestant:
-    """ONNX Runtime, which only evaluates."""
+    """Return the contestant that evaluates with ONNX Runtime, which does not train."""
     session, description = onnx_session(npbn_model(settings), settings.threads)
     images, labels = random_data(settings)
 
@@ -386,8 +407,8 @@ def onnx_session(model: Sequential, threads: int) -> tuple[Any, str]:
 
 
 def jax_contestant(settings: Settings) -> Contestant:
-    """JAX, a whole step in one jax.jit."""
-    # XLA has no other way to be told its number of threads, and asks when it is loaded.
+    """Return the contestant that trains with JAX, with a whole step in one jax.jit."""
+    # XLA reads its number of threads only from this variable, and only when XLA is loaded.
     os.environ.update(NPROC=str(settings.threads), JAX_PLATFORMS="cpu")
     try:
         import jax
@@ -398,14 +419,15 @@ def jax_contestant(settings: Settings) -> Contestant:
     from jax import lax
     from jax import numpy as jnp
 
-    # Each block with batch norm has four: weight, bias, gamma, beta. The last layer has two.
+    # Each block with batch norm has four parameters: weight, bias, gamma, beta. The last layer has
+    # two parameters: weight, bias.
     initial = npbn_model(settings).parameters().values()
     weights = [jnp.asarray(parameter.data) for parameter in initial]
     moving = [(jnp.zeros_like(gamma), jnp.ones_like(gamma)) for gamma in weights[2::4]]
     padding, *_ = NETWORKS[settings.model]
 
     def forward(weights: Any, moving: Any, x: Array, training: bool) -> tuple[Array, Any]:
-        """Return the logits, and the moving averages after this."""
+        """Return the logits, and the moving averages updated by this batch."""
         if x.dtype == jnp.uint8:
             x = x.astype(jnp.float32) / 255
         after = []
@@ -442,7 +464,7 @@ def jax_contestant(settings: Settings) -> Contestant:
 
     compiled_train, compiled_count = jax.jit(train, donate_argnums=(0, 1)), jax.jit(count)
 
-    latest: Array = None  # to wait for
+    latest: Array = None  # the latest result, for which `synchronize` waits
 
     def step(images: Array, labels: Array) -> Array:
         nonlocal weights, moving, latest
@@ -472,7 +494,10 @@ def jax_contestant(settings: Settings) -> Contestant:
 
 
 def npbn_model(settings: Settings) -> Sequential:
-    """Return that of `npbn.models` for lenet and blenet, with those initial weights."""
+    """Return the network that the settings name, with initial weights drawn from the seed.
+
+    For lenet and blenet, the network and its weights are those of `npbn.models`.
+    """
     generator = np.random.default_rng(settings.seed)
     padding, first, second = NETWORKS[settings.model]
     side = ((IMAGE[1] + 2 * padding - 4) // 2 - 4) // 2
@@ -494,20 +519,23 @@ def npbn_model(settings: Settings) -> Sequential:
 
 
 def random_pixels(settings: Settings) -> tuple[np.ndarray, np.ndarray]:
-    """Return images as bytes, and labels."""
+    """Return random images as bytes, and random labels."""
     generator = np.random.default_rng(settings.seed)
     images = generator.integers(256, size=(settings.images, *IMAGE), dtype=np.uint8)
     return images, generator.integers(10, size=settings.images)
 
 
 def random_data(settings: Settings) -> tuple[np.ndarray, np.ndarray]:
-    """Return those images as float32, and labels."""
+    """Return the images of `random_pixels` as float32, divided by 255, and their labels."""
     images, labels = random_pixels(settings)
     return images / np.float32(255), labels
 
 
 def prepared(settings: Settings) -> Contestant:
-    """Return the contestant that this worker is, after its first training step."""
+    """Return the contestant of this worker after its first training step.
+
+    A contestant that does not train has evaluated one batch instead.
+    """
     prepare = {
         "layers": layers_contestant,
         "engine": engine_contestant,
@@ -519,18 +547,22 @@ def prepared(settings: Settings) -> Contestant:
         first = contestant.passes.get("train", contestant.passes["evaluate"])
         first(settings.batch_size, settings.batch_size)
         contestant.synchronize()
-    except Exception as error:  # torch.compile's goes on for lines after it has said what is wrong
+    except Exception as error:  # The first line of torch.compile's long messages is enough.
         raise NpbnError((str(error) or type(error).__name__).splitlines()[0]) from error
     return contestant
 
 
 def measure(contestant: Contestant, task: str, batch_size: int) -> dict[str, float]:
-    """Go through the images once; return examples/s, and the sum of the results."""
+    """Process the images once; return the speed in examples/s and the sum of the results.
+
+    In training, a last batch that would be smaller than the others is left out.
+    """
     run = contestant.passes[task.removesuffix(" at once")]
     images = contestant.images
     if task in ("train", "epoch"):
         images -= images % batch_size  # whole batches
-    run(batch_size, batch_size)  # not counted: the caches hold another contestant's data
+    # This batch is not measured: the CPU's caches still hold another contestant's data.
+    run(batch_size, batch_size)
     contestant.synchronize()
     started = time.perf_counter()
     result = run(images, batch_size)
@@ -540,8 +572,11 @@ def measure(contestant: Contestant, task: str, batch_size: int) -> dict[str, flo
 
 
 def serve(settings: Settings) -> None:
-    """Say what this is, then answer requests, a line of JSON each, until there are no more."""
-    sys.stdout = sys.stderr  # what a library prints is no answer
+    """Print a description of the contestant, then answer requests until there are no more.
+
+    The description, each request and each answer are one line of JSON.
+    """
+    sys.stdout = sys.stderr  # keeps the output of libraries apart from the answers
     contestant = prepared(settings)
     introduction = {
         "description": contestant.description,
@@ -558,7 +593,7 @@ def serve(settings: Settings) -> None:
 
 
 def serve_peaks(settings: Settings) -> None:
-    """Answer with the operations per second that the CPU does at most."""
+    """Answer each request with the highest number of operations per second of the CPU."""
     from _cpu_rates import Peaks
 
     peaks = Peaks()
@@ -572,7 +607,10 @@ def answer_requests(introduction: object, answer: Callable[..., object]) -> None
 
 
 def peak_resident_bytes() -> int:
-    """Return that of this process and those that it has started; shared pages count in each."""
+    """Return the peak resident memory of this process and of the processes that it has started.
+
+    The result is the sum over the processes, so that shared pages count several times.
+    """
     import psutil
 
     found = 0

@@ -1,6 +1,7 @@
-"""The floor of a training step on a CPU: how many operations it takes, and how many a second.
+"""Count the operations of a training step, and measure the CPU's peak of operations per second.
 
-A multiplication and an addition are two operations, in one instruction or in two.
+The quotient of the two is the floor, the least time that a training step can take. A multiplication
+and an addition count as two operations, even if one instruction does both.
 """
 
 from __future__ import annotations
@@ -19,26 +20,27 @@ from npbn import backend
 from npbn.layers import Conv2d, Linear, Sequential
 
 CHAINS = 12
-"""Vectors that are multiplied and added to at the same time.
+"""The number of vectors that the kernel works on independently of each other.
 
-An instruction takes 4 cycles and a core starts two in each, so 8 would do; 12 and a constant fit
-into the 16 registers of AVX2.
+A multiply-add instruction takes 4 cycles, and a core starts two instructions in each cycle, so that
+8 vectors would be enough. 12 vectors and a constant fit into the 16 registers of AVX2.
 """
 
 PRODUCT = 2048
 
 
 def training_operations(model: Sequential, image: tuple[int, ...], batch_size: int) -> int:
-    """Return the operations of a training step, of the layers' products only.
+    """Return the number of operations in the layers' products in one training step.
 
-    A convolution or linear layer takes one multiplication and addition for each weight and each
-    place of the output that it contributes to: forward, for the gradient of the loss with respect
-    to the weights and, except for the first layer, with respect to the layer's input. Those with
-    padding's zeros are counted.
+    A convolution or a linear layer computes up to three products: the output, the gradient of the
+    loss with respect to the weights, and the gradient of the loss with respect to the layer's
+    input. The first layer does not compute the last of these. Each product takes one multiplication
+    and one addition for each pair of a weight and an output position to which the weight
+    contributes. Multiplications by the zeros of the padding are counted.
     """
     products = []
     training = model.training
-    model.eval()  # for an image only: batch norm has no batch to normalize by
+    model.eval()  # In training mode, batch norm cannot normalize one image.
     x: Any = np.zeros((1, *image), np.float32)
     for layer in model.layers:
         x = layer.forward(x)
@@ -52,10 +54,11 @@ def training_operations(model: Sequential, image: tuple[int, ...], batch_size: i
 
 
 def multiply_add_kernel() -> Callable[[int], float]:
-    """Return a compiled function that, called with n, does `operations_of(n)` without any memory.
+    """Return a compiled function that, called with n, does `operations_of(n)` operations.
 
-    It releases the GIL. Its vectors and fused multiply-adds are written out, for how wide a loop
-    becomes is for a compiler to decide.
+    The function works in registers only, without memory traffic, and releases the GIL. Its code
+    contains the vectors and the fused multiply-adds explicitly, because in a loop over numbers the
+    compiler would choose the width of the vectors.
 
     Raises:
         ImportError: Numba is missing or does not work here.
@@ -76,7 +79,7 @@ def multiply_add_kernel() -> Callable[[int], float]:
             multiply_add = cgutils.get_or_insert_function(
                 builder.module,
                 ir.FunctionType(vector, (vector,) * 3),
-                f"llvm.fmuladd.v{vector.count}f32",  # fused where the processor can
+                f"llvm.fmuladd.v{vector.count}f32",  # fused if the processor supports it
             )
             factors = ir.Constant(vector, ir.Undefined)
             for lane in range(vector.count):
@@ -108,20 +111,23 @@ def multiply_add_kernel() -> Callable[[int], float]:
 
 
 def lanes() -> int:
-    """Return how many float32 a vector of the processor has; of a shorter one it takes several."""
+    """Return the number of float32 values in the kernel's vectors: 16 with AVX512F, otherwise 8.
+
+    A processor with shorter vectors uses several of its vectors for one vector of the kernel.
+    """
     return 16 if "AVX512F" in features() else 8
 
 
 def operations_of(count: int) -> int:
-    """Return the operations of the kernel, called with ``count``."""
+    """Return the number of operations of the kernel when it is called with ``count``."""
     return 2 * lanes() * CHAINS * count
 
 
 class Peaks:
-    """Measures operations a second in float32 in two ways.
+    """Measure the CPU's operations per second in float32 in two ways.
 
-    "multiply-add" is the kernel above, where Numba is installed; "product" is NumPy's product of
-    two matrices of 2,048 × 2,048.
+    The way "multiply-add" is the kernel of `multiply_add_kernel`, and needs Numba. The way
+    "product" is NumPy's product of two matrices of 2,048 × 2,048.
     """
 
     def __init__(self) -> None:
@@ -136,7 +142,11 @@ class Peaks:
             self._kernel = None
 
     def measure(self, threads: int, seconds: float = 0.03) -> dict[str, float]:
-        """Measure the peak in each way, with this many threads; return the highest of a few."""
+        """Return the operations per second in each way, measured with this number of threads.
+
+        The value of "multiply-add" is the highest of three measurements, which take about
+        ``seconds`` each; the value of "product" is a single measurement.
+        """
         rates = {}
         if self._kernel is not None:
             rates["multiply-add"] = self._multiply_add(self._kernel, threads, seconds)
@@ -157,7 +167,7 @@ class Peaks:
                     pass
                 return time.perf_counter() - started
 
-            elapsed(count)  # not counted: the threads have to start
+            elapsed(count)  # not measured, because the threads have to start
             count = max(count, round(count * seconds / elapsed(count)))
             return max(threads * operations_of(count) / elapsed(count) for _ in range(3))
 
@@ -165,6 +175,6 @@ class Peaks:
 def fastest_way(rates: Sequence[dict[str, float]]) -> str:
     """Return the way with the highest median, given the measurements of several rounds.
 
-    That a product beats the kernel means that the kernel is not what this processor does best.
+    If "product" is the fastest way, the kernel does not reach the peak of this processor.
     """
     return max(rates[0], key=lambda way: statistics.median(rate[way] for rate in rates))

@@ -1,4 +1,4 @@
-"""Describe where a measurement was made: processor, libraries, versions, date."""
+"""Describe the machine of a measurement: processor, libraries, versions, date."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import threadpoolctl
 
 from npbn import backend
 
-VERSIONS = {  # distributions, and how they are called
+VERSIONS = {  # the names of distributions, and the names of the libraries in a report
     "npbn": "npbn",
     "numpy": "NumPy",
     "numba": "Numba",
@@ -21,12 +21,13 @@ VERSIONS = {  # distributions, and how they are called
     "jax": "JAX",
 }
 
-# NumPy 2.4 and later name levels of x86-64; these are what a reader looks for in them.
+# NumPy 2.4 and later report levels of x86-64. This table names the features of each level that
+# matter to a reader.
 LEVELS = {"X86_V3": "AVX2 FMA3", "X86_V4": "AVX512F AVX512BW AVX512CD AVX512DQ AVX512VL"}
 
 
 def machine() -> dict[str, Any]:
-    """Return what a table says about the machine, for JSON."""
+    """Return the facts about this machine that a report contains, as values for JSON."""
     return {
         "date": datetime.date.today().isoformat(),
         "cpu": backend.cpu_name(),
@@ -40,7 +41,7 @@ def machine() -> dict[str, Any]:
 
 
 def about(machine: dict[str, Any]) -> str:
-    """Return those facts in one line."""
+    """Return the facts that `machine` collects in one line of text."""
     versions = [f"Python {machine['python']}"]
     layer = machine.get("threading_layer")
     for name, number in machine["versions"].items():
@@ -53,7 +54,7 @@ def about(machine: dict[str, Any]) -> str:
 
 
 def features() -> list[str]:
-    """Return the processor's features for which NumPy looked and that it found."""
+    """Return the processor's features that NumPy looked for and found."""
     simd: Any = np.show_config(mode="dicts").get("SIMD Extensions", {})
     # On processors other than x86-64, all features that matter may be in the baseline.
     found: list[str] = simd.get("found") or simd.get("baseline", [])
@@ -61,7 +62,7 @@ def features() -> list[str]:
 
 
 def blas() -> str:
-    """Return the library of NumPy's matrix products, and for which processor its kernels are."""
+    """Return the BLAS library of NumPy's matrix products and the architecture of its kernels."""
     pools = [pool for pool in threadpoolctl.threadpool_info() if pool["user_api"] == "blas"]
     texts = [
         f"{'OpenBLAS' if pool['internal_api'] == 'openblas' else pool['internal_api']} "
@@ -72,7 +73,7 @@ def blas() -> str:
 
 
 def version(distribution: str) -> str | None:
-    """Return the version that is installed, None without."""
+    """Return the installed version of a distribution, or None if it is not installed."""
     try:
         return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:

@@ -1,4 +1,4 @@
-"""The peer that scripts compare with: LeNet with batch norm in PyTorch. Needs PyTorch."""
+"""Define LeNet with batch norm in PyTorch, with which scripts compare npbn. Needs PyTorch."""
 
 from __future__ import annotations
 
@@ -15,13 +15,15 @@ def lenet(
     norm_of_maps: Callable[[int], nn.Module] = nn.BatchNorm2d,
     norm_of_vectors: Callable[[int], nn.Module] = nn.BatchNorm1d,
 ) -> nn.Sequential:
-    """Return network A; with ``padding=2``, network B. Its layers come in the order of npbn's.
+    """Return network A or, with ``padding=2``, network B, with layers in the order of npbn's.
 
     Args:
-        padding: of the first convolution.
-        maps: of the first and the second convolution.
-        norm_of_maps: makes the batch norm of this many maps, after a convolution.
-        norm_of_vectors: makes the batch norm of this many features, after a linear layer.
+        padding: the padding of the first convolution.
+        maps: the numbers of maps of the first and the second convolution.
+        norm_of_maps: a function of the number of maps that returns the batch norm after a
+            convolution.
+        norm_of_vectors: a function of the number of features that returns the batch norm after a
+            linear layer.
     """
     first, second = maps
     side = ((28 + 2 * padding - 4) // 2 - 4) // 2
@@ -37,7 +39,7 @@ def lenet(
 
 
 class HandWrittenBatchNorm(nn.Module):
-    """Batch norm in elementary operations, as in a lesson; autograd finds the backward pass."""
+    """Batch norm in elementary operations, as in a lesson; autograd does the backward pass."""
 
     moving_mean: torch.Tensor
     moving_var: torch.Tensor

@@ -23,7 +23,7 @@ def spread(values: Sequence[float], form: str) -> str:
 
 
 def print_table(rows: list[list[str]]) -> None:
-    """Print it in Markdown; the first row is the header."""
+    """Print a table in Markdown; the first row is the header."""
     widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
     rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
     say("")
@@ -33,7 +33,10 @@ def print_table(rows: list[list[str]]) -> None:
 
 
 def check_writable(path: Path) -> None:
-    """See, before minutes have gone by, whether a file can be written there."""
+    """Raise an error if no file can be written at ``path``.
+
+    Scripts call this function before a measurement that takes minutes.
+    """
     if path.exists() and not path.is_file():
         raise NpbnError(f"cannot write {path}: it is no file")
     try:
@@ -44,7 +47,7 @@ def check_writable(path: Path) -> None:
 
 
 def save(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all."""
+    """Write a file; if writing fails, an older file at ``path`` stays intact."""
     try:
         write_file(path, content)
     except OSError as error:

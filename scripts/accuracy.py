@@ -18,7 +18,7 @@ from npbn import functional as F
 from npbn.errors import NpbnError
 
 UNIT = 2.0**-24
-"""Half the distance from 1 to the next float32: the largest relative error of one rounding."""
+"""Half the distance from 1 to the next float32, which is the largest relative rounding error."""
 
 EPILOG = """\
 An error is the largest of any element, divided by the largest element of the exact result (by 1 if
@@ -29,13 +29,15 @@ result in float64 on the same inputs, which check_gradients.py proves. Prints a 
 
 @dataclass(frozen=True)
 class Case:
-    """An operation on given inputs, in float32.
+    """An operation with given inputs in float32.
 
     Attributes:
-        inputs: what gradients are taken by.
+        name: the name of the case in the table.
+        inputs: the arrays with respect to which gradients are computed, by npbn's names.
+        forward, backward: npbn's forward and backward functions.
+        torch: a function of the module torch and of the inputs as tensors that returns PyTorch's
+            result y.
         constants: further arrays and options, by npbn's names.
-        forward, backward: npbn's.
-        torch: (torch, inputs as tensors) → y by PyTorch.
     """
 
     name: str
@@ -142,7 +144,7 @@ def cases() -> Iterator[Case]:
 
 
 def by_npbn(case: Case, dy: np.ndarray, dtype: str) -> dict[str, np.ndarray]:
-    """y and all gradients."""
+    """Return npbn's result y and all gradients, computed in ``dtype``."""
 
     def cast(value: Any) -> Any:
         is_float = isinstance(value, np.ndarray) and value.dtype == np.float32
@@ -164,7 +166,7 @@ def by_pytorch(torch: Any, case: Case, dy: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def error(found: np.ndarray, exact: np.ndarray) -> float:
-    """Return the largest error, relative to the largest element, in units of rounding."""
+    """Return the largest error, relative to the largest exact element, in units of `UNIT`."""
     largest = float(np.max(np.abs(exact)))
     return float(np.max(np.abs(found - exact))) / (largest or 1.0) / UNIT
 

@@ -57,15 +57,15 @@ def parse_arguments() -> argparse.Namespace:
     return arguments
 
 
-# The next two functions allocate buffers and return a function that computes what
-# npbn.functional does, forward and backward, in them. Here as there, arrays have the shape
-# (N, C, H, W) and the memory order C, H, W, N.
+# Each of the next two functions allocates buffers, and returns a function that computes in these
+# buffers what npbn.functional computes, forward and backward. As in npbn.functional, arrays have
+# the shape (N, C, H, W) and the memory order C, H, W, N.
 
 
 def block_in_buffers(
     x: np.ndarray, gamma: np.ndarray, beta: np.ndarray, dpooled: np.ndarray
 ) -> Callable[[], Any]:
-    """Batch norm, sigmoid and 2 × 2 average pooling."""
+    """Return a function that computes batch norm, sigmoid and 2 × 2 average pooling in buffers."""
     x_centred, y, dy, dx = (np.empty_like(x) for _ in range(4))  # keeps the memory order
     pooled, share = (np.empty_like(dpooled) for _ in range(2))
     moving_mean, moving_var = np.zeros_like(gamma), np.ones_like(gamma)
@@ -117,7 +117,10 @@ def block_in_buffers(
 def convolution_in_buffers(
     x: np.ndarray, weight: np.ndarray, bias: np.ndarray, dy: np.ndarray
 ) -> Callable[[], Any]:
-    """A convolution without padding; dy in the memory order C, H, W, N, x in any."""
+    """Return a function that computes a convolution without padding in buffers.
+
+    The memory order of ``dy`` must be C, H, W, N; ``x`` may have any memory order.
+    """
     (n, c, h, w), (out, _, kh, kw), (_, _, out_h, out_w) = x.shape, weight.shape, dy.shape
     images, dimages = (np.empty((h, c, w, n), x.dtype) for _ in range(2))
     strips, dstrips = (np.empty((h, c, kw, out_w, n), x.dtype) for _ in range(2))
@@ -157,7 +160,7 @@ def convolution_in_buffers(
 
 
 def array_api_cost(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Measure both ways, print the table, return every value."""
+    """Measure npbn.functional and the code with buffers; print the table and return the values."""
     n = arguments.batch_size
     backend.keep_freed_memory()
     backend.limit_blas_threads(arguments.threads)
@@ -213,7 +216,7 @@ def array_api_cost(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def milliseconds(function: Callable[[], Any], calls: int) -> float:
-    function()  # not counted: until now the caches held the other one's data
+    function()  # not measured, because the caches still hold the other function's data
     started = time.perf_counter()
     for _ in range(calls):
         function()

@@ -73,7 +73,7 @@ examples:
 exit codes: 0 measured, 2 bad input or something missing on this machine, 130 interrupted
 """
 
-SMALLEST_BATCH = 16  # over two or three examples, batch norm magnifies rounding: see check_losses
+SMALLEST_BATCH = 16  # In smaller batches, batch norm magnifies rounding errors; see check_losses.
 CONTESTANTS = {
     "layers": "npbn layers",
     "engine": "npbn engine",
@@ -92,13 +92,13 @@ NEEDED_TO_COUNT = {
     "cupy": ("eager", "compile", "graph"),
 }
 ELSEWHERE = {"numpy": ("graph",), "cupy": ("eager-malloc", "compile-malloc", "jax", "onnx")}
-TUNED_MALLOC = {  # glibc's names for what npbn.backend.keep_freed_memory sets
+TUNED_MALLOC = {  # glibc's names of the settings that npbn.backend.keep_freed_memory makes
     "MALLOC_MMAP_MAX_": "0",
     "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1),
     "MALLOC_TOP_PAD_": str(64 * 2**20),
 }
 PEAKS = "peaks"
-"""Not a contestant: a process that measures the peak of the CPU."""
+"""The name of the worker that measures the peak of the CPU, and is not a contestant."""
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -146,8 +146,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--json", metavar="FILE", help="write every value there as well")
     parser.add_argument("--chart", metavar="FILE.png", help="draw the ratios there as well")
     arguments = parser.parse_args()
-    # As many as Fashion-MNIST has for testing; on a GPU, which is through with those in
-    # milliseconds, as many as it has for training.
+    # On the CPU, the number of Fashion-MNIST's test images. A GPU processes these in milliseconds,
+    # so on a GPU this is the number of Fashion-MNIST's training images.
     arguments.images = 10_000 if arguments.backend == "numpy" else 60_000
     if arguments.quick:
         arguments.images, arguments.rounds = 1_000, 3
@@ -157,13 +157,13 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def settings_of(arguments: argparse.Namespace) -> Settings:
-    """Return those of a worker; threads and batch size are one number each."""
+    """Return the settings of a worker, for one number of threads and one batch size."""
     names = [field.name for field in dataclasses.fields(Settings)]
     return Settings(**{name: getattr(arguments, name) for name in names})
 
 
 class Worker:
-    """A contestant in its own process, with its stderr in a file."""
+    """A process that runs a contestant or measures the peak, with its stderr in a file."""
 
     def __init__(
         self, name: str, arguments: argparse.Namespace, caches: str, stderr: IO[bytes]
@@ -188,7 +188,7 @@ class Worker:
 
     def ask(self, **request: str | int) -> dict[str, Any]:
         assert self.process.stdin is not None
-        with contextlib.suppress(OSError):  # it has died; then there is no answer, either
+        with contextlib.suppress(OSError):  # If the process has died, `answer` raises the error.
             self.process.stdin.write(json.dumps(request) + "\n")
             self.process.stdin.flush()
         return self.answer()
@@ -213,7 +213,7 @@ class Worker:
 
 
 def check_libraries() -> None:
-    """Raise an error of one line if a comparison lacks something."""
+    """Raise an error of one line if a library that every comparison needs is not installed."""
     missing = [name for name in ("torch", "psutil") if importlib.util.find_spec(name) is None]
     if missing:
         install = "in npbn's directory: pip install -e '.[benchmark]'"
@@ -221,7 +221,7 @@ def check_libraries() -> None:
 
 
 def compare(arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """Measure all that is asked for, print the tables, return every value."""
+    """Measure with each number of threads and batch size; print tables, return values."""
     check_libraries()
     comparisons = []
     for threads, batch_size in itertools.product(arguments.threads, arguments.batch_size):
@@ -280,10 +280,10 @@ def count(number: int, noun: str) -> str:
 
 
 Results = dict[str, dict[str, Any]]
-"""Return descriptions of the contestants, and their values by task, by title."""
+"""For the title of each contestant, its description and the values that were measured by task."""
 
 Peaks = dict[int, list[dict[str, float]]]
-"""Return operations per second of each round, in each way, by number of threads."""
+"""For each number of threads, the operations per second in each round, in each way."""
 
 
 def compare_one(arguments: argparse.Namespace) -> tuple[Results, Peaks]:
@@ -340,7 +340,7 @@ def compare_one(arguments: argparse.Namespace) -> tuple[Results, Peaks]:
         take_turns(workers, arguments, sizes, results, peak, peaks)
         for worker in workers:
             results[worker.title]["peak_resident_bytes"] = worker.ask(task="peak memory")["bytes"]
-        # Last, for it needs more memory than all else, which an allocator may keep.
+        # This task comes last because it needs the most memory, which an allocator may keep.
         take_turns(workers, arguments, {"evaluate at once": arguments.images}, results)
     return results, peaks
 
@@ -353,9 +353,10 @@ def take_turns(
     peak: Worker | None = None,
     peaks: Peaks | None = None,
 ) -> None:
-    """Do the rounds of some tasks, given with their batch sizes; add the values to the results.
+    """Measure the workers in turns, in several rounds, and add the values to ``results``.
 
-    In each round, ``peak`` is asked for the CPU's peak with each number of threads in ``peaks``.
+    In each round, the worker ``peak`` also measures the CPU's peak with each number of threads in
+    ``peaks``. ``sizes`` has the tasks to measure, with the batch size of each task.
     """
     order = random.Random(arguments.seed)
     quiet = sys.stderr is None or not sys.stderr.isatty()
@@ -369,7 +370,7 @@ def take_turns(
                 answer = worker.ask(task=task, batch_size=batch_size)
                 sums[worker.title] = answer["sum"]
                 values = results[worker.title].setdefault(task, [])
-                if number > 0:  # the round before that is to warm up
+                if number > 0:  # round 0 is to warm up
                     values.append(answer["examples_per_second"])
             if task == "train" and number == 0:
                 check_losses(sums)
@@ -405,7 +406,7 @@ def print_results(results: Results) -> None:
 
 
 def fastest_peer(results: Results, task: str) -> tuple[str, dict[str, Any]]:
-    """Return the other contestant with the highest median, and its results."""
+    """Return the contestant with the highest median, npbn's excluded, and its results."""
     peers = [(t, r) for t, r in results.items() if not t.startswith("npbn") and task in r]
     return max(peers, key=lambda peer: statistics.median(peer[1][task]))
 
@@ -413,11 +414,13 @@ def fastest_peer(results: Results, task: str) -> tuple[str, dict[str, Any]]:
 def print_floor(
     arguments: argparse.Namespace, results: Results, peaks: Peaks
 ) -> dict[str, Any] | None:
-    """Print the least time of a training step, and how near each contestant comes to it.
+    """Print and return the floor, which is the least time that a training step can take.
 
-    That is the time of the layers' products at the peak of this CPU, measured in the same rounds;
-    on a GPU, at the rate by the card's clocks, or the time of what is moved to and from memory,
-    whichever is longer.
+    On a CPU, the floor is the time that the layers' products take at peak speed, which is measured
+    in the same rounds. On a GPU, the floor is the longer of two times: that of the products at the
+    rate computed from the card's clocks, and that of the memory traffic. This function also prints
+    the speed of each contestant: on a CPU as a percentage of the floor, on a GPU in microseconds a
+    step.
     """
     say("")
     if arguments.backend == "numpy":
@@ -428,7 +431,7 @@ def print_floor(
     }
     parts = ", ".join(f"{title} {time:,.1f}" for title, time in times.items())
     say(f"Microseconds a step: {parts}.")
-    if CONTESTANTS["engine"] not in results:  # with it, CuPy is there, which knows the card
+    if CONTESTANTS["engine"] not in results:  # card_rates needs CuPy, which the engine needs too
         return None
     least = gpu_floor(arguments)
     say(
@@ -477,9 +480,11 @@ def print_cpu_floor(
 
 
 def gpu_floor(arguments: argparse.Namespace) -> dict[str, float]:
-    """Return what a training step takes at least on this GPU: by arithmetic or by memory.
+    """Return the least time of a training step on this GPU, with the numbers that it follows from.
 
-    Memory is pixels, parameters and moving averages; the last two are read and written.
+    The least time is the longer of two times: that of the operations of the layers' products, and
+    that of the memory traffic. In each step, the pixels are read, and the parameters and moving
+    averages are read and written.
     """
     model = npbn_model(settings_of(arguments))
     n = arguments.batch_size
@@ -497,12 +502,15 @@ def gpu_floor(arguments: argparse.Namespace) -> dict[str, float]:
 
 
 def ratios(results: Results, title: str, task: str) -> list[float]:
-    """Return those to PyTorch eager, round by round."""
+    """Return the ratio of a contestant's speed to PyTorch eager's speed in each round."""
     return quotients(results[title][task], results[CONTESTANTS[BASELINE]][task])
 
 
 def draw(comparisons: list[dict[str, Any]], title: str) -> bytes:
-    """Return the ratios as a PNG: a row of panels for each comparison, a panel for each task."""
+    """Return a PNG of the ratios, with a row of panels for each comparison.
+
+    Each row has a panel for each task.
+    """
     from matplotlib.figure import Figure
 
     titles = list(comparisons[0]["results"])[::-1]  # the first on top
@@ -543,7 +551,8 @@ def draw(comparisons: list[dict[str, Any]], title: str) -> bytes:
 
 
 def check_losses(sums: dict[str, float]) -> None:
-    # Rounding stays below this; another model, other data or another step would not.
+    # Rounding errors stay below this tolerance. A different model, different data or a different
+    # training step would exceed the tolerance.
     expected = sums[CONTESTANTS[BASELINE]]
     if not all(math.isclose(value, expected, rel_tol=1e-3) for value in sums.values()):
         found = ", ".join(f"{name}: {value:.6g}" for name, value in sums.items())

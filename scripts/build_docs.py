@@ -1,6 +1,6 @@
-"""Build npbn's documentation as a site that needs no network: docstrings, by pdoc, and the lessons.
+"""Build npbn's documentation as a site: the pages that pdoc makes of docstrings, and the lessons.
 
-Formulas become MathML, which browsers show by themselves, when the site is built.
+The site needs no network. Its formulas are MathML, which browsers show without a script.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from npbn.errors import NpbnError
 
 SCRIPTS = Path(__file__).parent
 LESSONS = sorted((SCRIPTS / "lessons").glob("[0-9]*.py"))
-# Code, in which dollars are no formulas; then the formulas $$ … $$ and $ … $.
+# This matches code, in which dollar signs mark no formulas, and the formulas $$ … $$ and $ … $.
 MATH = re.compile(r"(<pre.*?</pre>|<code.*?</code>)|\$\$(.+?)\$\$|\$(.+?)\$", re.DOTALL)
 
 
@@ -38,10 +38,11 @@ def main() -> None:
         if importlib.util.find_spec(name) is None:
             raise NpbnError(f"{name} is not installed: pip install -e '.[docs]'")
     with warnings.catch_warnings():
-        warnings.simplefilter("error")  # a page that lacks something
-        # Packages list most of their modules by themselves, but not those with an __all__.
+        warnings.simplefilter("error", UserWarning)  # of pdoc: a page that lacks something
+        # pdoc adds most modules of a package without being asked, but not in a package that has an
+        # __all__.
         warnings.filterwarnings("ignore", "The module specification .* already been added")
-        # The constructors of named tuples, whose annotations pdoc looks up in the wrong module.
+        # pdoc looks up the annotations of named tuples' constructors in the wrong module.
         warnings.filterwarnings("ignore", r"Error parsing type annotation .*\.__init__")
         try:
             count = build(output)
@@ -66,7 +67,11 @@ def build(output: Path) -> int:
         without_aliases(importlib.import_module(name))
 
     def pages_near(module: str) -> tuple[str, list[tuple[str, str]]]:
-        """Return a title, and name and page of each module in a package, or next to one."""
+        """Return the title and the entries of the list of modules on a module's page.
+
+        The entries are the modules in a package or, for a module that is no package, the modules
+        next to it. An entry is the name and the page of a module.
+        """
         package, _, own = module.rpartition(".")
         within = [name for name in modules if name.rpartition(".")[0] == module]
         names = within or [name for name in modules if name.rpartition(".")[0] == package]
@@ -102,7 +107,7 @@ def build(output: Path) -> int:
 
 
 def cells(path: Path) -> list[tuple[str, str]]:
-    """Return the cells of a lesson: ("markdown" or "code", text)."""
+    """Return the cells of a lesson as pairs of a kind, "markdown" or "code", and a text."""
     parts = re.split(r"^# %%(.*)\n", path.read_text(encoding="utf-8"), flags=re.MULTILINE)[1:]
     return [
         ("markdown", re.sub(r"^# ?", "", text.strip(), flags=re.MULTILINE))
@@ -116,7 +121,7 @@ def cells(path: Path) -> list[tuple[str, str]]:
 def to_html(text: str) -> Any:
     """Return Markdown as HTML, with its formulas as MathML.
 
-    As pdoc's function of this name does, the result has an attribute ``toc_html``.
+    The result has an attribute ``toc_html``, as the result of pdoc's function ``to_html`` has.
     """
     import pdoc.render_helpers
     from latex2mathml.converter import convert
@@ -137,7 +142,7 @@ def to_html(text: str) -> Any:
 
 
 def without_aliases(module: Any) -> None:
-    """Delete what Python says of named tuples: "Alias for field number 0"."""
+    """Delete the docstrings that Python adds to named tuples: "Alias for field number 0"."""
     for value in vars(module).values():
         if isinstance(value, type) and issubclass(value, tuple):
             value.__new__.__doc__ = ""

@@ -63,18 +63,21 @@ exit codes: 0 nothing failed, 1 something did, 2 bad input or no GPU to be used,
 """
 
 BOUNDS = {"float32": 1e-4, "float64": 1e-9}
-"""Bounds of errors, relative to the largest number of an array."""
+"""The bounds of errors for each dtype, relative to the largest number of all arrays compared."""
 
 LOSS_BOUND = 2e-3
 MEMORY_BOUND = 16 * 2**20
-"""How much less the whole GPU may have free afterwards, in bytes: others may use it as well."""
+"""The bound on how much the memory in use on the whole GPU may grow, in bytes.
+
+The bound is not 0, because other processes may use the GPU as well.
+"""
 
 SPEEDS = (
     ("examples_per_second", ",.0f", "examples/s", 5e6),
     ("ratio_to_eager", ".2f", "times PyTorch eager", 10.0),
     ("ratio_to_nearest", ".2f", "times the faster of torch.compile and torch.cuda.graph", 2.0),
 )
-"""Measures of training: name, format, meaning and, for batches of 256, the target."""
+"""The measures of training speed: name, format, meaning, and the target for batches of 256."""
 
 TARGET_BATCH_SIZE = 256
 
@@ -82,10 +85,13 @@ CONTEST = "engine", "eager", "compile", "graph"
 ENGINE, EAGER, *NEAREST = (CONTESTANTS[name] for name in CONTEST)
 
 TRAINING_BOUNDS = {"loss": 0.285, "train_accuracy": 0.893, "test_accuracy": 0.845}
-"""Bounds after 10 epochs: highest loss, lowest training accuracy, lowest best test accuracy."""
+"""The bounds after 10 epochs.
+
+The loss may be at most the bound, the training accuracy and the best test accuracy at least.
+"""
 
 TRAINING_TARGET = 2.0
-"""Seconds for those epochs, evaluation included."""
+"""The target for the time of the 10 epochs in seconds, evaluation included."""
 
 BATCH_SIZES = (256, 64, 1024, 8192)
 
@@ -96,7 +102,7 @@ LEARNING_RATE = 0.1
 
 @dataclass(frozen=True)
 class Setting:
-    """The device, the sizes of what is computed on it, and more options for other scripts."""
+    """The device, the sizes of the computations, and options to pass on to other scripts."""
 
     device: Backend
     networks: Mapping[str, Callable[..., Sequential]] = field(default_factory=lambda: NETWORKS)
@@ -105,15 +111,15 @@ class Setting:
     batch_size: int = 256
     examples: int = 60_000
     tested: int = 10_000
-    few: int = 2_600  # ten batches and a smaller one
+    few: int = 2_600  # ten batches and a smaller batch
     steps: int = 100
-    epochs: int = 1_000  # in which memory may not grow
+    epochs: int = 1_000  # the number of epochs during which memory may not grow
     seed: int = 0
     train_options: tuple[str, ...] = ()
     benchmark_options: tuple[str, ...] = ()
 
     def split(self, examples: int, device: Backend, seed: int) -> Split:
-        """Random images with random labels."""
+        """Return random images with random labels."""
         generator = np.random.default_rng((self.seed, seed))
         images = generator.integers(256, size=(examples, *self.shape), dtype=np.uint8)
         return Split(images, generator.integers(self.classes, size=examples)).to(device)
@@ -127,7 +133,10 @@ class Setting:
     def engine(
         self, examples: int, name: str | None = None, dtype: str = "float32"
     ) -> tuple[Sequential, GpuEngine]:
-        """Return an engine on random data of ``examples`` examples; for LeNet unless named."""
+        """Return a model and a GPU engine that trains the model on ``examples`` random examples.
+
+        The model is the first of the networks unless ``name`` is given.
+        """
         model = self.model(name or next(iter(self.networks)), self.device, dtype)
         train, test = self.split(examples, self.device, 1), self.split(self.tested, self.device, 2)
         optimizer = SGD(model.parameters(), LEARNING_RATE)
@@ -136,7 +145,7 @@ class Setting:
     def layers(
         self, examples: int, device: Backend, name: str | None = None, dtype: str = "float32"
     ) -> LayersEngine:
-        """The engine by layers, on the same data."""
+        """Return a layers engine on ``device``, with the model and data of `engine`."""
         model = self.model(name or next(iter(self.networks)), device, dtype)
         train, test = self.split(examples, device, 1), self.split(self.tested, device, 2)
         optimizer = SGD(model.parameters(), LEARNING_RATE)
@@ -150,7 +159,10 @@ class Finding:
     """The result of a check: a line for people, and numbers for programs.
 
     Attributes:
-        status: ok; FAILED; missed, a target of speed; skipped, for something is not there.
+        status: "ok"; "FAILED"; "missed" if a target of speed was not reached; or "skipped" if
+            something that the check needs is not available.
+        text: the line for people.
+        numbers: the numbers for programs.
     """
 
     status: str
@@ -163,7 +175,7 @@ def verdict(ok: bool) -> str:
 
 
 def train(engine: GpuEngine, order: np.ndarray) -> np.ndarray:
-    """Train on these examples, in this order; the mean loss of each step."""
+    """Train on the examples in the given order; return the mean loss of each step."""
     for _ in engine.steps(order):
         pass
     return engine.losses(-(-len(order) // engine.batch_size))
@@ -197,7 +209,7 @@ def check_card(setting: Setting) -> Finding:
 
 
 def check_step(setting: Setting, name: str, dtype: str) -> Finding:
-    """A step by the engine against one by the layers on the CPU, and evaluation after it."""
+    """Compare a training step of the engine, and an evaluation, with the layers on the CPU."""
     cpu = backend.get_backend("numpy")
     model, engine = setting.engine(setting.few, name, dtype)
     layers = setting.layers(setting.few, cpu, name, dtype)
@@ -221,20 +233,20 @@ def check_step(setting: Setting, name: str, dtype: str) -> Finding:
         f"of the loss {{loss:.1e}}, of the loss on test data {{test_loss:.1e}} "
         f"(bound {BOUNDS[dtype]:.0e})"
     )
-    ok = all(error <= BOUNDS[dtype] for error in numbers.values())  # NaN is not
+    ok = all(error <= BOUNDS[dtype] for error in numbers.values())  # NaN counts as too large
     return Finding(verdict(ok), text.format(**numbers), numbers)
 
 
 def difference(found: Mapping[str, np.ndarray], right: Mapping[str, np.ndarray]) -> float:
-    """The largest, as a fraction of the largest number."""
+    """Return the largest difference, divided by the largest absolute value in ``right``."""
     largest = max(np.max(np.abs(value)) for value in right.values())
-    # np.max hands NaN on, where Python's max need not.
+    # np.max returns NaN if a value is NaN; Python's max may not.
     errors = [np.max(np.abs(found[name] - value)) for name, value in right.items()]
     return float(np.max(errors) / largest)
 
 
 def check_repetition(setting: Setting) -> Finding:
-    """Compare two runs of a seed over two epochs."""
+    """Compare two training runs of two epochs with the same seed, bit by bit."""
     runs = []
     for _ in range(2):
         model, engine = setting.engine(setting.examples)
@@ -251,7 +263,7 @@ def check_repetition(setting: Setting) -> Finding:
 
 
 def check_losses(setting: Setting) -> Finding:
-    """The first losses by the engine, and by the layers on the GPU, against those on the CPU."""
+    """Compare the first losses of engine and layers on the GPU with those on the CPU."""
     count = setting.steps * setting.batch_size
     order = np.random.default_rng(setting.seed).permutation(count)
     _, engine = setting.engine(count)
@@ -274,7 +286,7 @@ def check_losses(setting: Setting) -> Finding:
 
 
 def check_memory(setting: Setting) -> Finding:
-    """Epochs of a small set, with evaluation."""
+    """Measure how much memory grows over many epochs of a small data set, with evaluation."""
     import cupy
 
     _, engine = setting.engine(setting.few)
@@ -301,10 +313,10 @@ def check_memory(setting: Setting) -> Finding:
 
 
 def lines(script: str, *options: str) -> Iterator[str]:
-    """Yield the lines that another script prints, as they come.
+    """Yield the lines that another script prints, as soon as the script prints them.
 
     Raises:
-        NpbnError: it failed; this is the last line of what it said.
+        NpbnError: the script failed. The message is the last line that it wrote to stderr.
     """
     command = [sys.executable, str(Path(__file__).with_name(script)), *options]
     with (
@@ -318,7 +330,7 @@ def lines(script: str, *options: str) -> Iterator[str]:
             yield from process.stdout
             code = process.wait()
         finally:
-            process.kill()  # if it has not ended: Ctrl-C
+            process.kill()  # Only after Ctrl-C is the process still running here.
         if code:
             errors.seek(0)
             said = errors.read().decode(errors="replace").strip().splitlines()
@@ -326,7 +338,10 @@ def lines(script: str, *options: str) -> Iterator[str]:
 
 
 def check_training(setting: Setting) -> Finding:
-    """Train by train.py, after an epoch in another process, so that CuPy's kernels are compiled."""
+    """Train with train.py, and judge the accuracy and the time.
+
+    Before that, another process trains for one epoch, so that CuPy's kernels are compiled already.
+    """
     try:
         data.load("fashion-mnist")
     except DataError as error:
@@ -337,7 +352,8 @@ def check_training(setting: Setting) -> Finding:
         first, whole = f"{folder}/first", f"{folder}/whole"
         for _ in lines("train.py", *options, first, "--epochs", "1"):
             pass
-        # The lines just above and just below the table of epochs, which is printed as they end.
+        # train.py prints two lines with "examples/s": the header of the table of epochs, and the
+        # summary below the table. The lines come while the run goes on.
         began, ended = (
             time.perf_counter()
             for line in lines("train.py", *options, whole)
@@ -347,8 +363,13 @@ def check_training(setting: Setting) -> Finding:
 
 
 def judge_training(seconds: float, records: list[dict[str, Any]]) -> Finding:
-    """Return the seconds from the first epoch's start to the last one's end, and all metrics."""
-    epochs = records[1:]  # the first is of the time before
+    """Return the finding about a training run.
+
+    Args:
+        seconds: the time from the start of the first epoch to the end of the last epoch.
+        records: the metrics of the run.
+    """
+    epochs = records[1:]  # The first record is from before the first epoch.
     last = epochs[-1]["train"]
     numbers = {
         "loss": last["loss"],
@@ -378,7 +399,7 @@ def reached(target: bool) -> str:
 
 
 def check_speed(setting: Setting, batch_size: int) -> Finding:
-    """Measure the speed of training, compared with PyTorch, by benchmark.py."""
+    """Measure the training speed with benchmark.py, and compare the speed with PyTorch's."""
     try:
         check_libraries()
     except NpbnError as error:
@@ -394,7 +415,12 @@ def check_speed(setting: Setting, batch_size: int) -> Finding:
 
 
 def judge_speed(comparison: Mapping[str, Any], left_out: Iterable[str]) -> Finding:
-    """Return a comparison by benchmark.py, and its lines about contestants that were skipped."""
+    """Return the finding about a comparison by benchmark.py.
+
+    Args:
+        comparison: the results of benchmark.py for one batch size.
+        left_out: the lines of benchmark.py about contestants that were left out.
+    """
     batch_size = comparison["batch_size"]
     train = {title: result["train"] for title, result in comparison["results"].items()}
     if ENGINE not in train:
@@ -426,7 +452,7 @@ Check = Callable[[Setting], Finding]
 
 
 def checks(networks: Iterable[str]) -> dict[str, Check]:
-    """The checks by name, the quickest first."""
+    """Return the checks by name, from the quickest to the slowest."""
     steps = {
         f"{name}-{dtype}".lower(): partial(check_step, name=name, dtype=dtype)
         for name in networks
@@ -447,11 +473,14 @@ def checks(networks: Iterable[str]) -> dict[str, Check]:
 def check_all(
     setting: Setting, chosen: Mapping[str, Check]
 ) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Run the checks, printing a line for each; a failed one does not stop the others."""
+    """Run the checks, and print a line for each check and yield its name and its result.
+
+    After a check that fails, the other checks still run.
+    """
     for name, check in chosen.items():
         try:
             finding = check(setting)
-        except Exception as error:  # whatever a GPU or its libraries come up with
+        except Exception as error:  # A GPU and its libraries may raise any exception.
             text = " ".join(f"{type(error).__name__}: {error}".split())
             finding = Finding("FAILED", text)
         say(f"{finding.status:7}  {name}: {finding.text}")
@@ -503,7 +532,8 @@ def main() -> None:
     }
     results: dict[str, Any] = {}
     if arguments.json is not None:
-        write_report(arguments.json, results)  # to see, before minutes have gone by, if that works
+        # This shows before the checks, which take minutes, whether the file can be written.
+        write_report(arguments.json, results)
     for name, result in check_all(setting, chosen):
         results[name] = result
         if arguments.json is not None:

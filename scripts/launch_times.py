@@ -46,7 +46,8 @@ def main() -> None:
     )
     peak = max(Peaks().measure(engine.threads).values())
     backend.limit_blas_threads(1)
-    # Each by itself, in the order of a step; and an empty call, for its overhead.
+    # Each launch is a call of its own, in the order of a step. The last call is empty; its time is
+    # the overhead of a call.
     program = np.concatenate([engine.training_program, engine.prediction_program[1:]])
     calls = [*np.split(program, len(program)), program[:0]]
     rounds: list[list[float]] = []
@@ -78,7 +79,7 @@ def main() -> None:
 
 
 def operations(engine: CpuEngine, kernel: int, k: int, examples: int) -> int:
-    """Return the multiplications and additions of a launch's products."""
+    """Return the number of multiplications and additions in a launch's products."""
     products = [
         2 * examples * math.prod(stage.maps) * int(record["taps"])
         for stage, record in zip(engine.stages, engine.net.stages, strict=False)
@@ -86,7 +87,7 @@ def operations(engine: CpuEngine, kernel: int, k: int, examples: int) -> int:
     linear = [stage.linear for stage in engine.stages]
     if kernel == launches.FORWARD:
         return products[k]
-    if kernel == launches.BACKWARD:  # dx, except of the images; and a convolution's dW
+    if kernel == launches.BACKWARD:  # dx, except for the first stage, and dW of a convolution
         return products[k] * ((k > 0) + (not linear[k]))
     if kernel == launches.UPDATE:  # the linear layers' dW
         return sum(count for count, one in zip(products, linear, strict=True) if one)

@@ -1,8 +1,8 @@
-"""Do in PyTorch what train.py does by default, to compare results and speed.
+"""Train with PyTorch as train.py does by default, to compare results and speed.
 
-Network A with PyTorch's own layers and autograd, on the CPU or, with --device cuda, on a GPU; the
-images lie in memory as bytes and are gathered and converted batch by batch, which is several times
-faster than a DataLoader.
+This script trains network A with PyTorch's own layers and autograd, on the CPU or, with --device
+cuda, on a GPU. The images are in memory as bytes. Each batch is gathered and converted separately,
+which is several times faster than a DataLoader.
 """
 
 from __future__ import annotations

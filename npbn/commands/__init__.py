@@ -1,4 +1,4 @@
-"""The command ``npbn``, and what each of its subcommands prints: ``npbn COMMAND --help``."""
+"""Define the command ``npbn``; the module of each subcommand prints ``npbn COMMAND --help``."""
 
 from __future__ import annotations
 
@@ -46,13 +46,14 @@ def start(command: str, program: str, arguments: list[str] | None = None) -> NoR
 
     Args:
         command: one of COMMANDS.
-        program: its name in messages.
-        arguments: those of the command line unless given.
+        program: the name of the program in messages.
+        arguments: the arguments of the command. By default, these are the arguments of the command
+            line.
     """
     from npbn.commands.command_line import run
 
     # Ctrl-C during the imports ends the process without a traceback; `run` takes over from there.
-    # (Where the signal is ignored, as in the background, it stays so.)
+    # If the signal is ignored, as in the background, it stays ignored.
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
     module = importlib.import_module(f"npbn.commands.{command}")

@@ -104,7 +104,7 @@ def parse_arguments(program: str, words: list[str]) -> argparse.Namespace:
 
 
 def split(parser: ArgumentParser, submission: str, functions: str | None) -> tuple[str, str, str]:
-    """File, forward and backward."""
+    """Return the file, and the names of the forward and the backward function."""
     if functions and os.path.isfile(submission):
         file, names = submission, functions
     else:
@@ -112,7 +112,7 @@ def split(parser: ArgumentParser, submission: str, functions: str | None) -> tup
     forward, _, backward = names.partition(",")
     if not file or not forward or not backward or "," in backward:
         parser.error(f"expected FILE:FORWARD,BACKWARD, got {submission!r}")
-    if not os.path.isfile(file):  # where Path.is_file may raise
+    if not os.path.isfile(file):  # Path.is_file may raise an error.
         parser.error(f"{file} is not a file")
     return file, forward, backward
 
@@ -123,7 +123,10 @@ def main(program: str, words: list[str]) -> int:
 
 
 def check_submissions(arguments: argparse.Namespace) -> int:
-    """The report on one file, or a line on each of several; the worst exit code."""
+    """Print the report on one file, or a line on each of several files; return the exit code.
+
+    The exit code of several files is the worst exit code of a file.
+    """
     several = len(arguments.submissions) > 1
     longest = max(len(file) for file, _, _ in arguments.submissions)
     outputs = len("y moving_mean moving_var dx dgamma dbeta")
@@ -213,7 +216,10 @@ def operations() -> Checks:
 
 
 def with_dy(name: str, pair: Pair) -> Pair:
-    """Return a pair whose backward pass takes dy and a cache; that of a loss takes only a cache."""
+    """Return the pair with a backward pass that takes dy and a cache.
+
+    The backward pass of a loss takes only a cache, so this function wraps it.
+    """
     forward, backward = pair
     if name != "softmax_cross_entropy":
         return pair
@@ -221,7 +227,7 @@ def with_dy(name: str, pair: Pair) -> Pair:
 
 
 def each_layer() -> Checks:
-    """The layers, each with what makes a small network of it."""
+    """Return a check of a small network around each kind of layer."""
     generator = np.random.default_rng(1)
 
     def images(layer: layers.Layer, features: int) -> layers.Sequential:

@@ -1,7 +1,8 @@
-"""Parts of all commands: one clear line for bad input, and exit codes.
+"""Define the common parts of all commands: error messages of one line, and exit codes.
 
-0 all went well, 1 nobody reads the output any more, 2 bad input, something missing on this machine
-or an output that cannot be written, 130 interrupted (Ctrl-C).
+The exit codes are 0 if all went well; 1 if nobody reads the output any more; 2 for bad input,
+something missing on this machine or an output that cannot be written; and 130 if Ctrl-C interrupted
+the command.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from collections.abc import Callable
 from typing import Any, NoReturn
 
 STARTED = time.perf_counter()
-"""When the program began: what it imports after this is part of the wait."""
+"""The time when the program began, before most of its imports."""
 
 
 def _fail(message: str) -> int:
@@ -27,12 +28,12 @@ def _fail(message: str) -> int:
 
 
 def one_line(message: str) -> str:
-    r"""Return the message with what would break the line written as Python does: \n."""
+    r"""Return the message with each unprintable character as an escape sequence, such as \n."""
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in message)
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """argparse's, with errors of one line, without the usage before it."""
+    """An argparse.ArgumentParser that prints an error as one line, without the usage."""
 
     def error(self, message: str) -> NoReturn:
         message = one_line(f"{self.prog}: error: {message} (--help lists the options)")
@@ -40,7 +41,7 @@ class ArgumentParser(argparse.ArgumentParser):
 
 
 def value(kind: type, description: str, holds: Callable[[Any], bool]) -> Callable[[str], Any]:
-    """Return a function for argparse: it converts a text to ``kind`` and requires ``holds``."""
+    """Return an argparse type: a value of type ``kind`` for which ``holds`` is true."""
 
     def parse(text: str) -> Any:
         try:
@@ -65,14 +66,14 @@ def number(description: str, holds: Callable[[float], bool]) -> Callable[[str], 
 
 
 class CtrlC:
-    """Inside, the first Ctrl-C is noted; a second one ends the program at once."""
+    """A context in which the first Ctrl-C only sets ``pressed``; the next one interrupts."""
 
     def __init__(self) -> None:
         self.pressed = False
 
     def __enter__(self) -> CtrlC:
         self._before = signal.getsignal(signal.SIGINT)
-        if self._before is signal.default_int_handler:  # and not ignored, as in the background
+        if self._before is signal.default_int_handler:  # In the background, it may be ignored.
             signal.signal(signal.SIGINT, self._note)
         return self
 
@@ -85,20 +86,23 @@ class CtrlC:
 
 
 def typed(program: str) -> str:
-    """Return what is typed to start a program: "npbn train", or "python scripts/train.py"."""
+    """Return the command that starts a program: "npbn train", or "python scripts/train.py"."""
     return f"python scripts/{program}" if program.endswith(".py") else program
 
 
 def say(line: str) -> None:
-    """Print a line, so that it is seen at once."""
+    """Print a line and flush the output, so that the line appears at once."""
     print(line, flush=True)
 
 
 def run(program: str, main: Callable[[], int | None]) -> NoReturn:
-    """Run ``main``, exit with its code; what a user can mend is one line, without a traceback."""
+    """Run ``main`` and exit with its exit code.
+
+    An error that the user can correct is printed as one line, without a traceback.
+    """
     from npbn.errors import NpbnError
 
-    if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal without √ shows \u221a
+    if isinstance(sys.stdout, io.TextIOWrapper):  # A terminal that cannot show √ shows \u221a.
         sys.stdout.reconfigure(errors="backslashreplace")
     if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
         signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -106,7 +110,7 @@ def run(program: str, main: Callable[[], int | None]) -> NoReturn:
     try:
         try:
             code = main() or 0
-        finally:  # also after argparse's --help, which ends the program
+        finally:  # This also runs after --help, for which argparse ends the program.
             if sys.stdout is not None:
                 sys.stdout.flush()
     except NpbnError as error:
@@ -115,11 +119,11 @@ def run(program: str, main: Callable[[], int | None]) -> NoReturn:
         _fail(f"\n{program}: interrupted")
         sys.exit(130)
     except OSError as error:
-        if error.filename is not None:  # nothing that we print to
+        if error.filename is not None:  # The error is about a file, not about the output.
             raise
         # Python would try to write the rest of the buffer at exit, and fail again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        if isinstance(error, BrokenPipeError):  # the reader has gone, as in `train.py | head`
+        if isinstance(error, BrokenPipeError):  # The reader has ended, as in `train.py | head`.
             sys.exit(1)
         sys.exit(_fail(f"{program}: error: cannot write the output: {error.strerror}"))
     sys.exit(code)

@@ -1,4 +1,4 @@
-"""Loss and accuracy of a run's model on its test images, in all and for each class."""
+"""Print the loss and accuracy of a run's model on its test images, and each class's accuracy."""
 
 from __future__ import annotations
 

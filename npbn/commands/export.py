@@ -1,8 +1,9 @@
 """Write a run's model for PyTorch (FILE.safetensors) or for ONNX Runtime (FILE.onnx).
 
-FILE.safetensors has PyTorch's names, for torch.nn modules in the order of npbn's layers:
-sequential.load_state_dict(safetensors.torch.load_file(FILE)). FILE.onnx takes float32 images,
-pixels / 255, of shape (N, channels, side, side), and gives logits and classes.
+FILE.safetensors has the parameter names of a torch.nn.Sequential with modules in the order of
+npbn's layers: sequential.load_state_dict(safetensors.torch.load_file(FILE)) loads the file. The
+network in FILE.onnx takes float32 images, pixels / 255, of shape (N, channels, side, side), and
+returns logits and classes.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The pictures of runs, drawn and written."""
+"""Draw the pictures of runs and write them to files."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def draw_run(loaded: Loaded, dataset: data.Dataset, directory: Path) -> None:
-    """Draw all pictures of one run, and of its model at some epoch, on the CPU."""
+    """Draw all pictures of one run and of its loaded model; the model computes on the CPU."""
     draw_comparison([loaded.run], directory)
     model, dtype = loaded.model, loaded.config.dtype
     if not loaded.config.no_batch_norm:
@@ -42,7 +42,7 @@ def draw_run(loaded: Loaded, dataset: data.Dataset, directory: Path) -> None:
 
 
 def draw_comparison(runs: Sequence[Run], directory: Path) -> None:
-    """Draw the pictures that show several runs as well as one."""
+    """Draw the pictures that can show one run or several runs."""
     records = {_label(run): _records(run) for run in runs}
     _save(plots.curves(records), directory / "curves.png")
     _save(plots.preactivation_histograms(records), directory / "preactivations.png")
@@ -56,7 +56,7 @@ def _records(run: Run) -> list[dict[str, Any]]:
 
 
 def _label(run: Run) -> str:
-    path = os.fsencode(run.path).decode(errors="replace")  # a name that is no text cannot be drawn
+    path = os.fsencode(run.path).decode(errors="replace")  # drawing needs a valid text
     return f"{'without' if run.config.get('no_batch_norm') else 'with'} batch norm: {path}"
 
 

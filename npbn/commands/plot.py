@@ -1,7 +1,7 @@
 """Draw training runs: how they went, what batch norm did, and what the network sees and mistakes.
 
-One run is drawn with all pictures; of several, those that can be compared are laid over one
-another.
+For one run, all pictures are drawn. For several runs, only the pictures that can show all of the
+runs together are drawn.
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ exit codes: 0 classified, 1 the output pipe was closed, 2 bad input or something
 this machine, 130 interrupted
 """
 
-UNKNOWN = -1  # the label of an image that is not of the test set
+UNKNOWN = -1  # the label of an image that is not in the test set
 
 
 def parse_arguments(program: str, words: list[str]) -> argparse.Namespace:
@@ -95,7 +95,10 @@ def main(program: str, words: list[str]) -> None:
 
 
 def read(path: str, config: Config, *, invert: bool) -> np.ndarray:
-    """Return an image file as training would have read it; say so if it seems to need --invert."""
+    """Return an image file as an array in the format that the network was trained on.
+
+    Print a note if the border of the image is light although the training images were on black.
+    """
     assert config.channels is not None and config.side is not None
     pixels = read_pixels(path, config.channels, config.side, invert=invert)
     border = np.concatenate(

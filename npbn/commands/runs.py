@@ -12,7 +12,7 @@ from npbn.commands.command_line import ArgumentParser, one_line, say
 from npbn.errors import CheckpointError, NpbnError
 from npbn.experiment import Config
 
-# Fields that say nothing about the training, or have their own column.
+# The fields of `Config` that do not matter to the training, or that have their own column.
 NOT_LISTED = {"model", "classes", "channels", "side", "data"}
 
 

@@ -51,7 +51,7 @@ machine, an output that cannot be written, or a loss that became NaN, 130 interr
 # The options that are allowed with --resume.
 FREE_WITH_RESUME = ("resume", "data", "backend", "threads", "plots")
 
-# The fields of `Config` that are options, in groups.
+# The fields of `Config` that are options of the command line, in groups, with their help texts.
 OPTIONS = {
     "where to compute": {
         "backend": "array library: numpy (CPU), cupy (NVIDIA GPU), or auto, a GPU if there is a "
@@ -100,7 +100,7 @@ OPTIONS = {
         "are equal to the last bit, by layers with one number of threads",
     },
 }
-# The options to name with an error that has these words.
+# For words in an error message about the data, the option that the advice to the user names.
 ADVICE = {
     "training examples": "--limit-train",
     "test_fraction": "--test-fraction",
@@ -208,7 +208,7 @@ class Session:
     resumed: bool
 
     def describe(self) -> None:
-        """Print the lines above the table."""
+        """Print the description of data, model and training that stands above the table."""
         config, dataset, model = self.config, self.dataset, self.state.model
         say(
             f"data: {dataset.name} from {dataset.source}, "
@@ -232,7 +232,7 @@ class Session:
             )
 
     def record(self, epoch: training.Epoch | None) -> dict[str, Any]:
-        """A line of the metrics; None stands for the time before the first epoch."""
+        """Return a line of the metrics; ``epoch`` is None before the first epoch."""
         model, split = self.state.model, self.state.train
         if epoch is None:
             found: dict[str, Any] = {"number": 0, "step": 0, "train": None, "test": None}
@@ -250,15 +250,16 @@ class Session:
         return found
 
     def save(self, epoch: training.Epoch | None = None, *, best: bool = False) -> None:
-        """Save a checkpoint and, after an epoch, its metrics."""
-        arrays, record = self.state.state()  # first, for it refuses a state that is not finite
+        """Save a checkpoint and, after an epoch, the metrics of the epoch."""
+        # This comes before any writing, because `state` refuses a state that is not finite.
+        arrays, record = self.state.state()
         if epoch is not None:
             self.run.append(self.record(epoch))
         self.run.save(arrays, record, best=best)
 
 
 def start(arguments: argparse.Namespace) -> Session:
-    """A new run."""
+    """Create a new run and return its session."""
     names = [name for options in OPTIONS.values() for name in options]
     config = Config(**{name: getattr(arguments, name) for name in names})
     now = datetime.datetime.now()
@@ -276,7 +277,7 @@ def start(arguments: argparse.Namespace) -> Session:
             state = experiment.build_training(config, dataset, device, report=say)
         except UnsupportedError as error:
             raise NpbnError(f"--engine fused: {error}; --engine layers can do it") from None
-    # The engine that was chosen, so that a resumed run uses it again.
+    # The configuration keeps the engine that was chosen, so that a resumed run uses it again.
     config = dataclasses.replace(config, engine=state.engine.kind)
     session = Session(runs.Run(path, {}), config, state, dataset, device, resumed=False)
     session.describe()
@@ -299,7 +300,7 @@ def start(arguments: argparse.Namespace) -> Session:
 
 
 def check_name(path: Path, *, overwrite: bool) -> None:
-    """Refuse a name that `Run.create` would refuse; say what to type."""
+    """Raise an error if `Run.create` would refuse this name; the error says what to type."""
     try:
         runs.Run.check_name(path, overwrite=overwrite)
     except CheckpointError as error:
@@ -308,7 +309,7 @@ def check_name(path: Path, *, overwrite: bool) -> None:
 
 
 def load_data(config: Config) -> Dataset:
-    """Load the data; of what is wrong with it, say what to type."""
+    """Return the data set; an error about the data names the option that may correct it."""
     try:
         return experiment.load_data(config, on_download=say)
     except DataError as error:
@@ -319,7 +320,7 @@ def load_data(config: Config) -> Dataset:
 
 
 def resume(arguments: argparse.Namespace) -> Session:
-    """A run that goes on."""
+    """Return the session of a run that continues from its last checkpoint."""
     run, config = experiment.open_run(arguments.resume)
     there = run.environment()
     run.load()  # this also verifies the configuration before it is used
@@ -347,7 +348,11 @@ def resume(arguments: argparse.Namespace) -> Session:
 
 
 def open_device(name: str, threads: int | None) -> backend.Backend:
-    """The backend; without a number of threads, every CPU that this process may use computes."""
+    """Return the backend, and limit the number of BLAS threads.
+
+    If ``threads`` is None, the limit is the number of CPUs that this process may use, or the
+    present number of BLAS threads if that is lower.
+    """
     usable = backend.usable_cpus()
     backend.limit_blas_threads(threads or min(usable, backend.blas_threads() or usable))
     device = backend.get_backend(name)
@@ -358,7 +363,7 @@ def open_device(name: str, threads: int | None) -> backend.Backend:
 
 
 def describe_environment(device: backend.Backend) -> dict[str, str | None]:
-    """Return the versions and devices that the last bits of a result depend on."""
+    """Return the versions and devices on which the last bits of a result may depend."""
     return {
         "npbn": npbn.__version__,
         "commit": commit(),
@@ -369,7 +374,7 @@ def describe_environment(device: backend.Backend) -> dict[str, str | None]:
 
 
 def commit() -> str | None:
-    """Return the commit of the checkout that npbn is in, if it is in one."""
+    """Return the commit of npbn's git checkout, or None if npbn is not in a checkout."""
     try:
         process = subprocess.run(
             ["git", "describe", "--always", "--dirty", "--abbrev=12"],
@@ -384,11 +389,11 @@ def commit() -> str | None:
 
 
 class StoppedError(Exception):
-    """Ctrl-C, between two batches; what there is has been saved."""
+    """The training was stopped by Ctrl-C between two batches, and a checkpoint was saved."""
 
 
 def train(session: Session, program: str) -> None:
-    """Train to the end, saving after each epoch; print the table and what came out."""
+    """Train to the end and save after each epoch; print the table of epochs and a summary."""
     config, state, run = session.config, session.state, session.run
     say("")
     say("epoch    loss  train acc  test acc  examples/s")
@@ -430,7 +435,7 @@ def train(session: Session, program: str) -> None:
             raise StoppedError
 
     try:
-        # NaN and infinity are looked for in the results.
+        # NumPy's warnings are off because the training itself looks for NaN and infinity.
         with CtrlC() as ctrl_c, np.errstate(over="ignore", invalid="ignore"):
             state.run(
                 config.epochs,
@@ -455,12 +460,12 @@ def train(session: Session, program: str) -> None:
 
 
 def resuming(program: str, run: runs.Run) -> str:
-    """Return what to type to go on with a run."""
+    """Return the command that resumes a run."""
     return f"{typed(program)} --resume {shlex.quote(str(run.path))}"
 
 
 def explain_non_finite(session: Session) -> str:
-    """Replay the epoch from the last checkpoint; return where the NaN began, and why."""
+    """Train again from the last checkpoint; return where NaN or infinity began, and why."""
     state, run = session.state, session.run
     state.load_state(*run.load())
     with np.errstate(over="ignore", invalid="ignore"):
@@ -472,7 +477,7 @@ def explain_non_finite(session: Session) -> str:
 
 
 def conclude(session: Session, epochs: list[training.Epoch]) -> None:
-    """Print speed, accuracy and where the checkpoints are."""
+    """Print the speed, the best accuracy and the folder of the checkpoints."""
     state = session.state
     say("")
     if not epochs:
@@ -493,7 +498,11 @@ def conclude(session: Session, epochs: list[training.Epoch]) -> None:
 
 
 def check_gradients(session: Session) -> None:
-    """Print a table for one batch of the data; end the program if a gradient is wrong."""
+    """Check the gradients on one batch of the data and print a table.
+
+    Raises:
+        NpbnError: a gradient is wrong.
+    """
     copied = copy.deepcopy(session.state.model)
     copied.to(session.device, "float64")
     x, labels = next(session.state.train.batches(session.state.batch_size, "float64"))

@@ -1,7 +1,7 @@
-"""Data sets: a table of sources, each found or fetched, verified where that is possible.
+"""Load data sets by name, from files on this machine or by a download.
 
-Images are uint8 arrays of shape (N, C, H, W), with values from 0 to 255; labels are int64 arrays of
-shape (N,).
+Published data sets are verified by their SHA-256. Images are uint8 arrays of shape (N, C, H, W),
+with values from 0 to 255; labels are int64 arrays of shape (N,).
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ SOURCES: dict[str, Callable[..., Dataset]] = {
     "idx": from_idx,
     "folder": from_folder,
 }
-"""The data sets that `load` finds by name."""
+"""The names of the data sets that `load` accepts besides "auto", with their functions."""
 
 DATASETS = ("auto", *SOURCES)
 YOURS = ("idx", "folder")
-"""The sources that have no data of their own: they need a directory."""
+"""The sources that load the user's own data and need a directory."""
 
 
 def load(
@@ -43,27 +43,28 @@ def load(
 ) -> Dataset:
     """Return a data set by its name in `SOURCES`.
 
-    "auto" is Fashion-MNIST if it is available, else the digits. The published ones
-    (Fashion-MNIST, MNIST, KMNIST) are looked for in ``directory``; else in the directory that the
-    environment variable NPBN_DATA names; else in Debian's /usr/share/datasets; else in the user's
-    cache; else they are downloaded into the cache, by torchvision or, where that is missing, by
-    pooch. A directory holds the four IDX files, gzipped or not, either directly or as torchvision
-    lays them out, in FashionMNIST/raw for instance. Every file must have the right SHA-256.
+    The name "auto" means Fashion-MNIST if that is available, and the digits otherwise. If
+    ``directory`` is given, or the environment variable NPBN_DATA names a directory, the files of a
+    published data set (Fashion-MNIST, MNIST, KMNIST) must be in that directory. Otherwise, npbn
+    looks in Debian's /usr/share/datasets and then in the user's cache. If the files are in neither
+    place, npbn downloads them into the cache with torchvision or, if torchvision is missing, with
+    pooch. The directory has the four IDX files, gzipped or not, either directly or in torchvision's
+    layout, for instance in FashionMNIST/raw. Every file must have the right SHA-256.
 
     Args:
-        name: "auto", or one of `SOURCES`.
-        directory: where to look, and nowhere else; overrides NPBN_DATA. Needed with "idx" and
-            "folder", not allowed with "digits".
-        cache: the cache directory; the platform's user cache unless given.
-        timeout: seconds that a download may take.
-        on_download: called with a line before a download begins; a progress bar follows if
-            standard error is a terminal.
-        options: of `from_folder`, with "folder".
+        name: "auto", or a name in `SOURCES`.
+        directory: the only directory to look in; it overrides NPBN_DATA. The sources "idx" and
+            "folder" need a directory; "digits" does not allow one.
+        cache: the cache directory. By default, this is the platform's user cache.
+        timeout: the time limit of a download, in seconds.
+        on_download: a function that is called with a line of text before a download begins. If
+            this function is given and standard error is a terminal, a progress bar follows.
+        options: the options of `from_folder`, only for "folder".
 
     Raises:
-        ValueError: no such data set, or an argument that does not go with it.
-        DataError: what was asked for is not available. With ``directory`` or NPBN_DATA: the files
-            are not there or are not genuine; no other place is tried then.
+        ValueError: there is no data set of this name, or an argument is not allowed with it.
+        DataError: the data set is not available. If ``directory`` or NPBN_DATA is set, files are
+            missing or not genuine there, and no other place is tried.
     """
     if name not in DATASETS:
         raise ValueError(f"expected a data set of {', '.join(DATASETS)}, got {name!r}")

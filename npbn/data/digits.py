@@ -1,4 +1,4 @@
-"""Handwritten digits that npbn carries itself; ``digits.md`` says where they are from."""
+"""Load the handwritten digits that come with npbn; ``digits.md`` names their origin."""
 
 from __future__ import annotations
 
@@ -28,7 +28,10 @@ def load_digits(notes: tuple[str, ...] = ()) -> Dataset:
 
 
 def _enlarged(images: np.ndarray, side: int) -> np.ndarray:
-    """Interpolate images (N, n, n) linearly between the centres of their pixels."""
+    """Return images (N, n, n) enlarged to (N, side, side) by linear interpolation.
+
+    The interpolation is between the centres of the pixels.
+    """
     n = images.shape[-1]
     # The centres of the new pixels, in units of old pixels. Beyond the outermost old centres, the
     # image is constant.

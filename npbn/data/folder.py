@@ -1,4 +1,4 @@
-"""Images in a folder for each class."""
+"""Load image files that are sorted into one folder for each class."""
 
 from __future__ import annotations
 
@@ -21,23 +21,26 @@ def from_folder(
     test_fraction: float | None = None,
     seed: int = 0,
 ) -> Dataset:
-    """Return the images of a folder: train/CLASS/* and test/CLASS/*, or CLASS/* to be split.
+    """Return the data set of the image files in a folder.
 
-    Classes are the folders of ``train``, or of ``directory``, in alphabetical order. Hidden files,
-    and files whose ending stands for no image, are passed over; a note counts the latter. What
-    becomes of each kind of image file is written down in `npbn.data.images`.
+    The files are either train/CLASS/* and test/CLASS/*, or CLASS/*, which this function splits. The
+    classes are the names of the folders in ``train``, or in ``directory``, in alphabetical order.
+    Hidden files are ignored. Files whose ending is not that of an image are ignored as well, and a
+    note counts these files. `npbn.data.images` describes how each kind of image file is read.
 
     Args:
         directory: the folder.
-        channels: 1, grey, or 3, colour; 3 if any image has colours, unless given.
-        side: of the square images, in pixels; that of the images, if they agree, unless given.
-        test_fraction: in (0, 1): the share of each class that is kept for testing, at least one
-            image; for a folder without ``train`` and ``test``.
-        seed: of the choice of those.
+        channels: 1 for grey or 3 for colour. By default, 3 if any image has colours, otherwise 1.
+        side: the side of the square images, in pixels. By default, the side of the image files,
+            which must then be squares of one size.
+        test_fraction: the fraction of each class that is kept for testing, in (0, 1); at least one
+            image is kept. A folder without ``train`` and ``test`` needs this argument; a folder
+            with both does not allow it.
+        seed: the seed of the random choice of the test images.
 
     Raises:
         ValueError: an option is not allowed.
-        DataError: the folder is not laid out so, or a file in it is not as expected.
+        DataError: the folder does not have this layout, or a file in it is not as expected.
     """
     directory = Path(directory)
     if channels not in (None, 1, 3):
@@ -95,7 +98,10 @@ def from_folder(
 
 
 def _files(directory: Path, passed_over: list[Path]) -> dict[str, list[Path]]:
-    """Return the image files of each folder in ``directory``, by the folder's name."""
+    """Return the image files of each folder in ``directory``, by the folder's name.
+
+    The other files, except hidden files, are appended to ``passed_over``.
+    """
     try:
         folders = sorted(path for path in directory.iterdir() if path.is_dir())
         folders = [path for path in folders if not path.name.startswith(".")]
@@ -119,7 +125,7 @@ def _files(directory: Path, passed_over: list[Path]) -> dict[str, list[Path]]:
 
 
 def _common_side(paths: Sequence[Path], sizes: Sequence[tuple[int, int]]) -> int:
-    """Return the side of the images, if they are squares of the same size."""
+    """Return the side of the images; raise DataError if they are not squares of one size."""
     for path, size in zip(paths, sizes, strict=True):
         if size != (sizes[0][0], sizes[0][0]):
             first = f" and {paths[0]} {sizes[0][0]} × {sizes[0][1]}" if path != paths[0] else ""
@@ -133,7 +139,7 @@ def _common_side(paths: Sequence[Path], sizes: Sequence[tuple[int, int]]) -> int
 def _split(
     files: dict[str, list[Path]], classes: tuple[str, ...], channels: int, side: int
 ) -> Split:
-    """Read the files; a class's label is its place in ``classes``."""
+    """Return the split of the files; the label of a class is its index in ``classes``."""
     labels = [classes.index(name) for name, paths in files.items() for _ in paths]
     paths = [path for paths in files.values() for path in paths]
     images = np.empty((len(paths), channels, side, side), np.uint8)

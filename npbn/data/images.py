@@ -1,15 +1,17 @@
-"""Image files as arrays, for training and prediction alike.
+"""Read image files as arrays, in the same way for training and prediction.
 
-A rule for each kind of file:
+There is a rule for each kind of file:
 
-- animated: the first frame;
-- rotated: turned upright, as EXIF says;
-- 16 bits: the upper eight of each pixel; floating-point pixels are refused;
-- transparent: shown on black;
-- colour, where one channel is wanted: its luma (ITU-R BT.601, Pillow's "L"); grey, where three are
-  wanted: the same value three times;
-- of another size, or not square: shrunk or enlarged with the aspect ratio kept, black around it;
-- unreadable, or so large that Pillow suspects an attack: refused, with the name of the file.
+- Of an animated image, the first frame is read.
+- A rotated image is turned upright, as its EXIF data says.
+- A pixel of 16 bits is reduced to 8 bits. Floating-point pixels are refused.
+- A transparent image is shown on black.
+- If one channel is wanted, the luma of a colour image is read (ITU-R BT.601, Pillow's "L"). If
+  three channels are wanted, the value of a grey pixel is repeated three times.
+- An image of another size is shrunk or enlarged to the wanted size, with the aspect ratio kept. If
+  the image is not square, it is padded with black.
+- A file that is unreadable, or so large that Pillow suspects an attack, is refused with an error
+  that names the file.
 """
 
 from __future__ import annotations
@@ -28,20 +30,22 @@ GREY_MODES = ("1", "L", "LA", "La", "I", "I;16", "I;16B", "I;16L", "F")
 
 
 def image_endings() -> set[str]:
-    """Return the endings of file names that stand for images: ".png", ".jpg", …"""
+    """Return the endings of the names of image files, such as ".png" and ".jpg"."""
     from PIL import Image
 
     return set(Image.registered_extensions())
 
 
 def inspect_image(path: str | os.PathLike[str]) -> tuple[int, tuple[int, int]]:
-    """Return the channels, 1 or 3, and the size, (width, height), without decoding all pixels.
+    """Return the number of channels, 1 or 3, and the size (width, height) of an image file.
+
+    The pixels are not decoded.
 
     Raises:
-        DataError: it is no image.
+        DataError: the file is not an image.
     """
     with _opened(path) as image:
-        turned = image.getexif().get(0x0112, 1) >= 5  # by 90 degrees, to one side or the other
+        turned = image.getexif().get(0x0112, 1) >= 5  # by 90 degrees, left or right
         size = image.size[::-1] if turned else image.size
         return (1 if image.mode in GREY_MODES else 3), size
 
@@ -49,16 +53,17 @@ def inspect_image(path: str | os.PathLike[str]) -> tuple[int, tuple[int, int]]:
 def read_image(
     path: str | os.PathLike[str], channels: int, side: int, *, invert: bool = False
 ) -> np.ndarray:
-    """Return an image file as the networks take images: uint8, (channels, side, side).
+    """Return an image file as a uint8 array (channels, side, side), the input of the networks.
 
     Args:
-        path: any format that Pillow knows; the rules are at the top of this module.
-        channels: 1, grey; 3, red, green, blue.
-        side: of the result, in pixels.
-        invert: swap dark and light; what is transparent stays black.
+        path: the path of a file in any format that Pillow knows. The rules for each kind of file
+            are at the top of this module.
+        channels: 1 for grey, or 3 for red, green and blue.
+        side: the side of the result, in pixels.
+        invert: whether to swap dark and light; transparent pixels stay black.
 
     Raises:
-        DataError: it cannot be read as an image.
+        DataError: the file cannot be read as an image.
     """
     return padded(read_pixels(path, channels, side, invert=invert), side)
 
@@ -66,12 +71,15 @@ def read_image(
 def read_pixels(
     path: str | os.PathLike[str], channels: int, side: int, *, invert: bool = False
 ) -> np.ndarray:
-    """Return what `read_image` does, without the black around it: its longer side is ``side``."""
+    """Return an image as `read_image` does, but without padding.
+
+    The longer side of the result is ``side``.
+    """
     from PIL import Image, ImageOps
 
     with _opened(path) as file:
         image: Any = ImageOps.exif_transpose(file)
-        if image.mode.startswith("I"):  # 16 bits, which Pillow would clip to 8
+        if image.mode.startswith("I"):  # 16 bits, which Pillow would clip
             values = np.asarray(image)
             if np.min(values) < 0 or np.max(values) > 65535:
                 raise ValueError("expected pixels of 8 or 16 bits")
@@ -99,7 +107,7 @@ def padded(pixels: np.ndarray, side: int) -> np.ndarray:
 
 @contextmanager
 def _opened(path: str | os.PathLike[str]) -> Iterator[Any]:
-    """Open an image file; whatever its decoder raises becomes a DataError that names it."""
+    """Open an image file; convert every error of its decoder to a DataError that names the file."""
     from PIL import Image, UnidentifiedImageError
 
     try:
@@ -110,6 +118,6 @@ def _opened(path: str | os.PathLike[str]) -> Iterator[Any]:
                 yield image
     except UnidentifiedImageError:
         raise DataError(f"{path} is no image of a format that Pillow knows, or damaged") from None
-    except Exception as error:  # the decoder of each format fails in its own way
+    except Exception as error:  # Each decoder raises its own errors.
         reason = getattr(error, "strerror", None) or " ".join(str(error).split())
         raise DataError(f"{path} cannot be read as an image: {reason}") from None

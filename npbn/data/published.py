@@ -1,4 +1,4 @@
-"""Published data sets in IDX files: MNIST and those in its place. Verified by SHA-256."""
+"""Load MNIST, Fashion-MNIST and KMNIST from IDX files that are verified by their SHA-256."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import os
 import subprocess
 import sys
 import tempfile
-import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +19,7 @@ from npbn.data.splits import Dataset, Split
 from npbn.errors import DataError
 
 SYSTEM_DIRECTORY = Path("/usr/share/datasets")
-"""Debian's packages of data sets put their files here, in one folder for each set."""
+"""The directory in which Debian's packages of data sets put a folder for each data set."""
 
 FILES = (
     "train-images-idx3-ubyte",
@@ -35,15 +34,16 @@ class IdxSource:
     """A published data set of 60,000 training and 10,000 test images, 28 × 28, grey, 10 classes.
 
     Attributes:
-        key: its name in `npbn.data.SOURCES`.
-        title: its name for people.
-        torchvision: its class in torchvision, and the folder in which that keeps it.
-        address: from which FILES are downloaded, with ".gz" added.
+        key: the name of the data set in `npbn.data.SOURCES`.
+        title: the name of the data set for people.
+        torchvision: the name of the data set's class in torchvision, which is also the name of the
+            folder in which torchvision keeps the files.
+        address: the address to which a name in FILES and ".gz" are added for a download.
         packages: another way to get the files, as a sentence; may be empty.
-        sha256: digests of FILES.
-        classes: names by label.
-        compressed: whether the digests are those of the gzipped files, as published; else they are
-            those of the content, since gzip headers hold names and times.
+        sha256: the digests of FILES.
+        classes: the names of the classes, by label.
+        compressed: whether the digests are those of the gzipped files, as published. Otherwise, the
+            digests are those of the content, because gzip headers have names and times.
     """
 
     key: str
@@ -63,7 +63,7 @@ class IdxSource:
         timeout: float = 300.0,
         on_download: Callable[[str], None] | None = None,
     ) -> Dataset:
-        """Return the data set, found or downloaded; see `npbn.data.load`."""
+        """Return the data set from this machine or from a download; see `npbn.data.load`."""
         explicit = directory if directory is not None else os.environ.get("NPBN_DATA") or None
         if explicit is not None:
             try:
@@ -110,7 +110,7 @@ class IdxSource:
         return "with .gz" if self.compressed else ".gz or not"
 
     def read(self, directory: Path, notes: tuple[str, ...] = ()) -> Dataset:
-        """Return the data set of the four files in a directory, each of them verified.
+        """Return the data set of the four files in a directory, after verifying each file.
 
         If a file exists more than once, the first genuine one is used.
         """
@@ -166,7 +166,7 @@ class IdxSource:
         )
 
     def _read_verified(self, path: Path, name: str) -> np.ndarray:
-        """Return the values of ``path``, if it is the data set's file ``name``."""
+        """Return the values in ``path``; raise DataError if it is not the genuine file ``name``."""
         count = 60_000 if name.startswith("train") else 10_000
         size = 16 + count * 784 if "images" in name else 8 + count
         # One byte more than expected is enough to detect a file that is too long.
@@ -189,15 +189,17 @@ class IdxSource:
         return values(path, content)
 
     def _download(self, cache: Path, timeout: float, *, progress: bool) -> None:
-        """Download into ``cache``, which ends up with whole, verified files or none.
+        """Download the files into ``cache``; only whole, verified files are put there.
 
-        By torchvision or, where that cannot be imported, pooch; in a separate process, which can
-        be stopped when time is up, and which frees its memory.
+        The download uses torchvision or, if torchvision cannot be imported, pooch. It runs in a
+        separate process, which can be stopped when time is up, and whose memory is freed at its
+        end.
         """
         target = cache / self.torchvision / "raw"
         try:
             target.mkdir(parents=True, exist_ok=True)
-            # Beside its target, so that each file can be moved there in one step.
+            # The temporary folder is next to the target, so that each file can be moved to the
+            # target in one step.
             with tempfile.TemporaryDirectory(prefix="download-", dir=cache) as temporary:
                 command = [sys.executable, "-c", DOWNLOAD, temporary, self.torchvision]
                 shows = progress and sys.stderr is not None and sys.stderr.isatty()
@@ -210,8 +212,7 @@ class IdxSource:
                 )
                 if process.returncode != 0:
                     lines = process.stdout.strip().splitlines()
-                    reason = lines[-1] if lines else f"exit code {process.returncode}"
-                    raise DataError(textwrap.shorten(reason, 200, placeholder=" …"))
+                    raise DataError(lines[-1] if lines else f"exit code {process.returncode}")
                 self.read(Path(temporary))
                 for path in (Path(temporary) / self.torchvision / "raw").iterdir():
                     if (path.suffix == ".gz") == self.compressed:
@@ -226,8 +227,8 @@ class _NoFilesError(DataError):
     """The directory has none of the four files."""
 
 
-# torchvision unpacks the files and keeps the compressed ones; pooch is made to do the same. The
-# output is what went wrong.
+# torchvision unpacks the files and keeps the compressed files, and this program makes pooch do so
+# as well. The program prints only the error, if there is one.
 DOWNLOAD = """
 import gzip, os, shutil, socket, sys
 socket.setdefaulttimeout(20)  # a connection that stalls; the whole is bounded from outside

@@ -1,4 +1,4 @@
-"""Images with labels, in two splits: one for training, one for testing."""
+"""Define data sets, which consist of a training split and a test split of images with labels."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ class Split:
     """Images with their labels.
 
     Attributes:
-        images: uint8, (N, C, H, W), grey values or colours from 0 to 255.
-        labels: integers, (N,), from 0 to the number of classes - 1. (One out of range makes the
-            loss NaN.)
+        images: the images as a uint8 array (N, C, H, W), grey values or colours from 0 to 255.
+        labels: the labels as an integer array (N,), from 0 to the number of classes - 1. A label
+            that is out of range makes the loss NaN.
     """
 
     images: Any
@@ -49,13 +49,13 @@ class Split:
     def batches(
         self, batch_size: int, dtype: Any, *, order: Any = None
     ) -> Iterator[tuple[Any, Any]]:
-        """Yield batches of (x, labels), with x = images / 255 in ``dtype``, in [0, 1].
+        """Yield batches (x, labels), where x = images / 255 has the given dtype, in [0, 1].
 
         Args:
-            batch_size: the last batch may be smaller.
+            batch_size: the number of examples in a batch. The last batch may be smaller.
             dtype: float32 or float64.
-            order: indices on that backend, (M,): which examples, in which order; all of them in
-                their own order unless given.
+            order: the indices (M,) of the examples to take, in this order, on the backend of the
+                split. By default, all examples are taken in their own order.
         """
         if batch_size < 1:
             raise ValueError(f"expected batch_size >= 1, got {batch_size}")
@@ -74,15 +74,15 @@ class Split:
 
 @dataclass(frozen=True)
 class Dataset:
-    """A training and a test split.
+    """A data set, which consists of a training split and a test split.
 
     Attributes:
-        name: its name for people.
-        source: where it came from.
-        classes: their names, by label.
-        train, test: the splits, on the host.
-        notes: what a user should know about how it was chosen, a line each.
-        key: its name in the table `npbn.data.SOURCES`; "arrays" for what is not from there.
+        name: the name of the data set for people.
+        source: the origin of the data, for instance a directory.
+        classes: the names of the classes, by label.
+        train, test: the training split and the test split, on the host.
+        notes: lines about the choice of the data that the user should know.
+        key: the name of the data set in `npbn.data.SOURCES`, or "arrays" if it is made of arrays.
     """
 
     name: str
@@ -94,7 +94,7 @@ class Dataset:
     key: str = "arrays"
 
     def limited(self, examples: int) -> Dataset:
-        """Return the data set with only the first ``examples`` of the training split."""
+        """Return the data set with only the first ``examples`` examples of the training split."""
         train = Split(self.train.images[:examples], self.train.labels[:examples])
         return dataclasses.replace(self, train=train)
 
@@ -110,12 +110,14 @@ def from_arrays(
     """Return a data set of NumPy arrays.
 
     Args:
-        train_images, test_images: uint8, from 0 to 255, (N, H, W) for grey images or (N, C, H, W).
-        train_labels, test_labels: integers, (N,), from 0 to the number of classes - 1.
-        classes: the names of the classes; "0", "1", … unless given.
+        train_images, test_images: the images as uint8 arrays, from 0 to 255. The shape is (N, H, W)
+            for grey images, or (N, C, H, W).
+        train_labels, test_labels: the labels as integer arrays (N,), from 0 to the number of
+            classes - 1.
+        classes: the names of the classes. By default, the names are "0", "1", ….
 
     Raises:
-        ValueError, TypeError: shapes or dtypes are others, or a label is not one of the classes.
+        ValueError, TypeError: a shape or a dtype is not as described, or a label is out of range.
     """
     splits = []
     for images, labels in ((train_images, train_labels), (test_images, test_labels)):

@@ -1,8 +1,9 @@
-"""Engines train and evaluate a model: one interface, three engines, and the choice among them.
+"""Define the interface of an engine, which trains and evaluates a model, and choose an engine.
 
-`LayersEngine` (`npbn.engine.layers`) is the textbook loop over the layers, on any array library;
-the fused engines plan the same mathematics into stages (`npbn.engine.plan`): `npbn.engine.cpu` for
-NumPy's arrays, `npbn.engine.gpu` for CuPy's. The layers are their specification (``tests/engine``).
+There are three engines. `LayersEngine` (`npbn.engine.layers`) is the textbook loop over the layers,
+on any array library. The two fused engines do the same mathematics, divided into stages
+(`npbn.engine.plan`): `npbn.engine.cpu` works on NumPy's arrays, `npbn.engine.gpu` on CuPy's. The
+layers are the specification of the fused engines: ``tests/engine`` compares the results.
 
     engine = build("auto", model, optimizer, train, test, batch_size=256, backend=backend)
     for result in engine.steps(order):
@@ -28,12 +29,13 @@ KINDS = ("auto", "layers", "fused")
 
 
 class Result(NamedTuple):
-    """The result of one batch, or of several that ran together.
+    """The result of one batch, or of several batches that ran together.
 
     Attributes:
-        examples: how many there were.
-        loss: their mean loss; may still be on the device.
-        correct: how many were classified right; likewise.
+        examples: the number of examples.
+        loss: the mean loss of the examples. The value may still be on the device.
+        correct: the number of examples that were classified correctly. The value may still be on
+            the device.
     """
 
     examples: int
@@ -44,35 +46,36 @@ class Result(NamedTuple):
 class Engine(Protocol):
     """A model with its optimizer and its data, ready to be trained and evaluated.
 
-    Parameters, gradients, velocities and moving averages are those of the layers and the optimizer,
-    before and after every step.
+    Before and after every step, the layers and the optimizer hold the current parameters,
+    gradients, velocities and moving averages.
 
     Attributes:
         kind: "layers" or "fused".
-        description: what computes, "by layers" for instance.
+        description: the engine in words for the user, for instance "by layers".
     """
 
     kind: str
     description: str
 
     def steps(self, order: np.ndarray) -> Iterator[Result]:
-        """Train on these examples, in this order, with a step of the optimizer for each batch.
+        """Train on the given examples in the given order, with one optimizer step for each batch.
 
-        Every layer stays in the mode that it is in; a batch norm in prediction mode is frozen. A
-        caller that stops iterating stops the training. Nothing here waits for the device.
+        Every layer keeps its mode; a batch norm in prediction mode is frozen. A caller that stops
+        iterating stops the training. This method does not wait for the device.
 
         Args:
-            order: indices of training examples. The last batch may be smaller.
+            order: the indices of the training examples. The last batch may be smaller than the
+                others.
 
         Yields:
-            One `Result` for one batch or several, after the steps on them.
+            One `Result` for one batch or for several batches, after the steps on these batches.
         """
 
     def evaluate(self) -> Iterator[Result]:
-        """Run the test split in prediction mode; the mode of every layer is kept.
+        """Run the test split in prediction mode; every layer keeps its mode.
 
         Yields:
-            One `Result` for one batch or several.
+            One `Result` for one batch or for several batches.
         """
 
 
@@ -88,23 +91,29 @@ def build(
     threads: int | None = None,
     report: Callable[[str], None] | None = None,
 ) -> Engine:
-    """Return the engine of this kind for a model: the only place that chooses.
+    """Return an engine of the given kind for a model.
+
+    This function chooses among the engines.
 
     Args:
-        kind: "layers"; "fused", the fused engine of the backend; or "auto", the fused engine where
-            it can train this model, else layers. On a GPU, "auto" is layers.
-        model, optimizer, train, test: all on ``backend``.
-        batch_size: of training.
-        backend: from `npbn.backend.get_backend`.
-        threads: of the fused engine on the CPU; every CPU that this process may use unless given.
-        report: called with lines to show while the fused engine on the CPU compiles its kernels,
-            which happens once.
+        kind: "layers", "fused" or "auto". "fused" is the fused engine of the backend. "auto" is the
+            fused engine if the backend is NumPy and the fused engine can train this model, and
+            "layers" otherwise; on a GPU, "auto" is always "layers".
+        model, optimizer, train, test: the model, its optimizer, the training split and the test
+            split, all on ``backend``.
+        batch_size: the number of examples in a training batch.
+        backend: a backend from `npbn.backend.get_backend`.
+        threads: the number of threads of the fused engine on the CPU. By default, the number of
+            CPUs that this process may use.
+        report: a function that is called with lines to show to the user while the fused engine on
+            the CPU compiles its kernels. The compilation happens once, because the compiled kernels
+            are cached.
 
     Raises:
-        ValueError: no such kind, or what the model's own forward pass would raise.
-        TypeError: what the model's own forward pass would raise.
-        UnsupportedError: the fused engine is asked for and cannot train this model, or cannot run
-            on this machine.
+        ValueError: ``kind`` is unknown, or the model's own forward pass would raise ValueError.
+        TypeError: the model's own forward pass would raise TypeError.
+        UnsupportedError: ``kind`` is "fused", and the fused engine cannot train this model or
+            cannot run on this machine.
         BackendError: the GPU cannot run the fused engine.
     """
     if kind not in KINDS:

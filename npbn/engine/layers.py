@@ -1,4 +1,4 @@
-"""The engine by layers: the textbook loop, and the specification of the other engines."""
+"""Train and evaluate by layers: the textbook loop, and the specification of the other engines."""
 
 from __future__ import annotations
 
@@ -17,17 +17,25 @@ from npbn.layers import Layer, Sequential, dtype_of, modes_kept
 from npbn.optim import SGD
 
 EVALUATION_BATCH_SIZE = 256
-"""Larger batches are no faster on a CPU: they fall out of its cache."""
+"""The number of examples in a batch of an evaluation.
+
+On a CPU, larger batches are no faster, because larger batches do not fit into the CPU's cache.
+"""
 
 
 class LayersEngine:
-    """Forward pass, loss, backward pass and step of the optimizer, batch by batch, by the layers.
+    """An engine that calls the layers' own forward and backward passes, batch by batch.
+
+    For each batch, the engine runs the forward pass, the loss, the backward pass and a step of the
+    optimizer.
 
     Args:
-        model, optimizer, train, test: all on ``backend``.
-        batch_size: of training.
-        backend: any.
-        reason: why it is by layers, where another engine had been wanted.
+        model, optimizer, train, test: the model, its optimizer, the training split and the test
+            split, all on ``backend``.
+        batch_size: the number of examples in a training batch.
+        backend: any backend.
+        reason: the reason why another engine could not be used, if the caller tried another engine
+            first. The reason appears in ``description``.
     """
 
     kind = "layers"
@@ -49,7 +57,7 @@ class LayersEngine:
         self.description = f"by layers ({reason})" if reason else "by layers"
 
     def steps(self, order: np.ndarray) -> Iterator[Result]:
-        """Train on these examples, batch by batch; see `npbn.engine.Engine`."""
+        """Train on the given examples, batch by batch; see `npbn.engine.Engine`."""
         dtype, indices = dtype_of(self.model), self.backend.asarray(order)
         for x, labels in self.train.batches(self.batch_size, dtype, order=indices):
             logits = self.model.forward(x)
@@ -66,7 +74,7 @@ class LayersEngine:
 def predict(
     model: Layer, split: Split, *, dtype: Any, batch_size: int = EVALUATION_BATCH_SIZE
 ) -> Iterator[Result]:
-    """Run a split in prediction mode, batch by batch; the mode of every layer is kept."""
+    """Run a split in prediction mode, batch by batch; every layer keeps its mode."""
     for x, labels in split.batches(batch_size, dtype):
         with modes_kept(model):
             model.eval()
@@ -76,6 +84,9 @@ def predict(
 
 
 def count_correct(logits: Array, labels: Array) -> Array:
-    """Return how many of the largest logits are at the labels; stays on the device."""
+    """Return the number of examples whose largest logit is at the label.
+
+    The result stays on the device.
+    """
     xp = array_api_compat.array_namespace(logits)
     return xp.count_nonzero(xp.argmax(logits, axis=1) == labels)

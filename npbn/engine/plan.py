@@ -1,7 +1,8 @@
-"""Divide a model into stages, which a fused engine computes in one go. No device is involved.
+"""Divide a model into stages. A fused engine computes all layers of a stage together.
 
-Whether layers fit together is asked of the layers themselves: their forward passes run on one
-example of zeros, on the host, with parameters that have shapes and dtypes but take no memory.
+Nothing here runs on a device. To find out whether the layers fit together, the forward passes of
+the layers run on one example of zeros, on the host. The parameters for these forward passes have
+the right shapes and dtypes, but take no memory.
 """
 
 from __future__ import annotations
@@ -36,24 +37,28 @@ _FOLLOWS: dict[type[Layer], str] = {
     AvgPool2d: "pool",
     MaxPool2d: "pool",
 }
-"""The layers that may follow a convolution or linear layer, and their role in the stage."""
+"""The types of layer that may follow a convolution or linear layer, and their roles in a stage."""
 
 _ORDER = ("norm", "activation", "pool")
 
 
 @dataclass(frozen=True)
 class StagePlan:
-    """A convolution or linear layer, and what follows it.
+    """A convolution or linear layer, with the norm, activation and pooling that follow the layer.
 
-    A linear layer is described as a convolution of images of one pixel, its features as channels.
+    A linear layer is described as a convolution of images of one pixel, with the features as
+    channels.
 
     Attributes:
-        layer: with the parameters.
-        norm, activation, pool: each or none, in this order.
-        shape: (C, H, W) of the input; of a linear layer (features, 1, 1).
-        maps: (O, H', W') of the layer's output; of a linear layer (out features, 1, 1).
-        kernel, stride, padding: (vertical, horizontal); of a linear layer (1, 1), (1, 1), (0, 0).
-        window: (kH, kW) of the pooling, which is also its stride; (1, 1) without pooling.
+        layer: the convolution or linear layer, which holds the parameters.
+        norm, activation, pool: the layers that follow ``layer``, in this order. Each may be None.
+        shape: the shape (C, H, W) of the input; (features, 1, 1) for a linear layer.
+        maps: the shape (O, H', W') of the output of ``layer``, before pooling; (out features, 1, 1)
+            for a linear layer.
+        kernel, stride, padding: (vertical, horizontal) each; (1, 1), (1, 1) and (0, 0) for a linear
+            layer.
+        window: the window (kH, kW) of the pooling, which is also the stride of the pooling; (1, 1)
+            without pooling.
     """
 
     layer: Conv2d | Linear
@@ -69,22 +74,25 @@ class StagePlan:
 
     @property
     def linear(self) -> bool:
-        """Whether the layer is a linear one."""
+        """Return whether ``layer`` is a linear layer."""
         return isinstance(self.layer, Linear)
 
     @property
     def output(self) -> tuple[int, int, int]:
-        """(O, H'', W'') after pooling."""
+        """Return the shape (O, H'', W'') of the stage's output, after pooling."""
         channels, height, width = self.maps
         return channels, height // self.window[0], width // self.window[1]
 
     @property
     def frozen(self) -> bool:
-        """Whether batch norm is in prediction mode now, so that training leaves its averages."""
+        """Return whether the stage has a batch norm that is in prediction mode now.
+
+        Training does not change the moving averages of such a batch norm.
+        """
         return self.norm is not None and not self.norm.training
 
     def state(self) -> dict[str, Buffer]:
-        """Parameters and buffers by their own names: weight, bias, gamma, ..., moving_var."""
+        """Return parameters and buffers by name: weight, bias, gamma, beta, ..., moving_var."""
         return self.layer.state() | ({} if self.norm is None else self.norm.state())
 
 
@@ -92,13 +100,13 @@ def plan(model: Sequential, input_shape: tuple[int, ...]) -> list[StagePlan]:
     """Return the stages of a model.
 
     Args:
-        model: of npbn's layers.
-        input_shape: of one example, without the batch axis.
+        model: a model of npbn's layers.
+        input_shape: the shape of one example, without the batch axis.
 
     Raises:
-        UnsupportedError: there is no stage for what a layer does there; the message names it.
-        ValueError, TypeError: the layers do not fit together, or not to the input; the messages are
-            those of the layers' forward pass on one example.
+        UnsupportedError: a layer cannot be put into any stage; the message names the layer.
+        ValueError, TypeError: the layers do not fit together, or do not fit the input; the message
+            is that of the layers' forward pass on one example.
     """
     layers = list(enumerate(_leaves(model)))
     for i, layer in layers:
@@ -138,7 +146,7 @@ def _stage(
     shape: tuple[int, ...],
     maps: tuple[int, ...],
 ) -> StagePlan:
-    """Return the stage of a layer on inputs of this shape, with outputs of the shape ``maps``."""
+    """Return the stage of a layer, for inputs of shape ``shape`` and outputs of shape ``maps``."""
     norm, activation, pool = (following.get(role) for role in _ORDER)
     assert norm is None or isinstance(norm, BatchNorm)
     assert activation is None or isinstance(activation, Sigmoid | ReLU)
@@ -164,7 +172,11 @@ def _stage(
 
 
 def _leaves(layer: Layer) -> Iterator[Layer]:
-    """The layers that a model runs one after another."""
+    """Yield the layers that a model runs one after another.
+
+    The layers inside a `Sequential` are yielded in its place, unless the `Sequential` is of a
+    subclass with its own forward or backward pass.
+    """
     plain = isinstance(layer, Sequential) and all(
         getattr(type(layer), name) is getattr(Sequential, name) for name in ("forward", "backward")
     )
@@ -178,10 +190,11 @@ def _leaves(layer: Layer) -> Iterator[Layer]:
 def _shapes(
     model: Sequential, layers: list[Layer], input_shape: tuple[int, ...]
 ) -> list[tuple[int, ...]]:
-    """Return the shape of one example before each layer and after the last.
+    """Return the shape of one example before each layer, and after the last layer.
 
     Raises:
-        ValueError, TypeError: as the layers do in a forward pass on one example, and the loss.
+        ValueError, TypeError: a layer's forward pass on one example raises the error, or the loss
+            on the result of the last layer does.
     """
     x = np.zeros((1, *input_shape), dtype_of(model))
     shapes = [input_shape]
@@ -194,7 +207,10 @@ def _shapes(
 
 
 def _without_values(layer: Layer) -> Layer:
-    """Return a copy of a layer in prediction mode with zeros for its arrays, on the host."""
+    """Return a copy of a layer in prediction mode, with zeros on the host in place of its arrays.
+
+    The zeros have the shapes and dtypes of the arrays, but take no memory.
+    """
     found = copy.copy(layer)
     found.training = False
     for name, array in layer.state().items():

@@ -1,11 +1,13 @@
-"""Proof of gradients: npbn's own, and anybody's.
+"""Check gradients: those of npbn, and those of other people's code.
 
-- `npbn.verify.check_gradients`: does a backward pass give the gradient of a forward pass? For any
-  pair of array functions, by the complex step where the forward pass is fit for it.
-- `npbn.verify.check_model`: the same for a whole network and its loss.
-- `npbn.verify.complex_step`, `npbn.verify.central_difference`: derivatives by evaluation.
-- `npbn.verify.examine_file`: which mistake is in this homework? It is compared with the catalogue
-  `npbn.verify.mutants`.
+- `npbn.verify.check_gradients` checks whether a backward pass computes the gradient of a forward
+  pass. The check works for any pair of array functions. It uses the complex step if the forward
+  pass is fit for the complex step.
+- `npbn.verify.check_model` checks the gradients of the loss of a whole network.
+- `npbn.verify.complex_step` and `npbn.verify.central_difference` compute numeric derivatives: they
+  evaluate only the function.
+- `npbn.verify.examine_file` finds the mistake in a file of homework. It compares the results of the
+  homework with the results of the mistakes in the catalogue `npbn.verify.mutants`.
 """
 
 from npbn.verify.checker import Finding, Report, check_gradients

@@ -1,25 +1,26 @@
-r"""Is this backward pass the gradient of that forward pass?
+r"""Check whether a backward pass computes the gradient of a forward pass.
 
 For an output $y$ and an upstream gradient $dy$, the element $i$ of the gradient is
 
 $$dx_i = \sum_j dy_j \frac{\partial y_j}{\partial x_i}$$
 
-whose right side is evaluated numerically (`npbn.verify.numeric`), with a random $dy$. (Never with
-ones: $\sum_j y_j$ of a normalized $y$ does not depend on $x$, so that many wrong gradients would
-pass.)
+The right side is evaluated numerically by `npbn.verify.numeric`, with a random $dy$. A $dy$ of ones
+is not used, because $\sum_j y_j$ of a normalized $y$ does not depend on $x$, and so many wrong
+gradients would pass.
 
-**The error** is measured against the size of what the sum is made of,
+**The error** is measured relative to the size of the terms of the sum,
 
 $$\frac{\max_i |\text{analytic}_i - \text{numeric}_i|}
   {\max(\max_i |\text{numeric}_i|, \max_i \sum_j |dy_j \partial y_j / \partial x_i|)}$$
 
-because the terms may cancel: the bias of a layer that feeds batch norm has the gradient 0, and what
-is computed for it is the rounding of its terms.
+because the terms may cancel. For example, the bias of a layer that feeds batch norm has the
+gradient 0, and the computed value of this gradient is only the rounding error of the terms.
 
-**The bound** comes from the arithmetic. A sum of $n$ rounded terms is off by about $\sqrt{n} u$
-of their size, with $u$ the unit of rounding. Inputs that are rounded, by $u$ relatively, move the
-gradient by as much as the operation is badly conditioned: that is measured, by doing so. Central
-differences are off by $u^{2/3}$ besides. The bound is 64 times the sum.
+**The bound** comes from the arithmetic. It is 64 times the sum of three errors. A sum of $n$
+rounded terms has an error of about $\sqrt{n} u$ relative to the size of the terms, with $u$ the
+unit of rounding. The rounding of the inputs, by $u$ relative to each input, changes the gradient:
+the change is large if the operation is badly conditioned. The checker measures this change with
+inputs that are rounded differently. A central difference has an additional error of $u^{2/3}$.
 """
 
 from __future__ import annotations
@@ -39,7 +40,8 @@ from npbn.verify import numeric
 
 SAFETY = 64
 SAMPLE = 24
-"""The elements that are checked one by one. Those beyond are checked all at once."""
+"""The number of elements of a gradient that are checked one by one. If a gradient has more
+elements, one further check covers all its elements together."""
 
 
 @dataclass(frozen=True)
@@ -47,15 +49,17 @@ class Finding:
     """The result for one gradient.
 
     Attributes:
-        name: of the input, or the parameter.
-        shape: of it.
-        error, bound: relative to ``scale``, see the module's docstring.
-        scale: what the error is measured against.
-        index: of the worst element.
-        analytic, numeric: its value by the backward pass, and numerically.
-        largest: absolute value of any element, either way.
+        name: the name of the input or the parameter.
+        shape: the shape of the input or the parameter.
+        error, bound: the error of the gradient and the bound of the error, both relative to
+            ``scale``. The module's docstring defines error and bound.
+        scale: the size that the error is divided by.
+        index: the index of the element with the largest error.
+        analytic, numeric: the value of this element by the backward pass, and the numeric value.
+        largest: the largest absolute value of any element, by the backward pass or numerically.
         method: "complex step" or "central difference".
-        problem: why there is nothing to compare, as a sentence; or empty.
+        problem: the reason why the gradient cannot be compared, as a sentence. The sentence is
+            empty if the gradient was compared.
     """
 
     name: str
@@ -77,12 +81,19 @@ class Finding:
 
     @property
     def cancels(self) -> bool:
-        """Whether the gradient is 0 because its terms cancel, as a bias's before batch norm."""
+        """Whether the gradient is right, and 0 because its terms cancel.
+
+        An example is the gradient of a bias before batch norm.
+        """
         return self.ok and self.scale > 0 and self.largest <= self.bound * self.scale
 
     @property
     def verdict(self) -> str:
-        """Return a cell for a table: right, right and why it is 0, or what is wrong."""
+        """Return the result as text for a cell of a table.
+
+        The text says that the gradient is right, or that the gradient is right and why the gradient
+        is 0, or what is wrong.
+        """
         if self.cancels:
             return "right: 0, its terms cancel"
         return "right" if self.ok else str(self)
@@ -104,18 +115,18 @@ class Finding:
 
 @dataclass(frozen=True)
 class Report:
-    """The results for all gradients of an operation or model."""
+    """The results for all gradients of an operation or of a model."""
 
     findings: tuple[Finding, ...]
 
     @property
     def ok(self) -> bool:
-        """Whether all of them are right."""
+        """Whether all gradients are right."""
         return all(finding.ok for finding in self.findings)
 
     @property
     def worst(self) -> float:
-        """The largest relative error."""
+        """The largest relative error of all gradients."""
         return max((finding.error for finding in self.findings), default=0.0)
 
     def __str__(self) -> str:
@@ -134,21 +145,26 @@ def check_gradients(
     """Compare the gradients of a backward pass with numeric ones.
 
     Args:
-        forward: called with inputs and constants as keywords; returns y, or (y, cache, ...).
-        backward: (dy, cache) → the gradients by the inputs, in their order: one array, or a tuple
-            in which None stands for a gradient that there is not. Without a cache, it is called
-            with None for it.
-        inputs: what gradients are taken by, by name; float64 arrays for a proof, of any library.
-        constants: further arguments.
-        generator: draws the upstream gradient and, of large inputs, the elements to look at.
-        method: "complex step", "central difference", or "auto": the complex step where the forward
-            pass turns out to be fit for it.
+        forward: the forward pass. The checker calls it with the inputs and the constants as keyword
+            arguments. The forward pass returns y or (y, cache, ...).
+        backward: the backward pass. The checker calls it with (dy, cache); cache is None if the
+            forward pass returns only y. The backward pass returns the gradients with respect to the
+            inputs, in the order of the inputs: one array, or a tuple of arrays. The tuple may
+            contain None in place of a gradient that does not exist.
+        inputs: the arrays with respect to which the gradients are checked, by name. The arrays may
+            be from any library. A proof needs float64 arrays.
+        constants: further arguments of the forward pass, by name.
+        generator: draws the upstream gradient and, for large inputs, the elements to check.
+        method: "complex step", "central difference" or "auto". With "auto", the complex step is
+            used if the forward pass turns out to be fit for the complex step, and otherwise the
+            central difference.
 
     Returns:
-        A report; ``print`` it.
+        A report, which can be printed.
 
     Raises:
-        ValueError: no such method, or no inputs.
+        ValueError: the method is unknown, there are no inputs, or no point was found where the
+            forward pass has a derivative.
         Whatever forward and backward raise.
     """
     if method not in ("auto", "complex step", "central difference"):
@@ -166,7 +182,7 @@ def check_gradients(
         return (result[0], result[1]) if isinstance(result, tuple) else (result, None)
 
     def output(value: Array, name: str, others: Mapping[str, Array]) -> Array:
-        """y, as a function of one input."""
+        """Return y as a function of one input."""
         return run({**others, name: value})[0]
 
     inputs = {
@@ -179,7 +195,7 @@ def check_gradients(
     if not isinstance(gradients, tuple):
         gradients = (gradients,)
     if len(gradients) != len(inputs):
-        # dbias is None where there is no bias among the inputs.
+        # dbias is None if no bias is among the inputs.
         gradients = tuple(g for g in gradients if g is not None)
     if len(gradients) != len(inputs):
         problem = f"expected {len(inputs)} gradients ({', '.join(inputs)}), got {len(gradients)}"
@@ -235,21 +251,22 @@ def check_gradients(
 def smooth_point(
     function: Callable[[Array], Array], x: Array, generator: np.random.Generator
 ) -> Array:
-    """x, or a point close to it, where ``function`` has a derivative as far as can be seen.
+    """Return x, or a point close to x, where ``function`` appears to have a derivative.
 
-    At ReLU's 0 or a tie in a maximum there is none, so that a right backward pass may differ from
-    any numeric derivative. There the slopes to both sides differ: by much more than the curvature
-    of a smooth function makes them over so short a step. Then x is moved a little, at random.
+    A function has no derivative at the 0 of ReLU or at a tie in a maximum, and there a right
+    backward pass may differ from any numeric derivative. At such a kink, the slopes on both sides
+    of the point differ by much more than the curvature of a smooth function can explain over a
+    short step. If such a difference is found, x is moved a little at random.
 
     Raises:
-        ValueError: the function has no derivative anywhere close, as far as can be seen.
+        ValueError: no point with a derivative was found close to x.
     """
     xp = array_api_compat.array_namespace(x)
     u = float(xp.finfo(x.dtype).eps)
-    step = 10 * u ** (1 / 3)  # wider than a central difference, which must not reach a kink
+    step = 10 * u ** (1 / 3)  # wider than a central difference's step, which must reach no kink
     shape = tuple(x.shape)
     for attempt in range(1, TRIES + 1):
-        # Signs move every element as far as any, normal numbers move no two of them alike.
+        # Random signs move all elements equally far; normal numbers move each element differently.
         directions = [generator.choice((-1.0, 1.0), shape)]
         directions += [generator.standard_normal(shape) for _ in range(4)]
         if not any(_bends(function, x, step * like(x, v), u) for v in directions):
@@ -280,17 +297,17 @@ def compare(
     method: str,
     generator: np.random.Generator,
 ) -> Finding:
-    """The finding about one gradient.
+    """Compare one gradient with the numeric derivative, and return the finding.
 
     Args:
-        name, x: the input.
-        gradient: by the backward pass, flat.
-        measure: along a direction, the numeric derivative and the sum of the absolute terms that
-            it is made of.
-        measure_rounded: the same with inputs that are rounded differently.
-        count: how many terms there are.
-        method: how the derivative was taken.
-        generator: chooses the elements of large inputs.
+        name, x: the name and the value of the input.
+        gradient: the gradient by the backward pass, as a flat array.
+        measure: a function of a direction. The function returns the numeric derivative along the
+            direction, and the sum of the absolute values of the terms of this derivative.
+        measure_rounded: the function ``measure`` for inputs that are rounded differently.
+        count: the number of terms.
+        method: the method of the numeric derivative, "complex step" or "central difference".
+        generator: chooses the elements of a large input to check.
     """
     xp = array_api_compat.array_namespace(x)
     u = float(xp.finfo(x.dtype).eps)
@@ -302,14 +319,14 @@ def compare(
     worst = int(np.argmax(np.where(np.isnan(differences), np.inf, differences)))
     error = float(differences[worst]) / scale if scale else float(differences[worst])
     if len(indices) < gradient.size:
-        # The elements that were not drawn, all at once: their sum with random signs.
+        # Not every element was drawn. Check all elements together: their sum with random signs.
         signs = generator.choice((-1.0, 1.0), gradient.size)
         value, size = measure(like(x, signs.reshape(tuple(x.shape))))
         size = max(size, float(np.abs(gradient).sum()))
         if size:
             error = max(error, abs(float(gradient @ signs) - value) / size)
 
-    # Inputs rounded differently: what that moves is the conditioning.
+    # The conditioning is the change of the derivative when the inputs are rounded differently.
     some = range(0, len(indices), max(1, len(indices) // 4))
     moved = [measure_rounded(numeric.unit(x, indices[k]))[0] - values[k] for k in some]
     conditioning = float(np.abs(moved).max()) / scale if scale else 0.0
@@ -331,7 +348,11 @@ def compare(
 
 
 def sample(gradient: np.ndarray, generator: np.random.Generator) -> list[int]:
-    """Return the elements to check one by one: all, or the largest and some at random."""
+    """Return the indices of the elements to check one by one.
+
+    The result has the indices of all elements if the gradient is small. Otherwise the result has
+    the index of the element with the largest absolute value, and random indices.
+    """
     if gradient.size <= SAMPLE:
         return list(range(gradient.size))
     drawn = generator.choice(gradient.size, SAMPLE - 1, replace=False)
@@ -340,7 +361,7 @@ def sample(gradient: np.ndarray, generator: np.random.Generator) -> list[int]:
 
 
 def wrong_form(gradient: Any, shape: Sequence[int]) -> str:
-    """Return what is wrong with a gradient's type, shape or dtype; empty if nothing is."""
+    """Return what is wrong with the type, shape or values of a gradient; empty if nothing is."""
     if gradient is None:
         return "expected an array, got None"
     if not array_api_compat.is_array_api_obj(gradient):
@@ -353,7 +374,10 @@ def wrong_form(gradient: Any, shape: Sequence[int]) -> str:
 
 
 def like(array: Array, values: np.ndarray) -> Array:
-    """Host values as an array of the library, dtype and device of ``array``."""
+    """Return host values as an array of the library, precision and device of ``array``.
+
+    The result is real also where ``array`` is complex.
+    """
     xp = array_api_compat.array_namespace(array)
     dtype = xp.float32 if array.dtype in (xp.float32, xp.complex64) else xp.float64
     return xp.asarray(values, dtype=dtype, device=array_api_compat.device(array))

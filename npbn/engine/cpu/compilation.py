@@ -1,4 +1,4 @@
-"""Compiling the kernels: once for each dtype, and kept in the user's cache directory."""
+"""Compile the kernels once for each dtype, and keep the results in the user's cache directory."""
 
 from __future__ import annotations
 
@@ -22,19 +22,25 @@ from npbn.engine.cpu import launches, normalization, products
 from npbn.errors import UnsupportedError
 
 LOCK = threading.RLock()
-"""Held while kernels are compiled or run: not every threading layer bears two at a time."""
+"""A lock that is held while kernels are compiled or run.
 
-# GNU's OpenMP threads look for new work for a while before they sleep. By default that is so long
-# that two trainings at once would take each other's CPUs for nothing; with half of this number,
-# Linux leaves threads that wake up together on one CPU for a while. Read when the library loads.
+Not every threading layer of Numba can be used by two Python threads at the same time.
+"""
+
+# GNU's OpenMP threads look for new work for a while before they sleep. With GNU's default number,
+# the threads look for so long that two trainings at once would take each other's CPUs for nothing.
+# With half of the number below, Linux leaves threads that wake up together on one CPU for a while.
+# OpenMP reads the variable when its library loads.
 os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 
 
 def cache_directory(dtype: Any) -> Path:
-    """Return where kernels of a dtype are kept: in NUMBA_CACHE_DIR, or npbn's part of the cache.
+    """Return the directory in which the compiled kernels of a dtype are kept.
 
-    The name holds a digest of the kernels' sources, Numba's version and the dtype. (Numba itself
-    recompiles for another processor, but does not see a change in a file that another one imports.)
+    The directory is in NUMBA_CACHE_DIR if that is set, otherwise in npbn's directory in the user's
+    cache. Its name is a digest of the kernels' sources, Numba's version and the dtype. The digest
+    is needed because Numba does not notice a change in a file that the kernel's file imports. Numba
+    itself recompiles a kernel for another processor.
     """
     digest = hashlib.sha256(f"{numba.__version__} {np.dtype(dtype)}".encode())
     for source in sorted(Path(__file__).parent.glob("*.py")):
@@ -44,11 +50,12 @@ def cache_directory(dtype: Any) -> Path:
 
 
 def compile_kernels(arguments: tuple[Any, ...], report: Callable[[str], None] | None) -> None:
-    """Compile `launches.execute` for such arguments, or load it from the cache.
+    """Compile `launches.execute` for arguments of the given types, or load it from the cache.
 
     Args:
-        arguments: as for a call.
-        report: called with a line when compilation begins and as it goes on.
+        arguments: the arguments of a call of `launches.execute`.
+        report: a function that is called with a line of text when the compilation begins, and
+            several times during the compilation.
 
     Raises:
         UnsupportedError: Numba cannot compile the kernels on this machine.
@@ -76,7 +83,7 @@ def compile_kernels(arguments: tuple[Any, ...], report: Callable[[str], None] | 
                 raise
             except (
                 Exception
-            ):  # files that were cut off, by a power cut for instance, raise anything
+            ):  # a truncated cache file, for instance after a power cut, can raise any exception
                 for path in directory.rglob("*.nb[ci]"):
                     path.unlink(missing_ok=True)
                 _compile(kernels, directory)
@@ -86,17 +93,18 @@ def compile_kernels(arguments: tuple[Any, ...], report: Callable[[str], None] | 
 
 
 def _compile(kernels: dict[Dispatcher, tuple[Any, ...]], directory: Path) -> None:
-    """Compile these kernels for these types, or load them from the directory."""
+    """Compile each kernel for its argument types, or load the kernel from the directory."""
     before = numba.config.OPT
     try:
         with _cached(kernels, directory):
             for kernel, types_ in kernels.items():
                 if kernel is launches.execute:
-                    # Its callees are optimized already, and are linked into it three times.
+                    # The functions that `execute` calls are optimized already, and are linked into
+                    # `execute` three times.
                     numba.config.OPT = 1
                 try:
                     kernel.compile(types_)
-                except OSError:  # compiled, but the disk is full
+                except OSError:  # the kernel may be compiled, but not saved: the disk is full
                     if types_ not in kernel.overloads:
                         raise
     finally:
@@ -105,7 +113,7 @@ def _compile(kernels: dict[Dispatcher, tuple[Any, ...]], directory: Path) -> Non
 
 @contextlib.contextmanager
 def _cached(kernels: Iterable[Dispatcher], directory: Path) -> Iterator[None]:
-    """Let Numba cache these kernels, if the directory can be written to."""
+    """Let Numba cache the kernels in the directory, if the directory can be written to."""
     before = numba.config.CACHE_DIR
     try:
         directory.mkdir(parents=True, exist_ok=True)
@@ -124,7 +132,7 @@ def _cached(kernels: Iterable[Dispatcher], directory: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _reported(report: Callable[[str], None] | None) -> Iterator[None]:
-    """Call ``report`` for every kernel that is compiled."""
+    """Call ``report`` when the compilation begins, and after every sixth compiled kernel."""
     modules = products, normalization, launches
     kernels = {f for module in modules for f in vars(module).values() if isinstance(f, Dispatcher)}
     compiled: set[Dispatcher] = set()

@@ -1,4 +1,4 @@
-"""The fused engine on the CPU."""
+"""Define `CpuEngine`, the fused engine on the CPU."""
 
 from __future__ import annotations
 
@@ -23,27 +23,30 @@ from npbn.layers import Parameter, Sequential, dtype_of
 from npbn.optim import SGD
 
 EVALUATED_AT_ONCE = 16_384
-"""Examples."""
+"""The largest number of examples that one call of the kernels evaluates."""
 
 
 class CpuEngine:
     """A model with its optimizer and its data on the CPU.
 
-    Parameters, gradients, velocities and moving averages are those of the layers and the optimizer:
-    these get views of the engine's memory, when it first trains or evaluates. A bias before a batch
-    norm has a gradient of exactly 0 here, where layers find rounding errors.
+    The layers and the optimizer always hold the current parameters, gradients, velocities and
+    moving averages: when the engine first trains or evaluates, their arrays are replaced by views
+    of the engine's memory. For a bias before a batch norm, the engine computes a gradient of
+    exactly 0, where the layers compute rounding errors.
 
     Args:
-        model: on NumPy.
-        optimizer: of its parameters.
-        train, test: the data; of one image size.
-        batch_size: a last batch may be smaller.
-        threads: how many compute; every CPU that this process may use unless given. No bit of a
-            result depends on it.
-        report: called with lines to show while kernels are compiled, which happens once.
+        model: a model whose arrays are NumPy's.
+        optimizer: the optimizer of the model's parameters.
+        train, test: the training split and the test split, with images of the same size.
+        batch_size: the number of examples in a training batch. The last batch may be smaller.
+        threads: the number of threads that compute. By default, the number of CPUs that this
+            process may use. No bit of a result depends on the number of threads.
+        report: a function that is called with lines to show to the user while the kernels are
+            compiled. The compilation happens once, because the compiled kernels are cached.
 
     Raises:
-        ValueError, TypeError: what the model's own forward pass would raise.
+        ValueError, TypeError: the model's own forward pass would raise the error, or ``threads`` is
+            less than 1.
         UnsupportedError: there is no stage for a layer, or the kernels cannot be compiled.
     """
 
@@ -63,7 +66,7 @@ class CpuEngine:
         threads = usable_cpus() if threads is None else threads
         if threads < 1:
             raise ValueError(f"expected at least 1 thread, got {threads}")
-        # Numba cannot start more, and a batch of 256 has 16 chunks.
+        # Numba cannot start more threads. A batch of 256 examples has 16 chunks in float32.
         self.threads = min(threads, numba.config.NUMBA_NUM_THREADS)
         self.stages = plan(model, tuple(train.images.shape[1:]))
         self.optimizer, self.train, self.test = optimizer, train, test
@@ -89,7 +92,7 @@ class CpuEngine:
             self.description += " (without OpenMP, which would start them faster)"
 
     def steps(self, order: np.ndarray) -> Iterator[Result]:
-        """Train on these examples, batch by batch; see `npbn.engine.Engine`."""
+        """Train on the given examples, batch by batch; see `npbn.engine.Engine`."""
         order = np.ascontiguousarray(order, np.int64)
         if len(order) and not 0 <= order.min() <= order.max() < len(self.train):
             raise IndexError(
@@ -110,10 +113,16 @@ class CpuEngine:
             yield Result(len(part), loss / len(part), correct)
 
     def execute(self, program: Any, split: Split, order: np.ndarray) -> tuple[float, int]:
-        """Run launches (`npbn.engine.cpu.launches`) on these examples of one of the two splits.
+        """Run a program of launches (`npbn.engine.cpu.launches`) on examples of a split.
+
+        Args:
+            program: the launches.
+            split: the training split or the test split of this engine.
+            order: the indices of the examples in the split.
 
         Returns:
-            The sum of their losses, and how many are classified right.
+            The sum of the examples' losses, and the number of examples that are classified
+            correctly.
         """
         self._adopt()
         with _computing(self.threads):
@@ -124,10 +133,13 @@ class CpuEngine:
         return program, self.net, *self._splits[id(split)], _read_only(order), self.threads
 
     def _find_views(self) -> list[tuple[Any, ...]]:
-        """Return each parameter and moving average, and views of the engine's memory for it.
+        """Return the parameters and moving averages, with views of the engine's memory for each.
 
-        A parameter has its name in the optimizer and three views: of its value, gradient and
-        velocity. A moving average has one, of its value.
+        Returns:
+            A tuple for each array: (name, array, value, gradient, velocity). For a parameter,
+            ``name`` is the name in the optimizer, and ``value``, ``gradient`` and ``velocity`` are
+            views of the engine's memory. For a moving average, ``value`` is such a view, and
+            ``gradient`` and ``velocity`` are None.
         """
         names = {id(parameter): name for name, parameter in self.optimizer.parameters.items()}
         found = []
@@ -143,7 +155,12 @@ class CpuEngine:
         return found
 
     def _adopt(self) -> None:
-        """Take over what others have put into the layers and the optimizer."""
+        """Copy arrays and settings that a caller has changed into the engine's memory.
+
+        A parameter, moving average or velocity that a caller has put into a layer or the optimizer
+        is copied into the engine's memory, and replaced by the view of that memory. A gradient is
+        replaced without a copy.
+        """
         optimizer, velocities = self.optimizer, self.optimizer.velocity
         for name, array, value, gradient, velocity in self._views:
             if array.data is not value:
@@ -168,25 +185,36 @@ class CpuEngine:
 
 
 def _arrays(split: Split) -> tuple[Any, Any]:
-    """A split's pixels, one after the other, and labels, as the kernels take them."""
+    """Return the pixels of a split as a flat array, and its labels, for the kernels."""
     images = np.ascontiguousarray(split.images).reshape(-1)
     return _read_only(images), _read_only(np.ascontiguousarray(split.labels, np.int64))
 
 
 def _read_only(array: np.ndarray) -> Any:
-    """A view that cannot be written to: Numba would compile kernels for each of the two."""
+    """Return a view of an array that cannot be written to.
+
+    All arrays of the data are made read-only, because Numba would compile the kernels once for
+    writable arrays and once more for read-only arrays.
+    """
     view = array.view()
     view.flags.writeable = False
     return view
 
 
 _threads_started_in: int | None = None
-"""The process whose OpenMP threads these are. A process that is forked from it has none."""
+"""The id of the process that started Numba's threads; None before the threads are started.
+
+A process that is forked from that process has no OpenMP threads.
+"""
 
 
 @contextlib.contextmanager
 def _computing(threads: int) -> Iterator[None]:
-    """Numba with this many threads."""
+    """Hold `LOCK`, and let Numba use the given number of threads, until exit.
+
+    Raises:
+        BackendError: the process was forked from a process that had started OpenMP threads.
+    """
     global _threads_started_in
     with LOCK:
         if _threads_started_in is None:
@@ -207,7 +235,10 @@ def _computing(threads: int) -> Iterator[None]:
 
 
 def _choose_threading_layer() -> None:
-    """OpenMP, if it is there and nothing else was asked for: it starts a launch fastest."""
+    """Choose OpenMP, if OpenMP is available and the user has not asked for a threading layer.
+
+    OpenMP starts a launch fastest.
+    """
     if numba.config.THREADING_LAYER == "default":
         with contextlib.suppress(ImportError):
             importlib.import_module("numba.np.ufunc.omppool")

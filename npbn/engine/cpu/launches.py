@@ -1,8 +1,10 @@
-"""A training step and an evaluation: what runs in parallel, and what comes between.
+"""Run a training step or an evaluation as a sequence of launches.
 
-A launch is a loop over threads: of n threads, each takes every n-th part of the batch. A part is
-one chunk or several. How a batch is cut into parts depends only on its size, and sums over parts
-are taken in their order, so no bit of a result depends on the number of threads.
+A launch is a loop over threads that run in parallel: of n threads, each takes every n-th part of
+the batch. Between two launches, only one thread works. A part is one chunk or several chunks.
+
+No bit of a result depends on the number of threads: the division of a batch into parts depends only
+on the size of the batch, and sums over parts are computed in the order of the parts.
 """
 
 from __future__ import annotations
@@ -39,7 +41,8 @@ MOST_PARTS = 32
 KERNELS = "PACK", "FORWARD", "LOSS", "BACKWARD", "UPDATE", "PREDICT"
 PACK, FORWARD, LOSS, BACKWARD, UPDATE, PREDICT = range(6)
 
-# Use only prange of `parallel`: its other passes would search every function for loops to fuse.
+# Numba's option `parallel` turns on several passes, but only prange is needed here. The other
+# passes would search every function for loops to fuse.
 _OFF = ["comprehension", "reduction", "inplace_binop", "setitem", "numpy", "stencil", "fusion"]
 PARALLEL: dict[str, Any] = {
     "parallel": dict.fromkeys(_OFF, False) | {"prange": True},
@@ -49,37 +52,37 @@ PARALLEL: dict[str, Any] = {
 
 
 def training_program(stages: int) -> np.ndarray:
-    """The launches of a training step, (kernel, stage) each."""
+    """Return the launches of a training step: an array with a row (kernel, stage) for each."""
     forward = [(FORWARD, k) for k in range(stages)]
     backward = [(BACKWARD, k) for k in reversed(range(stages))]
     return np.array([(PACK, 0), *forward, (LOSS, stages), *backward, (UPDATE, 0)])
 
 
 def prediction_program() -> np.ndarray:
-    """The launches of an evaluation."""
+    """Return the launches of an evaluation: an array with a row (kernel, stage) for each."""
     return np.array([(PACK, 0), (PREDICT, 0)])
 
 
 @njit(**PARALLEL)
 def execute(program: Any, net: Any, images: Any, labels: Any, order: Any, threads: int) -> Any:
-    """Run a program's launches on the examples ``order``, each on all threads.
+    """Run the launches of a program on the examples ``order``; each launch uses all threads.
 
     Returns:
-        The sum of the losses, and how many examples are classified right.
+        The sum of the losses, and the number of examples that are classified correctly.
     """
     for launch in range(len(program)):
         kernel, k = program[launch, 0], program[launch, 1]
         prepare(net, kernel, k, len(order))
         for thread in prange(threads):
             run(net, kernel, k, images, labels, order, np.int64(thread), threads)
-        if kernel == FORWARD:  # not True below: Numba would compile for each literal
+        if kernel == FORWARD:  # the last argument is not `True`: Numba compiles for each literal
             merge(net, k, len(order), kernel == FORWARD)
     return summed_up(net, len(order))
 
 
 @njit(**OPTIONS)
 def prepare(net: Any, kernel: int, k: int, batch: int) -> None:
-    """Do the part of a launch that one thread does before all others start."""
+    """Do the part of a launch that one thread does before all threads start."""
     if kernel == PACK:
         set_masks(net, batch)
     elif kernel == BACKWARD:
@@ -100,7 +103,12 @@ def run(
     thread: int,
     threads: int,
 ) -> None:
-    """Run the chunks of a launch that belong to one thread."""
+    """Do the work of one thread in a launch.
+
+    For the kernels PACK and UPDATE, a thread takes every n-th group of six maps, where n is the
+    number of threads; for PREDICT, every n-th chunk; for all other kernels, every n-th part of the
+    batch.
+    """
     stages, batch, last = net.stages, len(order), len(net.stages) - 2
     lanes = BYTES // net.values.itemsize
     chunks = (batch + lanes - 1) // lanes
@@ -126,7 +134,8 @@ def run(
     size, parts = cut(chunks)
     own = (parts - thread + threads - 1) // threads
     for i in range(own):
-        # Alternate the direction by stage: the chunks written last are still in the cache.
+        # Go through the parts forwards in one stage and backwards in the next stage, because the
+        # chunks that were written last are still in the cache.
         part = thread + threads * (own - 1 - i if k % 2 else i)
         if kernel == BACKWARD and not stages[k].linear:
             clear_part(net, k, part)
@@ -165,7 +174,10 @@ def cut(chunks: int) -> tuple[int, int]:
 
 @njit(**OPTIONS)
 def gather(net: Any, slot: int, images: Any, order: Any, first: int, examples: int) -> None:
-    """Write a chunk's pixels, from 0 to 1, to x of the first stage; 0 beyond the batch."""
+    """Write the pixels of a chunk, as numbers from 0 to 1, to x of the first stage.
+
+    If the chunk has fewer examples than a vector has lanes, the other lanes are set to 0.
+    """
     stage, values = net.stages[0], net.values
     lanes, width, table = BYTES // values.itemsize, stage.width, stage.table
     for row in range(stage.channels * stage.height):
@@ -195,10 +207,11 @@ def cross_entropy(
     mask: Any,
     scratch: int,
 ) -> None:
-    """Softmax and cross-entropy (`npbn.functional.softmax_cross_entropy`) of a chunk.
+    """Compute softmax and cross-entropy of a chunk; see `npbn.functional.softmax_cross_entropy`.
 
-    The sum of its losses, how many are classified right; and the gradient of the batch's mean loss
-    with respect to the logits, from ``scratch`` on.
+    The results are stored. The sum of the chunk's losses and the number of the chunk's examples
+    that are classified correctly go to ``net.found``. The gradient of the batch's mean loss with
+    respect to the logits goes to the vectors from ``scratch`` on.
     """
     stage, values = net.stages[len(net.stages) - 1], net.values
     lanes = BYTES // values.itemsize
@@ -229,7 +242,7 @@ def cross_entropy(
             shifted = values[z + label * lanes] - values[z + best * lanes]
             loss += math.log(np.float64(values[ends * lanes + lane])) - np.float64(shifted)
         else:
-            loss = math.nan  # as in npbn.functional: such a label has no logit
+            loss = math.nan  # as in npbn.functional: there is no logit for a label out of range
         correct += best == label
     net.found[stage.found, chunk] = loss
     net.found[stage.found + 1, chunk] = correct
@@ -246,7 +259,7 @@ def clear_part(net: Any, k: int, part: int) -> None:
 
 @njit(**OPTIONS)
 def update(net: Any, k: int, first: int, chunks: int) -> None:
-    """dW summed up over the batch, and a step of the optimizer, for six maps."""
+    """Sum dW over the batch, and take a step of the optimizer, for six maps from ``first`` on."""
     stage, values = net.stages[k], net.values
     last, row = min(first + SIX, stage.maps), stage.padded_taps
     _, parts = cut(chunks)
@@ -275,7 +288,7 @@ def update(net: Any, k: int, first: int, chunks: int) -> None:
 
 @njit(**OPTIONS)
 def move(net: Any, first: int, count: int, decay: Any) -> None:
-    """A step of `npbn.optim.SGD`: v ← m v + (g + λ w), w ← w - η v."""
+    """Take a step of `npbn.optim.SGD` for ``count`` numbers: v ← m v + (g + λ w), w ← w - η v."""
     stage, values = net.stages[0], net.values
     rate, momentum = values[stage.settings], values[stage.settings + 1]
     gradient, velocity = stage.gradient, stage.velocity
@@ -289,7 +302,10 @@ def move(net: Any, first: int, count: int, decay: Any) -> None:
 
 @njit(**OPTIONS)
 def set_masks(net: Any, batch: int) -> None:
-    """1 where a chunk has an example: of a whole chunk, and of a last one that is not."""
+    """Set the two masks, which are 1 where a chunk has an example and 0 elsewhere.
+
+    The first mask is that of a full chunk, the second that of a last chunk that is not full.
+    """
     lanes = BYTES // net.values.itemsize
     first = net.stages[0].masks * lanes
     for lane in range(lanes):
@@ -299,7 +315,10 @@ def set_masks(net: Any, batch: int) -> None:
 
 @njit(**OPTIONS)
 def summed_up(net: Any, batch: int) -> tuple[float, int]:
-    """Return loss and right predictions, summed over all chunks in their order."""
+    """Return the sum of the losses and the number of correct predictions over all chunks.
+
+    The sums are computed in the order of the chunks.
+    """
     lanes = BYTES // net.values.itemsize
     last = net.stages[len(net.stages) - 1]
     loss, correct = 0.0, 0

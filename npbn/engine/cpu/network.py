@@ -1,9 +1,11 @@
 """Turn a plan into the arrays that the kernels work on.
 
-Numbers of one kind lie in one array. A stage's record says where its part begins, so kernels are
-compiled once, for every model. Activations are vectors (`npbn.engine.cpu.vector`): for each chunk
-of examples, (maps, rows · columns) of them. A map's plane has an odd number of vectors: planes of a
-multiple of 4,096 bytes would compete for the same lines of the cache.
+All numbers of one kind lie in one array. The record of a stage says where the stage's part of the
+array begins. So the kernels are compiled once, and work for every model.
+
+Activations are vectors (`npbn.engine.cpu.vector`): each chunk of examples has an array of vectors
+of shape (maps, rows · columns). The plane of a map has an odd number of vectors, because planes
+whose size is a multiple of 4,096 bytes would compete for the same lines of the cache.
 """
 
 from __future__ import annotations
@@ -43,29 +45,69 @@ STAGE = np.dtype(
         *_integers("dx dx_size masks table"),
     ]
 )
-"""The record of a stage that the kernels read.
+"""The dtype of a stage's record, which the kernels read.
 
-Places of x, y, z, dx and masks are counted in vectors, all other places in numbers.
+A place is an index in ``Net.values``. The places ``x``, ``y``, ``z``, ``dx`` and ``masks`` count in
+vectors; all other places in ``Net.values`` count in numbers.
 
-- Its input: ``x``, with ``x_size`` vectors a chunk, ``x_plane`` a channel and ``x_row`` a row,
-  zeros of padding included; ``inside``: where the image begins in its plane; ``channels``,
-  ``height`` and ``width`` of the image.
-- Its layer: ``taps`` numbers that an output sees, by whole sixes ``padded_taps``, listed in the
-  tables from ``first_tap`` on; the sites of its outputs, pairs of places in x and in y, from
-  ``first_site`` on; ``maps``, ``rows`` and ``columns`` of the output.
-- Its output: ``y``, with ``y_size`` vectors a chunk and ``y_plane`` a map; ``z`` of the same sizes
-  holds a = σ(...) after the forward pass, then the gradient dz, then dy.
-- Its weights as `npbn.engine.cpu.products` reads them, ``packed`` and ``transposed``; ``partials``:
-  dW of each part of the batch, ``partials_size`` numbers each.
-- Its parameters, ``bias`` -1 without one. ``gradient`` and ``velocity``: the distance from a
-  parameter to these. ``moving``: the moving means of all maps, then the variances. ``settings``:
-  learning rate, momentum, decay of weights, decay of other parameters.
-- What follows the layer: ``norm``, ``activation``, ``maximum`` (or mean) pooling and its window,
-  ``eps`` and ``momentum`` of batch norm; ``constants`` and ``found``: see
-  `npbn.engine.cpu.normalization`.
-- Equal in all stages: ``dx``, working memory of ``dx_size`` vectors a thread; ``masks``, two
-  vectors that are 1 for each example of a whole chunk, and of the last chunk; ``table``: the number
-  that each pixel's byte stands for.
+The input of the stage:
+
+- ``x``: the place of the input of all chunks.
+- ``x_size``, ``x_plane``, ``x_row``: the number of vectors in a chunk, in the plane of a channel
+  and in a row of a plane, with the zeros of the padding.
+- ``inside``: the distance from the beginning of a plane to the first pixel of the image, in
+  vectors.
+- ``channels``, ``height``, ``width``: the shape of the input image, without padding.
+
+The convolution or linear layer:
+
+- ``linear``: 1 for a linear layer, 0 for a convolution.
+- ``taps``: the number of input numbers that an output depends on.
+- ``padded_taps``: ``taps``, rounded up to a multiple of six.
+- ``first_tap``: the index in ``Net.tables`` at which the list of the padded taps begins.
+- ``first_site``: the index in ``Net.tables`` at which the list of the sites begins. A site is a
+  pair of numbers: the distance to the site's first input in x, and the distance to its output in y.
+- ``maps``, ``rows``, ``columns``: the shape of the output, before pooling.
+
+The output of the layer:
+
+- ``y``: the place of the output of all chunks.
+- ``y_size``, ``y_plane``: the number of vectors in a chunk and in the plane of a map.
+- ``z``: the place of an array of the same shape as y. The array holds a = σ(...) after the forward
+  pass, then the gradient dz, then the gradient dy.
+
+The weights, and the gradients of the weights:
+
+- ``packed``, ``transposed``: the places of two copies of the weights, in the two orders in which
+  `npbn.engine.cpu.products` reads the weights.
+- ``partials``: the place of dW of each part of the batch.
+- ``partials_size``: the number of numbers in dW of one part of the batch.
+
+The parameters, and the numbers that the optimizer uses:
+
+- ``weight``, ``bias``, ``gamma``, ``beta``: the places of the parameters. ``bias`` is -1 for a
+  layer without a bias.
+- ``gradient``, ``velocity``: the distances from a parameter to its gradient and to its velocity.
+- ``moving``: the place of the moving means of all maps, which the moving variances follow.
+- ``settings``: the place of four numbers: the learning rate, the momentum, the decay of weights and
+  the decay of other parameters.
+
+The layers that follow in the stage; see `npbn.engine.cpu.normalization`:
+
+- ``norm``, ``activation``: the kind of batch norm and the kind of activation.
+- ``maximum``: 1 for maximum pooling, 0 for mean pooling.
+- ``window_h``, ``window_w``: the size of the pooling window.
+- ``constants``: the place of the constants with which y is normalized.
+- ``found``: the first row of the stage in ``Net.found``.
+- ``eps``, ``momentum``: the settings of batch norm.
+
+Equal in all stages:
+
+- ``dx``: the place of the working memory of all threads.
+- ``dx_size``: the number of vectors in the working memory of a thread.
+- ``masks``: the place of two vectors. The first vector is 1 for every example, as in a full chunk.
+  The second vector is 1 for each example that the last chunk has, if the last chunk is not full.
+- ``table``: the place of 256 numbers: for each value of a pixel's byte, the number from 0 to 1.
 """
 
 
@@ -73,11 +115,13 @@ class Net(NamedTuple):
     """The arrays that every kernel gets.
 
     Attributes:
-        stages: a record of STAGE each, and one more whose x are the logits.
-        values: all numbers of the dtype.
-        tables: taps and sites of all stages.
-        tasks: stage and first map of every six maps.
-        found: the sums of each chunk, in a column of float64.
+        stages: an array with a record of dtype STAGE for each stage, and one more record, whose x
+            is the logits.
+        values: all numbers of the model's dtype, in one flat array.
+        tables: the taps and sites of all stages.
+        tasks: for each group of six maps, the index of the stage and the first map of the group.
+        found: the sums that the kernels compute for each chunk, in float64, with a column for each
+            chunk.
     """
 
     stages: Array
@@ -88,7 +132,7 @@ class Net(NamedTuple):
 
 
 class _Sizes:
-    """Hands out the places of ``values``, each at the beginning of a vector."""
+    """An allocator of places in ``values``; each place is at the beginning of a vector."""
 
     def __init__(self, lanes: int) -> None:
         self.lanes, self.end = lanes, 0
@@ -102,7 +146,15 @@ class _Sizes:
 
 
 def build(plan: Sequence[StagePlan], dtype: Any, *, batch: int, test: int, threads: int) -> Net:
-    """Return the arrays for batches of up to ``batch`` examples and evaluations of ``test``."""
+    """Return the arrays that the kernels work on.
+
+    Args:
+        plan: the stages of the model.
+        dtype: the dtype of the model.
+        batch: the largest number of examples in a training batch.
+        test: the largest number of examples in a call that evaluates.
+        threads: the largest number of threads.
+    """
     dtype = np.dtype(dtype)
     lanes = BYTES // dtype.itemsize
     chunks = -(-batch // lanes)
@@ -135,7 +187,7 @@ def build(plan: Sequence[StagePlan], dtype: Any, *, batch: int, test: int, threa
         padded = -(-count // SIX) * SIX
         record["linear"], record["taps"] = stage.linear, count
         record["first_tap"], record["padded_taps"] = len(tables), padded
-        # A last six that is not full repeats its first tap.
+        # If the last group of six taps is not full, the first tap of the group is repeated.
         tables += places + [places[(count - 1) // SIX * SIX]] * (padded - count)
 
         maps, rows, columns = record["maps"], record["rows"], record["columns"] = stage.maps
@@ -143,7 +195,7 @@ def build(plan: Sequence[StagePlan], dtype: Any, *, batch: int, test: int, threa
         record["y_plane"] = rows * columns | 1
         record["y_size"] = sixes * record["y_plane"] | 1
         record["first_site"] = len(tables)
-        if stage.linear:  # one in a chunk: the chunks
+        if stage.linear:  # a chunk has only one site, so the sites are the chunks
             sites = [(m * record["x_size"], m * record["y_size"]) for m in range(chunks)]
         else:
             down, right = stage.stride[0] * row, stage.stride[1]
@@ -206,7 +258,7 @@ def build(plan: Sequence[StagePlan], dtype: Any, *, batch: int, test: int, threa
 
 
 def places(stage: StagePlan, record: Any) -> Iterator[tuple[str, int]]:
-    """Return where a stage's parameters and moving averages lie, by their names."""
+    """Yield the name and the place in ``values`` of a stage's parameters and moving averages."""
     moving = int(record["moving"])
     for name, array in stage.state().items():
         if isinstance(array, Parameter):
@@ -216,7 +268,7 @@ def places(stage: StagePlan, record: Any) -> Iterator[tuple[str, int]]:
 
 
 def aligned(count: int, dtype: Any) -> Array:
-    """Zeros that begin with a cache line."""
+    """Return an array of ``count`` zeros that begins at the beginning of a cache line."""
     size = count * np.dtype(dtype).itemsize
     memory = np.zeros(size + BYTES, np.uint8)
     start = -memory.ctypes.data % BYTES

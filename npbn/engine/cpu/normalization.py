@@ -1,11 +1,13 @@
-r"""Batch norm, activation and pooling of one chunk of examples, and their backward pass.
+r"""Compute batch norm, activation and pooling of one chunk of examples, and their backward pass.
 
-With the batch norm's mean μ and standard deviation s of a map (`npbn.functional.batch_norm`),
+For a map, let μ be the mean and s the standard deviation of batch norm
+(`npbn.functional.batch_norm`). The forward pass computes
 
 $$z = \frac{\gamma}{s} (y - \mu) + \beta \qquad a = \sigma(z) \qquad
   x = \text{mean or maximum of } a \text{ over a window}$$
 
-and back, with g the gradient of the loss with respect to x,
+Let g be the gradient of the loss with respect to x, and m the number of values that μ is the mean
+of. The backward pass computes
 
 $$dz = \sigma'(z) g(\text{window}) \qquad d\beta = \sum dz \qquad
   d\gamma = \sum dz \hat{x} \qquad \hat{x} = \frac{y - \mu}{s}$$
@@ -13,8 +15,8 @@ $$dz = \sigma'(z) g(\text{window}) \qquad d\beta = \sum dz \qquad
 $$dy = \frac{\gamma}{s} \Big( dz - \frac{d\beta}{m} - \hat{x} \frac{d\gamma}{m} \Big)
   = \text{scale} \cdot dz - \text{slope} \cdot (y - \text{mean}) + \text{offset}$$
 
-The sums go over the whole batch. So a launch ends where they are needed, and the sums of its chunks
-are merged in the order of the chunks.
+The sums go over the whole batch. So a launch has to end before the sums are used. After the launch,
+the sums of the chunks are merged in the order of the chunks.
 """
 
 from __future__ import annotations
@@ -42,22 +44,24 @@ from npbn.engine.cpu.vector import (
 
 NO_ACTIVATION, SIGMOID, RELU = range(3)
 NO_NORM, BATCH_NORM, FROZEN = range(3)
-"""A frozen batch norm normalizes by its moving averages, in training as well."""
+"""The kinds of batch norm. In training too, FROZEN normalizes by moving averages."""
 
-# The constants of a stage, with a value for each map: z = (y - mean) · scale + shift. The batch's
-# mean is stored as the sum mean + rest, because one number is not precise enough. inverse is 1/s.
+# The constants of a stage. Each constant has a value for each map: z = (y - mean) · scale + shift.
+# The mean μ is stored as two numbers, mean and rest, whose sum is μ, because one number is not
+# precise enough. The constant inverse is 1/s. The constants slope and offset are those of dy above.
 CONSTANTS = 7
 MEAN, REST, SCALE, SHIFT, INVERSE, SLOPE, OFFSET = range(CONSTANTS)
 
-# The sums that a chunk computes for each map, in these rows of net.found.
+# The results for a chunk that are stored for each map in these rows of net.found: the mean of y,
+# the sum of squares about that mean, and the sums from which dβ and dγ are computed.
 FOUND = 4
 MEANS, SQUARES, DBETA, DGAMMA = range(FOUND)
 
 
-# e^x = 2^k · e^r, where k is the integer nearest to x / ln 2, so that |r| <= ln 2 / 2: there a
-# Taylor polynomial is enough. ln 2 is HIGH + LOW; k · HIGH is exact (W. Cody and W. Waite,
-# "Software Manual for the Elementary Functions", 1980, chapter 6). Adding MAGIC rounds to the
-# integer, and leaves it in the last bits.
+# e^x = 2^k · e^r, where k is the integer nearest to x / ln 2, so that |r| <= ln 2 / 2. For such r,
+# a Taylor polynomial is precise enough. ln 2 is HIGH + LOW, and the product k · HIGH is exact (W.
+# Cody and W. Waite, "Software Manual for the Elementary Functions", 1980, chapter 6). The addition
+# of MAGIC to x / ln 2 rounds x / ln 2 to the integer k, and leaves k in the last bits of the sum.
 _F, _D = np.float32, np.float64
 LIMIT32, MAGIC32, INVERSE_LN2_32 = _F(87), _F(1.5 * 2**23), _F(1 / math.log(2))
 HIGH32, LOW32 = _F(0.693359375), _F(math.log(2) - 0.693359375)
@@ -70,9 +74,10 @@ D8, D9, D10, D11, D12, D13 = (_D(1 / math.factorial(i)) for i in range(8, 14))
 
 
 def exponential(x: Any) -> Any:
-    """e^x of a vector; the smallest normal number or the largest where that would be beyond.
+    """Return e^x for each number x of a vector.
 
-    NaN stays NaN.
+    If x is beyond ±87 in float32 or ±708 in float64, the result is e^x at that limit, so that the
+    result is neither infinite nor 0. The result for NaN is NaN.
     """
     raise TypeError("expected to be compiled")
 
@@ -124,7 +129,7 @@ def _exponential(x: Any) -> Any:
 
 @njit(**INLINE)
 def constant(net: Any, k: int, which: int, o: int) -> Any:
-    """Return a constant of map o of stage k."""
+    """Return a constant of map o of stage k; ``which`` is MEAN, REST or another index."""
     stage = net.stages[k]
     return at(net.values, stage.constants + which * stage.maps + o)
 
@@ -133,7 +138,8 @@ def constant(net: Any, k: int, which: int, o: int) -> Any:
 def activate(net: Any, k: int, slot: int) -> None:
     """Compute a = σ(z) from a stage's y, store it, and pool it into x of the next stage.
 
-    It goes through as many rows at a time as a window has, so that they are pooled from the cache.
+    The function goes through as many rows at a time as a pooling window has, so that these rows are
+    still in the cache when they are pooled.
     """
     stage, following, values = net.stages[k], net.stages[k + 1], net.values
     height, columns = stage.window_h, stage.columns
@@ -162,7 +168,16 @@ def activate(net: Any, k: int, slot: int) -> None:
 
 @njit(**OPTIONS)
 def pool_row(net: Any, k: int, a: int, x: int) -> None:
-    """A row of windows: the mean or the maximum of each; NaN where one of a window is NaN."""
+    """Compute the mean or the maximum of each window in a row of windows.
+
+    If an element of a window is NaN, the result for the window is NaN.
+
+    Args:
+        net: the arrays of the model.
+        k: the index of the stage.
+        a: the place of the row of windows.
+        x: the place to which the results are written.
+    """
     stage, values = net.stages[k], net.values
     height, width, columns = stage.window_h, stage.window_w, stage.columns
     share = values.dtype.type(1 / (height * width))
@@ -185,9 +200,18 @@ def pool_row(net: Any, k: int, a: int, x: int) -> None:
 
 @njit(**OPTIONS)
 def unpool_row(net: Any, k: int, a: int, x: int, dx: int, da: int) -> None:
-    """The gradient with respect to a row of windows, to ``da``, from that of its means or maxima.
+    """Compute the gradient with respect to a row of windows from the gradient of its pooling.
 
-    A maximum's goes to the first element of the window that is as large.
+    For maximum pooling, the gradient with respect to a maximum goes to the first element of the
+    window that is equal to the maximum. All other elements get 0.
+
+    Args:
+        net: the arrays of the model.
+        k: the index of the stage.
+        a: the place of the row of windows.
+        x: the place of the means or maxima of the windows.
+        dx: the place of the gradient with respect to the means or maxima.
+        da: the place to which the gradient with respect to the row of windows is written.
     """
     stage, values = net.stages[k], net.values
     height, width, columns = stage.window_h, stage.window_w, stage.columns
@@ -211,10 +235,11 @@ def unpool_row(net: Any, k: int, a: int, x: int, dx: int, da: int) -> None:
 
 @njit(**OPTIONS)
 def activate_backward(net: Any, k: int, slot: int, scratch: int) -> None:
-    """Compute dz from dx of the next stage, store it in place of a, and add up batch norm's sums.
+    """Compute dz from dx of the next stage, store dz in place of a, and compute batch norm's sums.
 
-    dz = da · σ'(z); the sums are those of dz and of dz · (y - mean) over the chunk. The sigmoid's
-    derivative is a (1 - a). dx is at ``scratch``; after it, there is room for da.
+    dz = da · σ'(z). The derivative of the sigmoid is a (1 - a). The sums are those of dz and of
+    dz · (y - mean) over the chunk; the sums are stored in ``net.found``. dx of the next stage lies
+    in the vectors from ``scratch`` on. The memory after dx is used for da.
     """
     stage, following, values = net.stages[k], net.stages[k + 1], net.values
     height, columns, activation = stage.window_h, stage.columns, stage.activation
@@ -249,7 +274,7 @@ def activate_backward(net: Any, k: int, slot: int, scratch: int) -> None:
 
 @njit(**OPTIONS)
 def normalize_backward(net: Any, k: int, slot: int, mask: Any) -> None:
-    """dz becomes dy, in place; 0 where there is no example."""
+    """Replace dz by dy, in place; dy is 0 in the lanes that have no example."""
     stage, values = net.stages[k], net.values
     to_y = stage.y - stage.z
     for o in range(stage.maps):
@@ -263,10 +288,12 @@ def normalize_backward(net: Any, k: int, slot: int, mask: Any) -> None:
 
 @njit(**OPTIONS)
 def statistics(net: Any, k: int, slot: int, mask: Any, examples: int) -> None:
-    """Mean of each map over the chunk, and the sum of squares about it.
+    """Compute the mean of each map over the chunk, and the sum of squares about the mean.
 
-    In two passes: the second centres by the rounded mean, and corrects for its rounding (Chan,
-    Golub and LeVeque 1983). Rows are summed up first, then their sums: fewer roundings.
+    The function makes two passes over a map. The first pass computes the mean, which is rounded.
+    The second pass subtracts the rounded mean, and corrects both results for the rounding (Chan,
+    Golub and LeVeque 1983). Each row is summed first, then the sums of the rows are summed, so that
+    there are fewer roundings.
     """
     stage, values = net.stages[k], net.values
     columns = stage.columns
@@ -296,15 +323,18 @@ def statistics(net: Any, k: int, slot: int, mask: Any, examples: int) -> None:
         net.found[one + SQUARES, slot] = total(q * mask) - count * correction * correction
 
 
-# Between two launches: from what the chunks found to what the next launch needs.
+# The functions below run between two launches: from the results of the chunks in net.found, they
+# compute the constants that the next launch needs.
 
 
 @njit(**OPTIONS)
 def merge(net: Any, k: int, examples: int, training: bool) -> None:
-    """Set what normalizes y of a stage, and move batch norm's averages.
+    """Set the constants that normalize y of a stage, and update batch norm's moving averages.
 
-    The chunks' means and squares are merged as by T. Chan, G. Golub and R. LeVeque, "Updating
-    Formulae and a Pairwise Algorithm for Computing Sample Variances", 1979, (2.1).
+    The means and the sums of squares of the chunks are merged as by T. Chan, G. Golub and R.
+    LeVeque, "Updating Formulae and a Pairwise Algorithm for Computing Sample Variances", 1979,
+    (2.1). The moving averages are updated only if ``training`` is true and batch norm is not
+    frozen; otherwise the moving averages normalize y.
     """
     stage, values, found = net.stages[k], net.values, net.found
     lanes = BYTES // values.itemsize
@@ -349,7 +379,10 @@ def merge(net: Any, k: int, examples: int, training: bool) -> None:
 
 @njit(**OPTIONS)
 def merge_backward(net: Any, k: int, examples: int) -> None:
-    """dγ, dβ and the bias's gradient of a stage, and what its dy is made with."""
+    """Compute dγ, dβ and the gradient of the bias of a stage, and the constants slope and offset.
+
+    `normalize_backward` computes dy with the constants slope and offset.
+    """
     stage, values, found = net.stages[k], net.values, net.found
     lanes = BYTES // values.itemsize
     m = examples * stage.rows * stage.columns
@@ -371,6 +404,6 @@ def merge_backward(net: Any, k: int, examples: int) -> None:
             slope = scale * dgamma * inverse / m
             values[stage.constants + SLOPE * stage.maps + o] = slope
             values[stage.constants + OFFSET * stage.maps + o] = slope * rest - scale * dbeta / m
-            dbias = 0.0  # batch norm subtracts a bias: the loss does not depend on it
+            dbias = 0.0  # batch norm subtracts the bias, so the loss does not depend on the bias
         if stage.bias >= 0:
             values[stage.bias + stage.gradient + o] = dbias

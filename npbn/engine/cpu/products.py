@@ -1,22 +1,26 @@
-r"""A convolution or linear layer on one chunk of examples: forward, and its two gradients.
+r"""Compute a convolution or linear layer, and its two gradients, on one chunk of examples.
 
-One formula covers both. An output sees ``taps`` numbers of the input: for a convolution, r counts
-through (c, i, j), the channels and places of its kernel; for a linear layer, through all features.
-With W as a matrix of (maps, taps), and x(r, s) what tap r sees from the output site s = (p, q),
+The same formula holds for convolutions and linear layers. Each output depends on ``taps`` numbers
+of the input, which the index r counts. For a convolution, r counts the triples (c, i, j) of a
+channel and a position in the kernel; for a linear layer, r counts all features. Let W be a matrix
+of shape (maps, taps), and let x(r, s) be the input number that weight r is multiplied by for the
+output at the site s = (p, q). Then
 
 $$y_{o s} = \sum_r W_{o r} x(r, s)$$
 
 $$dx(r, s) \mathrel{+}= \sum_o W_{o r} dy_{o s} \qquad dW_{o r} = \sum_s dy_{o s} x(r, s)$$
 
-(`npbn.functional.conv2d` and `npbn.functional.linear` derive them.) x lies in memory with its zeros
-of padding around it, so the place of x(r, s) is a sum of a number that depends on r and one that
-depends on s, whatever kernel, stride and padding are: two tables are all that distinguishes layers.
+`npbn.functional.conv2d` and `npbn.functional.linear` derive these formulas.
 
-Each function keeps six results in registers while it loops over the terms of their sums. Six
-vectors are 12 registers of AVX2's 16, and the factors have room in the others. Two multiplications
-can begin in every cycle, and each takes four cycles: with fewer than eight registers they would
-wait for each other. (With AVX-512, where a vector is one register, six do wait.) (With AVX-512 a
-vector is one register, so there six do wait.)
+In memory, the zeros of the padding lie around x. So for every kernel, stride and padding, the place
+of x(r, s) is the sum of a number that depends only on r and a number that depends only on s. Two
+tables hold these numbers, and the functions need nothing else to know about a layer's geometry.
+
+Each function keeps six results in registers while it loops over the terms of the sums. Six vectors
+take 12 of the 16 registers of AVX2, and the factors fit into the other registers. Two
+multiplications can begin in every cycle, and each takes four cycles: with fewer than eight
+registers for results, the multiplications would wait for each other. With AVX-512, a vector is one
+register, so the six results take six registers, and the multiplications do wait.
 """
 
 from __future__ import annotations
@@ -28,15 +32,21 @@ from numba import njit
 from npbn.engine.cpu.vector import at, fma, full, load, put, store, total
 
 SIX = 6
-"""Results in registers. Maps and taps are padded to a multiple of six, with weights of 0."""
+"""The number of results in registers.
+
+The maps and the taps are padded to a multiple of six, with weights of 0.
+"""
 
 TAPS_AT_A_TIME = 30
-"""Taps in a block of `affine_backward_weight`: their x stays in the cache for all maps."""
+"""The number of taps in a block of `affine_backward_weight`.
+
+The part of x that a block reads stays in the cache while the function goes through all maps.
+"""
 
 OPTIONS: dict[str, Any] = {
     "error_model": "numpy",
     "nogil": True,
-    "no_cpython_wrapper": True,  # Python calls none of them
+    "no_cpython_wrapper": True,  # Python does not call the functions with these options
     "no_cfunc_wrapper": True,
 }
 INLINE = OPTIONS | {"forceinline": True}
@@ -44,9 +54,10 @@ INLINE = OPTIONS | {"forceinline": True}
 
 @njit(**OPTIONS)
 def affine(net: Any, k: int, slot: int) -> None:
-    """y = W x at every site; a bias is added where y is read.
+    """Compute y = W x at every site, without the bias, which is added where y is read.
 
-    Weights as `pack` has them: the six maps' of each tap next to each other.
+    The weights are read in the order of ``packed``, in which `pack` has written the weights: for
+    each tap, the weights of six maps lie next to each other.
     """
     stage, values, tables = net.stages[k], net.values, net.tables
     count, first_tap, plane = stage.taps, stage.first_tap, stage.y_plane
@@ -75,10 +86,12 @@ def affine(net: Any, k: int, slot: int) -> None:
 
 @njit(**OPTIONS)
 def affine_backward_x(net: Any, k: int, slot: int, scratch: int) -> None:
-    """dx = Wᵀ dy, each site's added to what other sites found, from ``scratch`` on.
+    """Compute dx = Wᵀ dy, summed over the sites, and store dx in the vectors from ``scratch`` on.
 
-    Weights as `pack` has them transposed: the six taps' of each map next to each other. A last six
-    that is not full repeats its first tap, with weights of 0; so the first is written last.
+    The weights are read in the order of ``transposed``, in which `pack` has written the weights:
+    for each map, the weights of six taps lie next to each other. If the last group of six taps is
+    not full, the group repeats its first tap, with weights of 0. For that reason the first tap of a
+    group is stored last.
     """
     stage, values, tables = net.stages[k], net.values, net.tables
     count, maps, plane = stage.taps, stage.maps, stage.y_plane
@@ -119,12 +132,20 @@ def affine_backward_x(net: Any, k: int, slot: int, scratch: int) -> None:
 def affine_backward_weight(
     net: Any, k: int, first_map: int, last_map: int, chunk: int, out: int
 ) -> None:
-    """dW of some maps, added to the numbers from ``out`` on.
+    """Compute dW of some maps, and add the result to the dW that is stored from ``out`` on.
 
-    The sites are those of one chunk for a convolution. A linear layer has one site a chunk, so
-    there the sites are the chunks, and ``chunk`` is how many there are.
+    For a convolution, the sum goes over the sites of the chunk with the index ``chunk``. A linear
+    layer has only one site in a chunk. So for a linear layer the sum goes over all chunks, and
+    ``chunk`` is the number of chunks.
 
-    Two maps and three taps at a time: five loads feed six results.
+    The inner loop computes two maps and three taps at a time: five loads serve six results.
+
+    Args:
+        net: the arrays of the model.
+        k: the index of the stage.
+        first_map, last_map: the range of the maps; ``last_map`` is excluded.
+        chunk: the index of the chunk for a convolution, the number of chunks for a linear layer.
+        out: the place of the stored dW, that is, of its row for map 0.
     """
     stage, values, tables = net.stages[k], net.values, net.tables
     plane, width, first_site = stage.y_plane, stage.padded_taps, stage.first_site
@@ -162,7 +183,10 @@ def affine_backward_weight(
 
 @njit(**OPTIONS)
 def pack(net: Any, k: int, first: int) -> None:
-    """The weights of six maps, in the order in which `affine` and `affine_backward_x` read them."""
+    """Copy the weights of six maps, from ``first`` on, into the orders that the kernels read.
+
+    `affine` reads ``packed``, and `affine_backward_x` reads ``transposed``.
+    """
     stage, values = net.stages[k], net.values
     maps, taps, zero = stage.maps, stage.taps, values.dtype.type(0)
     for o in range(first, first + SIX):

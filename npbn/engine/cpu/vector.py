@@ -1,14 +1,16 @@
-"""A vector of numbers, one for each of several examples, as a type of Numba's.
+"""Define a Numba type for a vector of numbers: one number for each of several examples.
 
-The kernels go through the arrays of a batch by vectors: 64 bytes, a cache line, of 16 examples in
-float32 or 8 in float64. To a kernel a vector is one number: ``y = fma(w, x, y)`` multiplies and
-adds in all examples at once, in the registers that the processor has (two of AVX2's, one of
-AVX-512's, four of NEON's).
+A vector has 64 bytes, the size of a cache line: the numbers of 16 examples in float32, or of 8
+examples in float64. The kernels read and write the activations of a batch vector by vector. In the
+code of a kernel, a vector looks like one number: ``y = fma(w, x, y)`` multiplies and adds for all
+examples of the vector at once. In the processor, a vector takes two registers of AVX2, one register
+of AVX-512 or four registers of NEON.
 
-LLVM would find vectors by itself in loops over scalars, but not keep several rows of results in
-registers while it goes through what is summed up, which is what makes a product fast.
+LLVM would also make vectors by itself from loops over scalars. But LLVM would not keep several rows
+of results in registers while a loop goes through the terms of a sum. Products are fast only if the
+results stay in registers.
 
-An array is a flat row of vectors: `load` and `store` count in vectors.
+An array is a flat row of vectors. The index of `load` and `store` counts in vectors.
 """
 
 from __future__ import annotations
@@ -22,11 +24,11 @@ from numba.core import cgutils
 from numba.extending import intrinsic, lower_builtin, models, register_model, type_callable
 
 BYTES = 64
-"""The size of a vector."""
+"""The size of a vector in bytes."""
 
 
 class Vector(types.Type):
-    """Numba's type of a vector of ``dtype``."""
+    """The Numba type of a vector of numbers of ``dtype``."""
 
     def __init__(self, dtype: types.Float) -> None:
         self.dtype = dtype
@@ -41,12 +43,12 @@ class _Model(models.PrimitiveModel):
         super().__init__(manager, vector, ir.VectorType(number, vector.lanes))
 
 
-# Between arrays and vectors.
+# These functions read vectors and numbers from arrays, and write vectors and numbers to arrays.
 
 
 @intrinsic
 def load(typing_context: Any, array: Any, index: Any) -> Any:
-    """The vector of that index."""
+    """Return the vector with the given index, counted in vectors."""
     vector = Vector(array.dtype)
 
     def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
@@ -58,7 +60,7 @@ def load(typing_context: Any, array: Any, index: Any) -> Any:
 
 @intrinsic
 def store(typing_context: Any, array: Any, index: Any, vector: Any) -> Any:
-    """Write the vector of that index."""
+    """Write a vector to the given index, counted in vectors."""
 
     def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
         place = _place(context, builder, signature.args[0], vector, *values[:2])
@@ -70,7 +72,10 @@ def store(typing_context: Any, array: Any, index: Any, vector: Any) -> Any:
 
 @intrinsic
 def at(typing_context: Any, array: Any, index: Any) -> Any:
-    """``array[index]`` of an index that is not negative: there is nothing to be found out."""
+    """Return ``array[index]`` for an index that must not be negative.
+
+    This is faster than Numba's own ``array[index]``, which tests whether the index is negative.
+    """
 
     def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
         data = context.make_array(signature.args[0])(context, builder, values[0]).data
@@ -81,7 +86,7 @@ def at(typing_context: Any, array: Any, index: Any) -> Any:
 
 @intrinsic
 def put(typing_context: Any, array: Any, index: Any, value: Any) -> Any:
-    """``array[index] = value`` of an index that is not negative."""
+    """Do ``array[index] = value`` for an index that must not be negative."""
 
     def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
         data = context.make_array(signature.args[0])(context, builder, values[0]).data
@@ -94,7 +99,7 @@ def put(typing_context: Any, array: Any, index: Any, value: Any) -> Any:
 
 @intrinsic
 def full(typing_context: Any, array: Any, value: Any) -> Any:
-    """A vector of ``array``'s dtype with ``value`` everywhere."""
+    """Return a vector of the dtype of ``array`` with ``value`` in every lane."""
     vector = Vector(array.dtype)
 
     def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
@@ -105,7 +110,11 @@ def full(typing_context: Any, array: Any, value: Any) -> Any:
 
 @intrinsic
 def total(typing_context: Any, vector: Any) -> Any:
-    """The sum over all examples: of halves, then of quarters, and on."""
+    """Return the sum of the numbers of a vector.
+
+    The lower half of the vector is added to the upper half; then the result is halved and added in
+    the same way, until one number is left.
+    """
 
     def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
         (value,) = values
@@ -119,12 +128,13 @@ def total(typing_context: Any, vector: Any) -> Any:
     return vector.dtype(vector), generate
 
 
-# Arithmetic, in every example; with vectors, or with numbers that are the same in all.
+# These functions compute with vectors, lane by lane. An operand may also be a number, which then
+# stands for a vector with that number in every lane.
 
 
 @intrinsic
 def fma(typing_context: Any, a: Any, b: Any, c: Any) -> Any:
-    """a · b + c, rounded once where the processor can."""
+    """Return a · b + c, rounded only once if the processor has an instruction for that."""
     vector = _vector(a, b, c)
 
     def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
@@ -142,19 +152,22 @@ def fma(typing_context: Any, a: Any, b: Any, c: Any) -> Any:
 
 @intrinsic
 def where_greater(typing_context: Any, a: Any, b: Any, x: Any, y: Any) -> Any:
-    """x where a > b, otherwise y; so y, where a or b is NaN."""
+    """Return x where a > b, and y elsewhere. The result is y where a or b is NaN."""
     return _choice(">", a, b, x, y)
 
 
 @intrinsic
 def where_equal(typing_context: Any, a: Any, b: Any, x: Any, y: Any) -> Any:
-    """x where a = b, otherwise y."""
+    """Return x where a = b, and y elsewhere."""
     return _choice("==", a, b, x, y)
 
 
 @intrinsic
 def power_of_two(typing_context: Any, shifted: Any) -> Any:
-    """2^k, where ``shifted`` is k + 1.5 · 2^23 (in float64: 2^52), so that k is its last bits."""
+    """Return 2^k, where ``shifted`` is k + 1.5 · 2^23 in float32 and k + 1.5 · 2^52 in float64.
+
+    The last bits of ``shifted`` are the integer k.
+    """
     bits, mantissa = shifted.dtype.bitwidth, {32: 23, 64: 52}[shifted.dtype.bitwidth]
 
     def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
@@ -169,7 +182,7 @@ def power_of_two(typing_context: Any, shifted: Any) -> Any:
 
 
 def _vector(*operands: Any) -> Any:
-    """Return the type of the vectors among these types; None if there are none."""
+    """Return the first of these types that is a vector type, or None if there is no vector type."""
     return next((type_ for type_ in operands if isinstance(type_, Vector)), None)
 
 
@@ -198,7 +211,7 @@ for _operation, _instruction in (
     _arithmetic(_operation, _instruction)
 
 
-# The code that is generated for these functions, in LLVM's language.
+# The functions below generate code in LLVM's language for the functions above.
 
 _INDEX = ir.IntType(32)
 
@@ -215,7 +228,7 @@ def _lanes(builder: Any, value: Any, lanes: Any) -> Any:
 
 
 def _as_vector(context: Any, builder: Any, vector: Vector, type_: Any, value: Any) -> Any:
-    """A vector as it is; a number in every lane of one."""
+    """Return a vector unchanged; for a number, return a vector with that number in every lane."""
     if isinstance(type_, Vector):
         return value
     number = context.cast(builder, value, type_, vector.dtype)

@@ -40,13 +40,13 @@ def of_all_exponents(dtype: str, mantissas: int) -> np.ndarray:
 
 def exact(x: np.ndarray) -> list[decimal.Decimal]:
     """e^x by more digits than matter, of numbers that are not too large."""
-    with decimal.localcontext(prec=40, Emin=-(10**6), Emax=10**6):
+    with decimal.localcontext(decimal.Context(prec=40, Emin=-(10**6), Emax=10**6)):
         return [decimal.Decimal(float(one)).exp() for one in x]
 
 
 def largest_error(y: np.ndarray, right: list[decimal.Decimal]) -> float:
     """Relative, of y, in units."""
-    with decimal.localcontext(prec=40, Emin=-(10**6), Emax=10**6):
+    with decimal.localcontext(decimal.Context(prec=40, Emin=-(10**6), Emax=10**6)):
         pairs = zip(y.tolist(), right, strict=True)
         return max(abs(float(decimal.Decimal(a) / b - 1)) for a, b in pairs) / UNIT[y.dtype.name]
 

@@ -92,7 +92,7 @@ def test_the_exponential_and_the_sigmoid_where_they_matter(dtype):
     error = error_of_exponential(lambda x: of_all(exponentials, x), dtype)
     assert error <= EXPONENTIAL
     x = where_it_matters(dtype)
-    with decimal.localcontext(prec=40):
+    with decimal.localcontext(decimal.Context(prec=40)):
         right = [1 / (1 + e) for e in exact(-x)]
     assert largest_error(of_all(sigmoids, x), right) <= SIGMOID
 
