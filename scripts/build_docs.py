@@ -83,7 +83,7 @@ def build(output: Path) -> int:
     pdoc.render.configure(
         docformat="google",
         footer_text=f"npbn {npbn.__version__}",
-        template_directory=SCRIPTS / "site",
+        template_directory=SCRIPTS / "page_templates",
     )
     environment.filters["to_html"] = to_html
     vars(pdoc.search)["to_html"] = to_html
