@@ -72,7 +72,10 @@ class Backend:
             return
         import cupy
 
-        failures = cupy.cuda.runtime.CUDARuntimeError, cupy.cuda.driver.CUDADriverError
+        failures = (
+            *(cupy.cuda.runtime.CUDARuntimeError, cupy.cuda.driver.CUDADriverError),
+            cupy.cuda.cublas.CUBLASError,
+        )
         try:
             yield
         except cupy.cuda.memory.OutOfMemoryError as error:

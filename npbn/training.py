@@ -75,34 +75,35 @@ def _batches(examples: int, batch_size: int) -> int:
 
 
 class _Totals:
-    """Sums of loss and correct predictions, kept on the device; reading them synchronizes."""
+    """The sums of loss and correct predictions over a pass.
+
+    `add` only keeps what an engine returns, whose numbers may still be on the device. `read` waits
+    for the device and adds these numbers to the sums, in the order of the batches.
+    """
 
     def __init__(
-        self,
-        backend: Backend,
-        loss: float = 0.0,
-        correct: int = 0,
-        examples: int = 0,
-        seconds: float = 0.0,
+        self, loss: float = 0.0, correct: int = 0, examples: int = 0, seconds: float = 0.0
     ) -> None:
-        self.backend = backend
-        self.loss = backend.xp.asarray(loss, dtype=backend.xp.float64)
-        self.correct = backend.xp.asarray(correct, dtype=backend.xp.int64)
+        self.loss = loss
+        self.correct = correct
         self.examples = examples
         self.started = time.perf_counter() - seconds
+        self.results: list[Result] = []
 
     def add(self, result: Result) -> None:
-        """Add what a batch gave, or several."""
-        xp = self.backend.xp
-        self.loss = self.loss + result.examples * xp.astype(xp.asarray(result.loss), xp.float64)
-        self.correct = self.correct + result.correct
-        self.examples += result.examples
+        """Add the result of one batch or of several batches, without waiting for the device."""
+        self.results.append(result)
 
     def read(self) -> dict[str, Any]:
-        """Return the sums as keyword arguments for `_Totals`; synchronizes."""
+        """Return the sums so far, for JSON. This waits for the device."""
+        for result in self.results:
+            self.loss += result.examples * float(result.loss)
+            self.correct += int(result.correct)
+            self.examples += result.examples
+        self.results.clear()
         return {
-            "loss": float(self.loss),
-            "correct": int(self.correct),
+            "loss": self.loss,
+            "correct": self.correct,
             "examples": self.examples,
             "seconds": time.perf_counter() - self.started,
         }
@@ -114,8 +115,8 @@ class _Totals:
         return Metrics(sums["loss"] / n, sums["correct"] / n, sums["examples"], sums["seconds"])
 
 
-def _metrics(backend: Backend, results: Iterable[Result]) -> Metrics:
-    totals = _Totals(backend)
+def _metrics(results: Iterable[Result]) -> Metrics:
+    totals = _Totals()
     for result in results:
         totals.add(result)
     return totals.metrics()
@@ -125,12 +126,11 @@ def evaluate(
     model: Layer,
     split: Split,
     *,
-    backend: Backend,
     dtype: Any = "float32",
     batch_size: int = EVALUATION_BATCH_SIZE,
 ) -> Metrics:
     """Loss and accuracy on ``split`` by layers, in prediction mode; every layer's mode is kept."""
-    return _metrics(backend, predict(model, split, dtype=dtype, batch_size=batch_size))
+    return _metrics(predict(model, split, dtype=dtype, batch_size=batch_size))
 
 
 class Training:
@@ -247,7 +247,7 @@ class Training:
         if not self.model.training:
             self.model.train()
         if self._totals is None:
-            self._totals = _Totals(self.backend)
+            self._totals = _Totals()
         order = self._order()
         steps = min(max_steps - self.optimizer.steps, _batches(len(order), self.batch_size))
         for result in self.engine.steps(order[: int(steps) * self.batch_size]):
@@ -264,7 +264,7 @@ class Training:
             inspection.precise_statistics(
                 self.model, self.train, dtype=dtype_of(self.model), batch_size=self.batch_size
             )
-        return _metrics(self.backend, self.engine.evaluate())
+        return _metrics(self.engine.evaluate())
 
     def _order(self) -> np.ndarray:
         """Return the examples of the current epoch's remaining batches, in their order."""
@@ -321,7 +321,7 @@ class Training:
         self.optimizer.steps = record["step"]
         self.epoch, self.batch, self.best = record["epoch"], record["batch"], record["best"]
         totals = record["totals"]
-        self._totals = None if totals is None else _Totals(self.backend, **totals)
+        self._totals = None if totals is None else _Totals(**totals)
 
     def locate_non_finite(self) -> str:
         """Replay the current epoch by layers until the first NaN or infinity.

@@ -217,7 +217,7 @@ def check_step(setting: Setting, name: str, dtype: str) -> Finding:
     losses = train(engine, batch)
     (right_step,) = layers.steps(batch)
     (result,) = engine.evaluate()
-    right_test = training.evaluate(layers.model, layers.test, backend=cpu, dtype=dtype)
+    right_test = training.evaluate(layers.model, layers.test, dtype=dtype)
     found, right = (
         {name: to_numpy(p.gradient) for name, p in m.parameters().items()}
         for m in (model, layers.model)

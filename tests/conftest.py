@@ -18,12 +18,14 @@ os.environ.setdefault("NUMBA_CACHE_DIR", str(platformdirs.user_cache_path("npbn"
 
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 import array_api_strict
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, settings
 
+import emulated_gpu
 from commands import Trainer, run
 from npbn import backend, data
 from npbn.data import published
@@ -46,25 +48,35 @@ settings.load_profile(
 )
 
 
-BACKENDS = [
-    backend.get_backend("numpy"),
-    backend.Backend("array-api-strict", array_api_strict, "nothing but the standard"),
-]
+LIBRARIES = {
+    "numpy": backend.get_backend("numpy"),
+    "array-api-strict": backend.Backend(
+        "array-api-strict", array_api_strict, "nothing but the standard"
+    ),
+}
 NO_CUPY = ""
+if not emulated_gpu.driver() and not emulated_gpu.missing():
+    emulated_gpu.install()
 try:
-    BACKENDS.append(backend.get_backend("cupy"))
+    LIBRARIES["cupy"] = backend.get_backend("cupy")
 except BackendError as error:  # the other libraries still run
-    NO_CUPY = f"; not cupy: {error}"
+    NO_CUPY = f"; not cupy: {emulated_gpu.missing() or error}"
+if emulated_gpu.installed():
+    LIBRARIES["cupy-late"] = LIBRARIES["cupy"]
 
 
 def pytest_report_header() -> str:
-    return f"array libraries: {', '.join(device.name for device in BACKENDS)}{NO_CUPY}"
+    return f"array libraries: {', '.join(LIBRARIES)}{NO_CUPY}"
 
 
-@pytest.fixture(params=BACKENDS, ids=lambda device: device.name)
-def device(request) -> backend.Backend:
-    """Each array library in turn, as a backend."""
-    return request.param
+@pytest.fixture(params=LIBRARIES)
+def device(request) -> Iterator[backend.Backend]:
+    """Each array library in turn, as a backend; CuPy on the emulated GPU twice: see there."""
+    if request.param == "cupy-late":
+        emulated_gpu.set_streams("late")
+    yield LIBRARIES[request.param]
+    if request.param == "cupy-late":
+        emulated_gpu.reset()
 
 
 @pytest.fixture
@@ -114,20 +126,18 @@ def runs(tmp_path_factory) -> Path:
     return directory
 
 
-@pytest.fixture(scope="session")
-def builds(tmp_path_factory) -> Path:
-    """A directory for compiled kernels, which all processes of this test run share."""
-    directory = tmp_path_factory.getbasetemp()
-    return directory.parent if "PYTEST_XDIST_WORKER" in os.environ else directory
+@pytest.fixture
+def cupy_backend() -> backend.Backend:
+    """CuPy on a GPU, or on the emulated one."""
+    if "cupy" not in LIBRARIES:
+        pytest.skip(NO_CUPY.removeprefix("; "))
+    return LIBRARIES["cupy"]
 
 
 @pytest.fixture
-def cupy(builds, monkeypatch):
-    """The stand-in for it, which the GPU engine takes."""
-    import cupy_stand_in  # which only Linux can
-    from npbn.engine.gpu import engine
-
-    module = cupy_stand_in.stand_in(builds)
-    monkeypatch.setattr(engine, "_address", cupy_stand_in.address)
-    monkeypatch.setitem(sys.modules, "cupy", module)
-    return module
+def emulated() -> Iterator[ModuleType]:
+    """The emulated GPU, which is as before at the end of the test."""
+    if not emulated_gpu.installed():
+        pytest.skip(emulated_gpu.missing() or "CuPy has a GPU")
+    yield emulated_gpu
+    emulated_gpu.reset()

@@ -3,20 +3,15 @@
 from __future__ import annotations
 
 import ctypes
-import fcntl
-import hashlib
-import shutil
-import subprocess
-import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from npbn.engine.gpu.program import SOURCE, Launch, Pointer, Program, Structure, largest
+import emulated_gpu
+from emulated_gpu import build
+from npbn.engine.gpu.program import SOURCE, THREADS, Launch, Pointer, Program, Structure, largest
 
-SHIM = Path(__file__).with_name("engine") / "cuda_shim.h"
-COMPILER = shutil.which("g++") if sys.platform == "linux" else None
 SANITIZERS = {
     "libasan.so": ("-O0", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-g"),
     "libtsan.so": ("-O1", "-fsanitize=thread", "-g"),
@@ -24,33 +19,37 @@ SANITIZERS = {
 """The compiler's options, by the library that has to be loaded before Python's."""
 
 
-def compiled(directory: Path, names: Iterable[str], *flags: str, source: str | None = None) -> Path:
-    """The library of these kernels, built once for all processes that share the directory."""
-    text = SOURCE.read_text() if source is None else source
-    text = text.replace("double shared_memory[];", "double* shared_memory;")  # the shim's
-    entries = "\n".join(
-        f'static shim::Register kernel{i}("{name}", {name});'
-        for i, name in enumerate(sorted(set(names)))
+def compiled(names: Iterable[str], *flags: str, source: str | None = None) -> Path:
+    """The library of these kernels, with all that they need to run without CuPy."""
+    labels = {name: f"kernel{i}" for i, name in enumerate(sorted(set(names)))}
+    text = emulated_gpu.source_with_entries(SOURCE.read_text() if source is None else source, labels)
+    # A test may give kernels deliberate errors by this number. The kernels' lines keep their
+    # numbers, because messages and skipped barriers go by them.
+    head = f'#include "{build.HERE}/threads.cpp"\nextern "C" int mutant_number = 0;\n'
+    names = "".join(f'{{"{name}", emulated_{label}}},\n' for name, label in labels.items())
+    find = f"""
+extern "C" const emulated::Kernel* find(const char* name) {{
+    const std::pair<std::string, const emulated::Kernel* (*)()> kernels[] = {{{names}}};
+    for (const auto& [known, kernel] : kernels) {{
+        if (known == name) return kernel();
+    }}
+    return nullptr;
+}}
+"""
+    whole = f'{head}#line 1 "kernels.cu"\n{text}{find}'
+    # -Bsymbolic: its functions call each other, and not those of the emulated GPU.
+    options = ("-std=c++17", "-O1", "-fPIC", "-Wl,-Bsymbolic", *flags)
+    return build.compiled("emulator", whole, options)
+
+
+class Kernel(ctypes.Structure):
+    """As in shim.h."""
+
+    _fields_ = (
+        *(("position", ctypes.c_void_p), ("thread", ctypes.c_void_p), ("block", ctypes.c_void_p)),
+        *(("parameters", ctypes.c_int), ("sizes", ctypes.POINTER(ctypes.c_size_t))),
+        ("signature", ctypes.c_char_p),
     )
-    # The kernels' lines keep their numbers: messages and skipped barriers go by them.
-    text = f'#include "{SHIM}"\n#line 1 "kernels.cu"\n{text}\n{entries}\n'
-    key = hashlib.sha256((text + SHIM.read_text() + " ".join(flags)).encode()).hexdigest()[:16]
-    library = directory / f"kernels-{key}.so"
-    with open(directory / f"{key}.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not library.exists():
-            unit = library.with_suffix(".cpp")
-            unit.write_text(text)
-            options = ["-std=c++17", "-O1", "-fPIC", "-shared", *flags]
-            partial = library.with_suffix(".partial")
-            subprocess.run(
-                [str(COMPILER), *options, str(unit), "-o", str(partial)],
-                check=True,
-                capture_output=True,
-                text=True,
-            )
-            partial.rename(library)
-    return library
 
 
 class Library:
@@ -64,18 +63,21 @@ class Library:
 
     def __init__(self, path: Path, *, skipped_barrier: int = 0, seed: int = 0) -> None:
         self.functions = ctypes.CDLL(str(path))
-        self.functions.allocate.argtypes = [ctypes.c_size_t]
-        self.functions.allocate.restype = ctypes.c_void_p
-        self.functions.release.argtypes = [ctypes.c_void_p]
-        self.functions.signature.restype = ctypes.c_char_p
+        self.functions.emulated_allocate.argtypes = [ctypes.c_size_t]
+        self.functions.emulated_allocate.restype = ctypes.c_void_p
+        self.functions.emulated_release.argtypes = [ctypes.c_void_p]
+        self.functions.find.restype = ctypes.POINTER(Kernel)
         self.skipped_barrier = skipped_barrier
         self.seed = seed
 
+    def find(self, kernel: str) -> Kernel:
+        found = self.functions.find(kernel.encode())
+        assert found, f"no kernel {kernel}"
+        return found.contents
+
     def signature(self, kernel: str) -> list[str]:
         """The types of its arguments, as the shim writes them."""
-        found = self.functions.signature(kernel.encode())
-        assert found is not None, f"no kernel {kernel}"
-        return found.decode().split()
+        return self.find(kernel).signature.decode().split()
 
     def launch(
         self, kernel: str, grid: Sequence[int], shared: int, arguments: Iterable[np.ndarray]
@@ -83,9 +85,10 @@ class Library:
         values = list(arguments)
         assert len(values) == len(self.signature(kernel))
         self.seed += 1
-        failed = self.functions.launch(
-            kernel.encode(),
+        failed = self.functions.emulated_run(
+            ctypes.byref(self.find(kernel)),
             (ctypes.c_uint * 3)(*grid),
+            (ctypes.c_uint * 3)(THREADS, 1, 1),
             ctypes.c_size_t(shared),
             (ctypes.c_void_p * len(values))(*(value.ctypes.data for value in values)),
             ctypes.c_uint(self.seed),
@@ -112,7 +115,7 @@ class Emulator:
         self.arrays: dict[str, np.ndarray] = {}
         self.addresses: dict[str, int] = {}
         for name, spec in largest(programs).items():
-            address = self.library.functions.allocate(spec.nbytes)
+            address = self.library.functions.emulated_allocate(spec.nbytes)
             memory = (ctypes.c_char * spec.nbytes).from_address(address)
             array = np.frombuffer(memory, np.uint8)
             array.fill(0xFF)
@@ -123,7 +126,7 @@ class Emulator:
 
     def close(self) -> None:
         for address in self.addresses.values():
-            self.library.functions.release(address)
+            self.library.functions.emulated_release(address)
         self.arrays.clear()
         self.addresses.clear()
 
@@ -134,7 +137,7 @@ class Emulator:
         """
         for name, spec in program.arrays.items():
             sizes = (self.addresses[name], spec.nbytes, self.arrays[name].nbytes)
-            self.library.functions.limit(*map(ctypes.c_size_t, sizes))
+            self.library.functions.emulated_limit(*map(ctypes.c_size_t, sizes))
         for step in program.launches:
             self._check(step)
             values = [program.value(argument, self._address) for argument in step.arguments]

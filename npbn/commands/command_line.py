@@ -100,7 +100,7 @@ def run(program: str, main: Callable[[], int | None]) -> NoReturn:
 
     An error that the user can correct is printed as one line, without a traceback.
     """
-    from npbn.errors import NpbnError
+    from npbn.errors import BackendError, NpbnError
 
     if isinstance(sys.stdout, io.TextIOWrapper):  # A terminal that cannot show √ shows \u221a.
         sys.stdout.reconfigure(errors="backslashreplace")
@@ -114,7 +114,12 @@ def run(program: str, main: Callable[[], int | None]) -> NoReturn:
             if sys.stdout is not None:
                 sys.stdout.flush()
     except NpbnError as error:
-        sys.exit(_fail(one_line(f"{program}: error: {error}")))
+        code = _fail(one_line(f"{program}: error: {error}"))
+        if isinstance(error, BackendError) and sys.stderr is not None:
+            # On a GPU that failed, CuPy prints a traceback for each thing that it frees.
+            sys.stderr.flush()
+            os._exit(code)
+        sys.exit(code)
     except KeyboardInterrupt:
         _fail(f"\n{program}: interrupted")
         sys.exit(130)

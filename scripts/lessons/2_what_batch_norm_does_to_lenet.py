@@ -460,11 +460,11 @@ assert np.ptp([last_loss[WITHOUT, n] for n in (1, 2, 4, 8)]) < 0.05
 
 # %%
 run = runs[WITH]
-by_moving = evaluate(run.model, run.test, backend=run.backend).accuracy
+by_moving = evaluate(run.model, run.test).accuracy
 by_batch = accuracy_with_batch_statistics(run.model, run.test)
 precise = copy.deepcopy(run.model)
 inspection.precise_statistics(precise, dataset.limited(min(5120, len(dataset.train))).train)
-by_precise = evaluate(precise, run.test, backend=run.backend).accuracy
+by_precise = evaluate(precise, run.test).accuracy
 print(f"test accuracy of the network from above, after {steps} steps:")
 print(f"    {by_moving:.3f} with the moving averages")
 print(f"    {by_batch:.3f} with the statistics of each batch of 256 test images, as in training")

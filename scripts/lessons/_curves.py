@@ -67,7 +67,7 @@ def learning_rates() -> list[dict[str, Any]]:
                 losses, accuracies = [], []
                 for epoch in range(2):
                     losses += steps(run, len(dataset.train), epoch)
-                    metrics = evaluate(run.model, run.test, backend=run.backend)
+                    metrics = evaluate(run.model, run.test)
                     accuracies.append(metrics.accuracy)
                 found.append(
                     {
@@ -96,7 +96,7 @@ def batch_sizes() -> list[dict[str, Any]]:
                     "batch_norm": batch_norm,
                     "batch_size": size,
                     "loss": in_parts(steps(run, 12_800, 0), 10),
-                    "test_accuracy": evaluate(run.model, run.test, backend=run.backend).accuracy,
+                    "test_accuracy": evaluate(run.model, run.test).accuracy,
                 }
             )
     return found
@@ -210,7 +210,7 @@ def _precise(run: Training) -> float:
     """Test accuracy with the statistics of the training split, for the weights as they are."""
     model = copy.deepcopy(run.model)
     inspection.precise_statistics(model, run.train)
-    return evaluate(model, run.test, backend=run.backend).accuracy
+    return evaluate(model, run.test).accuracy
 
 
 def _standing_still(run: Training) -> dict[str, float]:
@@ -222,7 +222,7 @@ def _standing_still(run: Training) -> dict[str, float]:
     for count, (x, _) in enumerate(run.train.batches(256, "float32", order=order), 1):
         model.forward(x)
         if count in (1, 2, 5, 10, 20, 40):
-            found[str(count)] = evaluate(model, run.test, backend=run.backend).accuracy
+            found[str(count)] = evaluate(model, run.test).accuracy
     return found
 
 

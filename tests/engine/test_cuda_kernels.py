@@ -14,7 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from models import NUMPY, SMALL, a_split, models, optional_parts, small_model
 
+import emulated_gpu
 import emulator
+from emulated_gpu import build
 from emulator import Emulator, compiled
 from npbn import functional as F
 from npbn import training
@@ -47,7 +49,7 @@ BARRIERS = [
 """The lines where they are."""
 
 pytestmark = pytest.mark.skipif(
-    emulator.COMPILER is None, reason="needs g++ on Linux, which compiles the CUDA kernels"
+    bool(emulated_gpu.missing_compiler()), reason=emulated_gpu.missing_compiler()
 )
 
 
@@ -70,7 +72,7 @@ def kernel_names(programs) -> set[str]:
     return {step.kernel for program in programs for step in program.launches}
 
 
-def library(builds, *flags, source=None):
+def library(*flags, source=None):
     """All kernels for sizes known when they run; those of LeNet for sizes known before, too."""
     names = set()
     for dtype, fixed in (("float32", False), ("float64", False), ("float64", True)):
@@ -78,7 +80,7 @@ def library(builds, *flags, source=None):
         model.to(NUMPY, dtype)
         _, programs, evaluation = programs_of(model, (1, 28, 28), (9, 16), fixed=fixed)
         names |= kernel_names([*programs.values(), evaluation])
-    return compiled(builds, names, *flags, source=source)
+    return compiled(names, *flags, source=source)
 
 
 def compare(library, model, shape, dtype, *, batch_sizes, bound, classes=3, skipped=0, **options):
@@ -112,7 +114,7 @@ def compare(library, model, shape, dtype, *, batch_sizes, bound, classes=3, skip
             assert arrays["train.correct"][step].sum() == right.correct
             check_parameters(arrays, stages, plan(expected, shape), bound)
         device.run(evaluation)
-        metrics = training.evaluate(expected, split, backend=NUMPY, dtype=dtype)
+        metrics = training.evaluate(expected, split, dtype=dtype)
         loss = np.average(arrays["test.losses"].sum(1), weights=(25, 25, 10))
         assert abs(loss - metrics.loss) <= bound * max(1, abs(loss))
         assert arrays["test.correct"].sum() == round(metrics.accuracy * 60)
@@ -163,18 +165,18 @@ def check_parameters(arrays, stages, expected, bound) -> None:
     weight_decay=st.sampled_from([0.0, 0.1]),
     decay_all=st.booleans(),
 )
-def test_equal_to_the_layers(builds, drawn, batch_sizes, **options):
+def test_equal_to_the_layers(drawn, batch_sizes, **options):
     model, shape = drawn
     compare(
-        library(builds), model, shape, "float64", batch_sizes=batch_sizes, bound=1e-10, **options
+        library(), model, shape, "float64", batch_sizes=batch_sizes, bound=1e-10, **options
     )
 
 
 @pytest.mark.parametrize("network", [LeNet, BLeNet])
-def test_the_networks(builds, network):
+def test_the_networks(network):
     model = network(generator=np.random.default_rng(0))
     compare(
-        library(builds),
+        library(),
         model,
         (1, 28, 28),
         "float64",
@@ -187,16 +189,16 @@ def test_the_networks(builds, network):
 @pytest.mark.parametrize("norm", [True, False])
 @pytest.mark.parametrize("activation", [None, Sigmoid, ReLU])
 @pytest.mark.parametrize("pool", [None, AvgPool2d, MaxPool2d])
-def test_every_combination_of_the_optional_parts(builds, norm, activation, pool):
+def test_every_combination_of_the_optional_parts(norm, activation, pool):
     model, shape = optional_parts(norm, activation, pool)
-    compare(library(builds), model, shape, "float64", batch_sizes=(7, 2), bound=1e-10)
+    compare(library(), model, shape, "float64", batch_sizes=(7, 2), bound=1e-10)
 
 
-def test_sizes_known_to_the_compiler(builds):
+def test_sizes_known_to_the_compiler():
     """The kernels as they are meant to run on a GPU: everything but the batch size is fixed."""
     model = LeNet(generator=np.random.default_rng(0))
     compare(
-        library(builds),
+        library(),
         model,
         (1, 28, 28),
         "float64",
@@ -208,11 +210,11 @@ def test_sizes_known_to_the_compiler(builds):
 
 
 @pytest.mark.parametrize("multiprocessors", [1, MANY])
-def test_float32(builds, multiprocessors):
+def test_float32(multiprocessors):
     """As for the engine on NumPy."""
     model = LeNet(generator=np.random.default_rng(0))
     compare(
-        library(builds),
+        library(),
         model,
         (1, 28, 28),
         "float32",
@@ -232,12 +234,12 @@ def wide_model() -> Sequential:
     )
 
 
-def test_a_hundred_losses_in_float32(builds):
+def test_a_hundred_losses_in_float32():
     model = small_model()
     expected = copy.deepcopy(model)
     split = a_split(SMALL, 60, 1)
     stages, programs, _ = programs_of(model, SMALL, (20,), momentum=0.9)
-    device = Emulator(library(builds), programs.values())
+    device = Emulator(library(), programs.values())
     write(device.arrays, stages, split)
     device.arrays["order"][:] = np.arange(60)
     device.arrays["rates"][:] = 0.1
@@ -257,7 +259,7 @@ def test_a_hundred_losses_in_float32(builds):
     device.close()
 
 
-def test_a_variance_far_from_zero_in_float32(builds):
+def test_a_variance_far_from_zero_in_float32():
     """A mean of 1e4, a deviation of about 1e-2: a float32 of that size has steps of 1e-3.
 
     Batch norm and its gradients from the very y that the convolution gave, in float64. The bound is
@@ -271,7 +273,7 @@ def test_a_variance_far_from_zero_in_float32(builds):
     model.layers[0].weight.data[...] *= 0.04
     model.layers[0].bias.data[...] = 1e4
     stages, programs, _ = programs_of(model, SMALL, (18,))
-    device = Emulator(library(builds), programs.values())
+    device = Emulator(library(), programs.values())
     arrays = device.arrays
     write(arrays, stages, a_split(SMALL, 60, 1))
     arrays["order"][:] = np.arange(60)
@@ -294,9 +296,9 @@ def test_a_variance_far_from_zero_in_float32(builds):
     device.close()
 
 
-def test_a_label_out_of_range_makes_the_loss_nan(builds):
+def test_a_label_out_of_range_makes_the_loss_nan():
     stages, programs, evaluation = programs_of(small_model(), SMALL, (8,))
-    device = Emulator(library(builds), [*programs.values(), evaluation])
+    device = Emulator(library(), [*programs.values(), evaluation])
     split = a_split(SMALL, 60, 1)
     write(device.arrays, stages, split)
     device.arrays["order"][:] = np.arange(60)
@@ -310,12 +312,12 @@ def test_a_label_out_of_range_makes_the_loss_nan(builds):
     device.close()
 
 
-def test_more_examples_than_a_block_has_threads(builds):
+def test_more_examples_than_a_block_has_threads():
     model = Sequential(Flatten(), Linear(4, 3, generator=np.random.default_rng(0)))
     model.to(NUMPY, "float64")
     stages, split = plan(model, (1, 2, 2)), a_split((1, 2, 2), 300, 1)
     program = launch.training(stages, 300, examples=300)
-    device = Emulator(library(builds), [program])
+    device = Emulator(library(), [program])
     write(device.arrays, stages, split)
     device.arrays["order"][:] = np.arange(300)
     device.arrays["rates"][:] = 0
@@ -327,12 +329,12 @@ def test_more_examples_than_a_block_has_threads(builds):
     device.close()
 
 
-def test_of_equal_logits_the_first_counts(builds):
+def test_of_equal_logits_the_first_counts():
     model = Sequential(Flatten(), Linear(4, 3, bias=False))
     model.layers[1].weight.data[...] = 0
     model.to(NUMPY, "float64")
     stages, _, evaluation = programs_of(model, (1, 2, 2), (20,))
-    device = Emulator(library(builds), [evaluation])
+    device = Emulator(library(), [evaluation])
     split = a_split((1, 2, 2), 60, 1)
     write(device.arrays, stages, split)
     device.run(evaluation)
@@ -340,7 +342,7 @@ def test_of_equal_logits_the_first_counts(builds):
     device.close()
 
 
-def test_of_equal_maxima_the_first_alone_has_the_gradient(builds):
+def test_of_equal_maxima_the_first_alone_has_the_gradient():
     """Images of one grey: every window of the pooling is a tie."""
     generator = np.random.default_rng(0)
     model = Sequential(
@@ -349,7 +351,7 @@ def test_of_equal_maxima_the_first_alone_has_the_gradient(builds):
     )
     model.to(NUMPY, "float64")
     stages, programs, evaluation = programs_of(model, (1, 6, 6), (4,))
-    device = Emulator(library(builds), [*programs.values(), evaluation])
+    device = Emulator(library(), [*programs.values(), evaluation])
     split = a_split((1, 6, 6), 60, 1)
     split.images[...] = 100
     write(device.arrays, stages, split)
@@ -361,13 +363,13 @@ def test_of_equal_maxima_the_first_alone_has_the_gradient(builds):
     device.close()
 
 
-def test_runs_are_identical_to_the_bit(builds):
+def test_runs_are_identical_to_the_bit():
     """In whatever order blocks and threads run: those of the emulator differ from run to run."""
 
     def run(seed: int):
         model = small_model()
         stages, programs, evaluation = programs_of(model, SMALL, (12,), multiprocessors=MANY)
-        device = Emulator(library(builds), [*programs.values(), evaluation], seed=seed)
+        device = Emulator(library(), [*programs.values(), evaluation], seed=seed)
         write(device.arrays, stages, a_split(SMALL, 60, 1))
         device.arrays["order"][:] = np.arange(60)
         device.arrays["rates"][:] = 0.1
@@ -392,9 +394,9 @@ def compare_everywhere(library, *cases, **options):
         compare(library, model(), SMALL, "float64", **sizes, **options)
 
 
-def test_weights_of_a_few_channels_at_a_time(builds, monkeypatch):
+def test_weights_of_a_few_channels_at_a_time(monkeypatch):
     monkeypatch.setattr(launch, "WEIGHTS_AT_A_TIME", 1)
-    compare_everywhere(library(builds))
+    compare_everywhere(library())
 
 
 def many_maps() -> Sequential:
@@ -431,21 +433,21 @@ def long_strides() -> Sequential:
 
 @pytest.mark.parametrize("model", [many_maps, wide_kernels])
 @pytest.mark.parametrize("multiprocessors", [1, 4, MANY])
-def test_more_than_a_block_does_at_once(builds, monkeypatch, model, multiprocessors):
+def test_more_than_a_block_does_at_once(monkeypatch, model, multiprocessors):
     """And loss, statistics and gradients in many parts, of which some have fewer examples."""
     monkeypatch.setattr(launch, "LOGITS_AT_A_TIME", 200)
     monkeypatch.setattr(launch, "LONG", 8)
     sizes = {"batch_sizes": (39, 21), "bound": 1e-10, "multiprocessors": multiprocessors}
     options = {"momentum": 0.9, "weight_decay": 0.1}
-    compare(library(builds), model(), SMALL, "float64", **sizes, **options)
+    compare(library(), model(), SMALL, "float64", **sizes, **options)
 
 
 @pytest.mark.parametrize("line", BARRIERS)
-def test_a_missing_barrier_is_caught(builds, monkeypatch, line):
+def test_a_missing_barrier_is_caught(monkeypatch, line):
     """Every __syncthreads of the source is needed, and without it, results are wrong here."""
     monkeypatch.setattr(launch, "WEIGHTS_AT_A_TIME", 1)
     with pytest.raises(AssertionError):
-        compare_everywhere(library(builds), skipped=line)
+        compare_everywhere(library(), skipped=line)
 
 
 MUTANTS = {
@@ -479,20 +481,20 @@ def mutated(mutants) -> str:
 
 
 def sanitized(
-    builds, checks, runtime="libasan.so", source=None, mutant=0
+    checks, runtime="libasan.so", source=None, mutant=0
 ) -> subprocess.CompletedProcess:
     """Checks of this module, in a process of its own, by kernels that watch over every access."""
     model = small_model()
     model.to(NUMPY, "float64")
     _, programs, evaluation = programs_of(model, SMALL, (5,))
     names = kernel_names([*programs.values(), evaluation])
-    built = compiled(builds, names, *emulator.SANITIZERS[runtime], source=source)
+    built = compiled(names, *emulator.SANITIZERS[runtime], source=source)
     code = (
         f"import ctypes\nfrom test_cuda_kernels import *\nlibrary = {str(built)!r}\n"
         f"ctypes.c_int.in_dll(ctypes.CDLL(library), 'mutant_number').value = {mutant}\n{checks}"
     )
     path = subprocess.run(
-        [emulator.COMPILER, f"-print-file-name={runtime}"],
+        [str(build.COMPILER), f"-print-file-name={runtime}"],
         capture_output=True,
         text=True,
         check=True,
@@ -524,21 +526,21 @@ def sanitized(
         "compare_everywhere(library, (wide_kernels, 1), (wide_kernels, MANY), (long_strides, 4))",
     ],
 )
-def test_no_access_out_of_bounds_no_undefined_behaviour_and_no_race(builds, checks, runtime):
-    process = sanitized(builds, checks, runtime)
+def test_no_access_out_of_bounds_no_undefined_behaviour_and_no_race(checks, runtime):
+    process = sanitized(checks, runtime)
     assert process.returncode == 0, process.stderr
 
 
 @pytest.mark.parametrize("mutant", MUTANTS)
-def test_an_index_that_goes_too_far_is_caught(builds, mutant):
+def test_an_index_that_goes_too_far_is_caught(mutant):
     checks = "compare_everywhere(library)"
-    process = sanitized(builds, checks, source=mutated(MUTANTS), mutant=mutant)
+    process = sanitized(checks, source=mutated(MUTANTS), mutant=mutant)
     assert process.returncode != 0
     assert "SUMMARY: AddressSanitizer: " in process.stderr, process.stderr
     assert "kernels.cu:" in process.stderr, process.stderr
 
 
-def test_threads_at_different_barriers_are_caught(builds):
+def test_threads_at_different_barriers_are_caught():
     """Or at their end; and the next kernel runs as if nothing had been."""
     source = """
     __global__ void apart(int) {
@@ -556,7 +558,7 @@ def test_threads_at_different_barriers_are_caught(builds):
     }
     __global__ void together(int) { __syncthreads(); }
     """
-    kernels = emulator.Library(compiled(builds, ("apart", "early", "together"), source=source))
+    kernels = emulator.Library(compiled(("apart", "early", "together"), source=source))
     for name in ("apart", "early"):
         with pytest.raises(RuntimeError, match=f"{name}: a barrier that not all threads came to"):
             kernels.launch(name, (2, 1, 1), 0, [np.array(1, np.int32)])
@@ -564,18 +566,18 @@ def test_threads_at_different_barriers_are_caught(builds):
 
 
 @pytest.mark.parametrize("race", RACES)
-def test_a_race_is_caught(builds, race):
+def test_a_race_is_caught(race):
     checks = "compare_everywhere(library)"
-    process = sanitized(builds, checks, "libtsan.so", mutated(RACES), race)
+    process = sanitized(checks, "libtsan.so", mutated(RACES), race)
     assert process.returncode != 0
     assert "SUMMARY: ThreadSanitizer: data race" in process.stderr, process.stderr
 
 
 @pytest.mark.parametrize("line", BARRIERS)
-def test_a_missing_barrier_is_a_race(builds, line):
+def test_a_missing_barrier_is_a_race(line):
     """Whatever order threads run in: the sanitizer does not wait for results to be wrong."""
     checks = f"launch.WEIGHTS_AT_A_TIME = 1; compare_everywhere(library, skipped={line})"
-    process = sanitized(builds, checks, "libtsan.so")
+    process = sanitized(checks, "libtsan.so")
     assert process.returncode != 0
     assert "SUMMARY: ThreadSanitizer: data race" in process.stderr, process.stderr
     assert "kernels.cu:" in process.stderr, process.stderr

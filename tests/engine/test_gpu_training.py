@@ -1,4 +1,4 @@
-"""The training loop by the GPU engine, on a stand-in for CuPy that runs its kernels on the CPU."""
+"""The training loop on CuPy, by the engine and by layers, on a GPU or on an emulated one."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ import shutil
 
 import numpy as np
 import pytest
-from models import SMALL, a_split, small_model
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from models import NUMPY, SMALL, a_split, small_model
 
-import cupy_stand_in
-import emulator
-from commands import assert_refused
-from cupy_stand_in import CUDADriverError, CUDARuntimeError
+import emulated_gpu
+from commands import CTRL_C, after_step, assert_refused
 from npbn import training
 from npbn.checkpoint import load_checkpoint
 from npbn.engine import build
@@ -21,30 +21,23 @@ from npbn.engine.gpu import engine
 from npbn.errors import BackendError, NonFiniteError
 from npbn.optim import SGD, StepDecay
 
-DEVICE = cupy_stand_in.DEVICE
-
-pytestmark = pytest.mark.skipif(
-    emulator.COMPILER is None, reason="needs g++ on Linux, which compiles the CUDA kernels"
-)
-
 
 @pytest.fixture(autouse=True)
-def short_graphs(cupy, monkeypatch):
+def short_graphs(monkeypatch):
     """An epoch of 60 examples is 3 steps, 3 steps, 1 step and 1 step on fewer examples."""
     monkeypatch.setattr(engine, "STEPS_PER_GRAPH", 3)
     monkeypatch.setattr(engine, "EVALUATED_AT_ONCE", 16)
 
 
-def a_training(*, layers=False, examples=60, lr=0.1, seed=0, **options):
+def a_training(device, *, kind="fused", examples=60, lr=0.1, seed=0, **options):
     model = small_model()
-    model.to(DEVICE, "float64")
-    train, test = a_split(SMALL, examples, 1), a_split(SMALL, 20, 2)
+    model.to(device, "float64")
+    splits = a_split(SMALL, examples, 1).to(device), a_split(SMALL, 20, 2).to(device)
     optimizer = SGD(model.parameters(), StepDecay(lr, 5, 0.5), momentum=0.9, weight_decay=0.01)
-    what = model, optimizer, train, test
-    kind = "layers" if layers else "fused"
-    chosen = build(kind, *what, batch_size=8, backend=DEVICE)
+    what = model, optimizer, *splits
+    chosen = build(kind, *what, batch_size=8, backend=device)
     return training.Training(
-        *what, engine=chosen, batch_size=8, seed=seed, backend=DEVICE, **options
+        *what, engine=chosen, batch_size=8, seed=seed, backend=device, **options
     )
 
 
@@ -78,6 +71,7 @@ def assert_alike(one, other, **bounds):
                 assert others[name] == value, name
 
 
+@pytest.mark.parametrize("streams", emulated_gpu.STREAMS)
 @pytest.mark.parametrize(
     ("examples", "options", "sizes"),
     [
@@ -87,19 +81,25 @@ def assert_alike(one, other, **bounds):
     ],
 )
 @pytest.mark.parametrize("precise_bn", [False, True])
-def test_it_trains_as_the_layers_do(examples, options, sizes, precise_bn):
-    expected, state = (
-        a_training(examples=examples, layers=layers, precise_bn=precise_bn)
-        for layers in (True, False)
-    )
-    state.model.eval()
-    seen: list[int] = []
-    wanted, found = run(expected, **options), run(state, on_batch=seen.append, **options)
-    assert seen == sizes
-    assert state.model.training  # for whoever looks with the layers
-    np.testing.assert_allclose(losses(found), losses(wanted), rtol=1e-9)
-    assert found == wanted
-    assert_alike(expected, state, rtol=1e-9, atol=1e-10)
+def test_it_trains_as_numpy_does(
+    examples, options, sizes, precise_bn, streams, cupy_backend, emulated
+):
+    """By the engine and by layers, whether streams are early or late."""
+    emulated.set_streams(streams)
+    expected = a_training(NUMPY, kind="layers", examples=examples, precise_bn=precise_bn)
+    wanted = run(expected, **options)
+    right = losses(wanted)
+    for kind in ("fused", "layers"):
+        state = a_training(cupy_backend, kind=kind, examples=examples, precise_bn=precise_bn)
+        state.model.eval()
+        seen: list[int] = []
+        found = run(state, on_batch=seen.append, **options)
+        if kind == "fused":
+            assert seen == sizes
+        assert state.model.training  # for whoever looks with the layers
+        np.testing.assert_allclose(losses(found), right, rtol=1e-9)
+        assert found == wanted
+        assert_alike(expected, state, rtol=1e-9, atol=1e-10)
 
 
 class StopError(Exception):
@@ -117,60 +117,47 @@ def stop_after(calls: int):
 
 
 @pytest.mark.parametrize(("stop", "step"), [(2, 6), (4, 8), (7, 15)])
-def test_stopped_and_resumed_equals_never_stopped(stop, step):
+def test_stopped_and_resumed_equals_never_stopped(stop, step, cupy_backend):
     """In an epoch, at its end, and in the next one; by another object, and by the same one."""
-    whole = a_training()
+    whole = a_training(cupy_backend)
     expected = run(whole)
-    first, seen = a_training(), []
+    first, seen = a_training(cupy_backend), []
     with pytest.raises(StopError):
         first.run(2, on_batch=stop_after(stop), on_epoch=seen.append)
     seen = [without_times(epoch) for epoch in seen]
     arrays, record = first.state()
     assert record["step"] == step
-    second = a_training()
+    second = a_training(cupy_backend)
     second.load_state(arrays, json.loads(json.dumps(record)))
     for state in (second, first):
         assert seen + run(state) == expected
         assert_alike(whole, state, rtol=0)
 
 
-def test_an_epoch_waits_for_the_device_at_its_end_alone(cupy, monkeypatch):
-    """Of training and of evaluation, the totals are read once."""
-    waits = []
-
-    def watched(name, original):
-        def call(*arguments):
-            waits.append(name)
-            return original(*arguments)
-
-        return call
-
-    state = a_training()
-    monkeypatch.setattr(cupy, "asnumpy", watched("asnumpy", cupy.asnumpy))
-    monkeypatch.setattr(training._Totals, "read", watched("read", training._Totals.read))
-    monkeypatch.setattr(state.engine.stream, "synchronize", lambda: waits.append("synchronize"))
-    state.run(2, eval_every=2, on_batch=lambda _: waits.append("batch"))
-    assert waits == ["batch"] * 4 + ["read"] + ["batch"] * 4 + ["read", "read"]
+def test_an_epoch_waits_for_the_device_only_at_its_end(emulated, cupy_backend):
+    """In later epochs, its steps allocate nothing, and ask for nothing but graphs and sums."""
+    state = a_training(cupy_backend)
+    run(state, 1)
+    for epochs, eval_every in ((2, 100), (3, 1)):
+        with emulated.calls() as calls:
+            state.run(epochs, eval_every=eval_every, on_batch=lambda _: emulated.note("batch"))
+        last = len(calls) - calls[::-1].index("batch")
+        steps, end = calls[:last], calls[last:]
+        waits = [i for i, call in enumerate(steps) if waits_for_the_device(call)]
+        assert not waits, [steps[i] for i in waits]
+        assert not [call for call in calls if call.startswith("allocate")]
+        assert sum(call.startswith("launch graph") for call in steps) == 4
+        assert sum(call.startswith("copy") and "device to host" in call for call in end) == 4
 
 
-def test_the_two_streams_wait_for_each_other():
-    """The engine's for what was asked of the default one before, and that one for the engine's."""
-    state = a_training()
-    inside, (outside,) = state.engine.stream, cupy_stand_in.Stream.current
-
-    def check(_):
-        assert inside.recorded == outside.seen[inside]
-        assert outside.recorded == inside.seen[outside]
-        assert cupy_stand_in.Stream.current == [outside]
-
-    before = outside.recorded
-    state.run(1, on_batch=check, on_epoch=check)
-    assert outside.recorded - before == 1 + 4 + 1  # to begin, for each launch, and to evaluate
+def waits_for_the_device(call: str) -> bool:
+    return call.startswith("wait") or "device to host" in call
 
 
 @pytest.mark.filterwarnings("ignore:overflow|invalid:RuntimeWarning")
-def test_a_loss_that_is_not_finite_ends_the_run_and_is_located():
-    state, expected = a_training(lr=1e200), a_training(lr=1e200, layers=True)
+def test_a_loss_that_is_not_finite_ends_the_run_and_is_located(cupy_backend):
+    state = a_training(cupy_backend, lr=1e200)
+    expected = a_training(cupy_backend, kind="layers", lr=1e200)
     start = state.state()
     with pytest.raises(NonFiniteError, match="in epoch 1, the loss became NaN or infinite"):
         state.run(3)
@@ -182,31 +169,29 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_is_located():
     assert where.startswith("step 2: ")
 
 
-@pytest.mark.parametrize("failure", [CUDARuntimeError, CUDADriverError])
-@pytest.mark.parametrize("place", ["launch", "totals", "evaluation", "checkpoint"])
-def test_a_gpu_that_fails_is_one_clear_error(place, failure, cupy, monkeypatch):
-    def fail(*_):
-        raise failure("cudaErrorIllegalAddress: an illegal memory access\nwas encountered")
+ILLEGAL_ADDRESS, UNKNOWN, OUT_OF_MEMORY = 700, 999, 2
 
-    state = a_training()
-    if place == "launch":
-        monkeypatch.setattr(state.engine, "_graph", fail)
-    elif place == "totals":
-        monkeypatch.setattr(training._Totals, "read", fail)
-    elif place == "evaluation":
-        monkeypatch.setattr(state.engine, "evaluate", fail)
-    message = (
-        rf"^the GPU failed: {failure.__name__}: cudaErrorIllegalAddress: an illegal memory access "
-        r"was encountered; .* a run can go on from its last checkpoint"
-    )
+
+@pytest.mark.parametrize("kind", ["fused", "layers"])
+@pytest.mark.parametrize("call", ["launch", "copy", "product", "wait"])
+def test_a_gpu_that_fails_is_one_clear_error(call, kind, emulated, cupy_backend):
+    if (call, kind) == ("product", "fused"):
+        return  # it has no products of cuBLAS
+    state = a_training(cupy_backend, kind=kind)
+    run(state, 1)
+    emulated.fail(call, 3, ILLEGAL_ADDRESS, lasting=True)
+    message = r"^the GPU failed: CU\w*Error: .* a run can go on from its last checkpoint"
     with pytest.raises(BackendError, match=message):
-        state.run(2, on_epoch=fail if place == "checkpoint" else None)
+        state.run(2)
+    emulated.reset()  # CuPy complains about what it frees on a lost device
 
 
-def test_other_errors_stay_what_they_are():
+def test_other_errors_stay_what_they_are(cupy_backend):
     with pytest.raises(StopError):
-        a_training().run(1, on_batch=stop_after(1))
+        a_training(cupy_backend).run(1, on_batch=stop_after(1))
 
+
+# The program.
 
 FEW = """
 import dataclasses
@@ -218,10 +203,10 @@ data.load = lambda *_, **__: dataclasses.replace(digits, test=few)
 """
 
 GPU = f"""{FEW}
-from pathlib import Path
-import cupy_stand_in
+import emulated_gpu
+if not emulated_gpu.driver():
+    emulated_gpu.install()
 from npbn.engine.gpu import engine
-cupy_stand_in.install(Path({{builds!r}}))
 engine.STEPS_PER_GRAPH = 2
 """
 
@@ -236,7 +221,7 @@ engine.GpuEngine._launch = launch
 INTERRUPT = IN_THE_SECOND_EPOCH.format(
     what="import os, signal; os.kill(os.getpid(), signal.SIGINT)"
 )
-FAIL = IN_THE_SECOND_EPOCH.format(what="raise cupy_stand_in.CUDARuntimeError('cudaErrorUnknown')")
+FAIL = IN_THE_SECOND_EPOCH.format(what="emulated_gpu.fail('launch', 0, 999, lasting=True)")
 
 UNSUPPORTED = """
 from npbn.errors import UnsupportedError
@@ -252,12 +237,11 @@ COMMON += ("--momentum", "0.9", "--epochs", "2", "--eval-every", "2")
 FUSED = (*COMMON, "--engine", "fused")
 
 
-def test_the_program_trains_by_it_and_goes_on_to_the_bit(builds, trainer, tmp_path):
+def test_the_program_trains_by_it_and_goes_on_to_the_bit(emulated, trainer, tmp_path):
     """Interrupted by Ctrl-C in the second epoch, of three steps; and by a failure of the GPU."""
-    gpu = GPU.format(builds=str(builds))
 
     def train(*options, prelude=""):
-        return trainer(*options, cwd=tmp_path, prelude=gpu + prelude)
+        return trainer(*options, cwd=tmp_path, prelude=GPU + prelude)
 
     whole = train(*FUSED, "--backend", "cupy", "--run", "whole")
     assert whole.returncode == 0, whole.stderr
@@ -269,9 +253,8 @@ def test_the_program_trains_by_it_and_goes_on_to_the_bit(builds, trainer, tmp_pa
         in stopped.stdout
     )
     failed = train(*FUSED, "--run", "failed", prelude=FAIL)
-    assert_refused(
-        failed, "the GPU failed: CUDARuntimeError: cudaErrorUnknown; ", "--resume failed"
-    )
+    said = "the GPU failed: CUDARuntimeError: cudaErrorUnknown: "
+    assert_refused(failed, said, "--resume failed")
     for name, where in (("stopped", "epoch 1, batch 2"), ("failed", "epoch 1, batch 0")):
         resumed = train("--resume", name)
         assert resumed.returncode == 0, resumed.stderr
@@ -284,51 +267,52 @@ def test_the_program_trains_by_it_and_goes_on_to_the_bit(builds, trainer, tmp_pa
             np.testing.assert_array_equal(value, other[array], err_msg=array)
 
 
-def test_a_run_goes_from_the_gpu_to_the_cpu_and_back(builds, trainer, tmp_path):
-    gpu = GPU.format(builds=str(builds))
-    stopped = trainer(*FUSED, "--run", "run", cwd=tmp_path, prelude=gpu + INTERRUPT)
-    assert stopped.returncode == 130, stopped.stderr
-    shutil.copytree(tmp_path / "run", tmp_path / "other")
-    here = trainer(
-        "--resume", "run", "--backend", "numpy", "--threads", "1", cwd=tmp_path, prelude=FEW
-    )
-    assert here.returncode == 0, here.stderr
-    assert ", by " in here.stdout and "on the GPU" not in here.stdout
-    there = trainer("--resume", "other", cwd=tmp_path, prelude=gpu)
-    assert there.returncode == 0, there.stderr
-    found = [
-        json.loads((tmp_path / name / "metrics.jsonl").read_text().splitlines()[-1])
-        for name in ("run", "other")
-    ]
-    for part in ("train", "test"):
-        one, other = (epoch[part]["loss"] for epoch in found)
-        assert one == pytest.approx(other, rel=1e-4), part
+@pytest.mark.usefixtures("cupy_backend")
+@pytest.mark.parametrize("engines", ["fused", "layers"])
+def test_a_run_goes_from_the_gpu_to_the_cpu_and_back(engines, trainer, tmp_path):
+    """What began on the one goes on on the other, in both directions, and ends alike."""
+    options = (*COMMON, "--epochs", "4", "--eval-every", "1", "--engine", engines)
+    gpu, cpu = ("--backend", "cupy"), ("--backend", "numpy", "--threads", "1")
+    found = {}
+    for name, first, second in (("there", gpu, cpu), ("back", cpu, gpu), ("stay", cpu, cpu)):
+        stop = GPU + after_step(2, CTRL_C)
+        started = trainer(*options, *first, "--run", name, cwd=tmp_path, prelude=stop)
+        assert started.returncode == 130, started.stderr
+        resumed = trainer("--resume", name, *second, cwd=tmp_path, prelude=GPU)
+        assert resumed.returncode == 0, resumed.stderr
+        assert ("on the GPU" in resumed.stdout) == (second == gpu and engines == "fused")
+        last = json.loads((tmp_path / name / "metrics.jsonl").read_text().splitlines()[-1])
+        found[name] = last["train"]["loss"], last["test"]["loss"]
+    for name in ("there", "back"):
+        assert found[name] == pytest.approx(found["stay"], rel=1e-4), name
 
 
-def test_it_computes_where_it_is_asked_for_and_can(builds, trainer, tmp_path):
-    gpu = GPU.format(builds=str(builds))
-    process = trainer(*COMMON, cwd=tmp_path, prelude=gpu)
-    assert process.returncode == 0, process.stderr
-    assert "float32, by layers\n" in process.stdout  # until it has run on a GPU
-    process = trainer(*FUSED, "--run", "2", cwd=tmp_path, prelude=gpu + UNSUPPORTED)
+@pytest.mark.usefixtures("cupy_backend")
+def test_it_computes_where_it_is_asked_for_and_can(trainer, tmp_path):
+    process = trainer(*FUSED, "--run", "2", cwd=tmp_path, prelude=GPU + UNSUPPORTED)
     assert_refused(process, "--engine fused: layer 3 (Sigmoid()): there is no stage for it")
 
 
-@pytest.mark.parametrize(
-    ("error", "said"),
-    [
-        ("cupy_stand_in.CUDARuntimeError('lost')", "the GPU failed: CUDARuntimeError: lost; "),
-        ("MemoryError('of 3 GiB')", "the GPU has too little free memory: MemoryError: of 3 GiB; "),
-    ],
-)
-def test_failures_before_the_first_step_are_one_line(error, said, builds, trainer, tmp_path):
-    fails = f"def fail(*_): raise {error}\n"
-    where = {
-        "build": "engine.GpuEngine._find_views = fail\n",
-        "record": "import npbn.inspection\nnpbn.inspection.histograms = fail\n",
-    }
-    for name, patch in where.items():
-        prelude = GPU.format(builds=str(builds)) + fails + patch
-        process = trainer(*FUSED, "--run", name, cwd=tmp_path, prelude=prelude)
-        assert_refused(process, said)
-        assert not (tmp_path / name).exists()
+CALLS = {"launch": 400, "copy": 60, "allocation": 30, "product": 300, "wait": 30}
+"""How many of them there may be before the one that fails, by kind."""
+
+
+@settings(max_examples=max(8, settings().max_examples // 3))
+@given(data=st.data())
+def test_a_failure_at_any_call_is_one_line_and_the_run_goes_on(data, emulated, trainer, tmp_path):
+    """A GPU that is lost, or has no memory: at a random call, by layers and by the engine."""
+    kind = data.draw(st.sampled_from(sorted(CALLS)))
+    calls = data.draw(st.integers(0, CALLS[kind]))
+    error = OUT_OF_MEMORY if kind == "allocation" else data.draw(st.sampled_from([700, 999]))
+    engines = data.draw(st.sampled_from(["fused", "layers"]))
+    fails = f"emulated_gpu.fail({kind!r}, {calls}, {error}, lasting={kind != 'allocation'})\n"
+    shutil.rmtree(tmp_path / "run", ignore_errors=True)
+    options = (*COMMON, "--engine", engines, "--backend", "cupy", "--run", "run")
+    process = trainer(*options, cwd=tmp_path, prelude=GPU + fails)
+    if process.returncode == 0:  # there were fewer calls
+        return
+    assert_refused(process, "GPU")
+    if (tmp_path / "run").exists():
+        assert "--resume run" in process.stderr
+        resumed = trainer("--resume", "run", "--backend", "numpy", cwd=tmp_path, prelude=FEW)
+        assert resumed.returncode == 0, resumed.stderr
