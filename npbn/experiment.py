@@ -1,4 +1,4 @@
-"""Experiments: a configuration, what it stands for, and a run's folder back to a model.
+"""Define the configuration of a training, build the training from it, and load finished runs.
 
     import npbn
 
@@ -6,14 +6,13 @@
     training = npbn.train(npbn.models.LeNet(), data, epochs=3, on_epoch=print)
     print(training.best)
 
-`Config` says what is trained on what and how. `build_training` makes a `npbn.training.Training` of
-it, with the engine that fits; `load` gives the model of a run's folder back.
+A `Config` names the model, the data and the settings of a training. `build_training` makes a
+`npbn.training.Training` from it and chooses the engine. `load` returns the trained model of a run.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import math
 import os
 import sys
 from collections.abc import Callable, Mapping
@@ -22,28 +21,27 @@ from typing import Any
 
 import numpy as np
 
-from npbn import backend, data, engine, inspection, layers, models, optim, runs
+from npbn import data, engine, inspection, layers, models, optim, runs
+from npbn.backend import NAMES, Backend, get_backend
 from npbn.data import Dataset
 from npbn.engine.layers import LayersEngine
 from npbn.errors import CheckpointError, DataError, UnsupportedError
 from npbn.training import Epoch, Training, steps_per_epoch
 
 FORMAT = 2
-"""The format of a configuration in JSON. Format 1 had no number."""
-
-
+"""The number of the format of a configuration in JSON. Files of format 1 contain no number."""
 LARGEST = sys.float_info.max
 
 
 @dataclass(frozen=True)
 class Check:
-    """The values that a field of `Config` may have.
+    """The rule for the values of one field of `Config`.
 
     Attributes:
-        description: completes "expected ".
-        type: of its values; an int will do for a float.
-        holds: whether a value of that type is allowed.
-        choices: all values that are allowed, if they can be listed.
+        description: the allowed values in words, to follow "expected " in a message.
+        type: the type of the values. If the type is float, an int is allowed as well.
+        holds: a function that returns whether a value of this type is allowed.
+        choices: the list of all allowed values, or None if they cannot be listed.
     """
 
     description: str
@@ -52,7 +50,7 @@ class Check:
     choices: tuple[str, ...] | None = None
 
     def __call__(self, value: Any) -> bool:
-        """Whether a value is allowed."""
+        """Return whether a value is allowed."""
         allowed = (int, float) if self.type is float else (self.type,)
         if type(value) not in allowed or (self.type is float and not abs(value) <= LARGEST):
             return False
@@ -60,10 +58,12 @@ class Check:
 
 
 def integer(minimum: int) -> Check:
+    """Return the rule for integers of at least ``minimum``."""
     return Check(f"an integer >= {minimum}", int, lambda value: bool(value >= minimum))
 
 
 def one_of(*choices: str) -> Check:
+    """Return the rule for one of these texts."""
     return Check(f"one of {', '.join(choices)}", str, choices=choices)
 
 
@@ -78,21 +78,23 @@ NOT_NEGATIVE = Check("a number >= 0", float, lambda value: bool(value >= 0))
 
 
 def option(default: Any, check: Check) -> Any:
-    """A field of `Config`; with the default None, None is allowed as well."""
+    """Return a field of `Config` with a rule. If the default is None, None is allowed as well."""
     return dataclasses.field(default=default, metadata={"check": check})
 
 
 @dataclass(frozen=True)
 class Config:
-    """A model, its data and its training. ``npbn train --help`` explains the options.
+    """The configuration of a training: its model, its data, its optimizer and its engine.
 
-    The last three follow from the data; a model needs them to predict without the data.
+    The fields are the options of ``npbn train``; ``npbn train --help`` explains each of them. The
+    fields ``channels``, ``side`` and ``classes`` follow from the data. They are stored because a
+    model that was loaded needs them to predict without the data.
 
     Raises:
-        ValueError: a value is not allowed; the message names the field.
+        ValueError: a value is not allowed. The message names the field.
     """
 
-    backend: str = option("auto", one_of(*backend.NAMES))
+    backend: str = option("auto", one_of(*NAMES))
     engine: str = option("auto", one_of(*engine.KINDS))
     threads: int | None = option(None, integer(1))
     dtype: str = option("float32", one_of("float32", "float64"))
@@ -131,7 +133,7 @@ class Config:
             raise ValueError("lr_epochs, lr_factor: expected schedule step with these")
 
     def to_json(self) -> dict[str, Any]:
-        """Return what JSON can hold, with the number of the format."""
+        """Return the fields and the number of the format, as values that JSON can hold."""
         return {"format": FORMAT} | dataclasses.asdict(self) | {"classes": list(self.classes)}
 
     @classmethod
@@ -139,7 +141,8 @@ class Config:
         """Return the configuration that `to_json` has written.
 
         Raises:
-            ValueError: it is of another format, lacks a field, or has one that is not allowed.
+            ValueError: the format has another number, a field is missing or unknown, or the value
+                of a field is not allowed.
         """
         if values.get("format") != FORMAT:
             raise ValueError(
@@ -155,10 +158,10 @@ class Config:
         return cls(**{name: values[name] for name in names} | {"classes": tuple(values["classes"])})
 
     def fitted(self, dataset: Dataset) -> Config:
-        """Return the configuration with what follows from the data: model, classes, sizes.
+        """Return a copy whose model, classes, channels and side are those of a data set.
 
         Raises:
-            DataError: no model takes such images.
+            DataError: no model can be trained on images of this size.
         """
         _, channels, height, width = dataset.train.images.shape
         size = f"images of {height} × {width}"
@@ -189,7 +192,7 @@ class Config:
 
 
 def load_data(config: Config, on_download: Callable[[str], None] | None = None) -> Dataset:
-    """Return the data set, with no more training examples than the configuration allows."""
+    """Return the data set of a configuration, with at most ``limit_train`` training examples."""
     options: dict[str, Any] = {}
     if config.dataset == "folder":
         options = {name: getattr(config, name) for name in ("channels", "side", "test_fraction")}
@@ -206,7 +209,7 @@ def load_data(config: Config, on_download: Callable[[str], None] | None = None) 
 
 
 def build_model(config: Config, generator: np.random.Generator) -> layers.Sequential:
-    """Return the model of a fitted configuration, with initial weights from ``generator``."""
+    """Return the model of a fitted configuration; ``generator`` draws its initial weights."""
     options: dict[str, Any] = {
         "batch_norm": not config.no_batch_norm,
         "activation": layers.ACTIVATIONS[config.activation],
@@ -219,7 +222,7 @@ def build_model(config: Config, generator: np.random.Generator) -> layers.Sequen
 
 
 def build_schedule(config: Config, steps: int) -> optim.Schedule:
-    """Return the learning rate as a function of the step; an epoch has ``steps`` steps."""
+    """Return the learning rate as a function of the step, where an epoch has ``steps`` steps."""
     if config.schedule == "step":
         return optim.StepDecay(config.lr, (config.lr_epochs or 3) * steps, config.lr_factor or 0.1)
     if config.schedule == "cosine":
@@ -230,24 +233,28 @@ def build_schedule(config: Config, steps: int) -> optim.Schedule:
 def build_training(
     config: Config,
     dataset: Dataset,
-    device: backend.Backend,
+    device: Backend,
     *,
     model: layers.Sequential | None = None,
     report: Callable[[str], None] | None = None,
     fallback: bool = False,
 ) -> Training:
-    """Return model, optimizer, data and engine on ``device``, at the start of the training.
+    """Return a training at its start: model, optimizer, data and engine on ``device``.
 
     Args:
-        config: a fitted one, unless there is a model.
-        dataset: what to train and to test on.
-        device: from `npbn.backend.get_backend`.
-        model: what to train, in place of what the configuration names; it is moved to the device.
-        report: called with lines to show while kernels are compiled.
-        fallback: whether layers do where the fused engine is wanted and cannot.
+        config: the configuration. If ``model`` is None, the configuration must be fitted to the
+            data (`Config.fitted`).
+        dataset: the data set to train and to test on.
+        device: the backend, from `npbn.backend.get_backend`.
+        model: a model to train instead of the model that the configuration names. The model is
+            moved to the device.
+        report: a function that is called with lines to show to the user while kernels are compiled.
+        fallback: whether to train by layers if the configuration asks for the fused engine and the
+            fused engine cannot train this model.
 
     Raises:
-        UnsupportedError: the fused engine is wanted and cannot.
+        UnsupportedError: the configuration asks for the fused engine, which cannot train this
+            model, and ``fallback`` is false.
     """
     model = model or build_model(config, np.random.default_rng(config.seed))
     model.to(device, config.dtype)
@@ -272,46 +279,71 @@ def train(
     model: layers.Sequential,
     dataset: Dataset,
     *,
+    epochs: int = Config.epochs,
+    lr: float = Config.lr,
+    batch_size: int = Config.batch_size,
+    seed: int = Config.seed,
+    momentum: float = Config.momentum,
+    weight_decay: float = Config.weight_decay,
+    schedule: str = Config.schedule,
+    dtype: str = Config.dtype,
+    backend: str = Config.backend,
+    engine: str = Config.engine,
     on_epoch: Callable[[Epoch], None] | None = None,
-    **options: Any,
 ) -> Training:
-    """Train a model of yours on data of yours, with the engine that fits.
+    """Train a model on a data set and return the finished training.
 
     Args:
-        model: it is moved to the backend, and trained in place.
-        dataset: from `npbn.data`.
-        on_epoch: called after each epoch with what it found, `print` for instance.
-        options: fields of `Config` (epochs=10, lr=1.0, batch_size=256, seed=0, momentum=0, …);
-            the seed is that of the order of the examples.
+        model: the model. It is moved to the backend and trained in place.
+        dataset: the data set, from `npbn.data`.
+        epochs: the number of epochs.
+        lr: the learning rate.
+        batch_size: the number of examples in a batch.
+        seed: the seed of the order of the examples.
+        momentum, weight_decay: as in `npbn.optim.SGD`.
+        schedule: "constant", "step" (a tenth of the learning rate after every third epoch) or
+            "cosine".
+        dtype: "float32" or "float64".
+        backend: "auto", "numpy" or "cupy".
+        engine: "auto", "layers" or "fused".
+        on_epoch: a function that is called with the `npbn.training.Epoch` after each epoch, for
+            instance ``print``.
 
     Returns:
-        The training at its end: ``best`` is the best test accuracy, ``run(epochs=…)`` goes on.
+        The training. Its attribute ``best`` is the best test accuracy. ``run(epochs)`` goes on until
+        ``epochs`` epochs are done in all.
 
     Raises:
-        ValueError, TypeError: an option is not allowed, or model and data do not fit.
-        NpbnError: something on this machine is not as needed, or the loss became NaN.
+        ValueError, TypeError: an option is not allowed, or the model does not fit the data.
+        NpbnError: this machine lacks something that the training needs, or the loss became NaN.
     """
-    config = Config(**options)
-    device = backend.get_backend(config.backend)
-    training = build_training(config, dataset, device, model=model)
-    training.run(
-        config.epochs,
-        max_steps=config.max_steps or math.inf,
-        eval_every=config.eval_every,
-        target_accuracy=config.target_accuracy or math.inf,
-        on_epoch=on_epoch,
+    config = Config(
+        epochs=epochs,
+        lr=lr,
+        batch_size=batch_size,
+        seed=seed,
+        momentum=momentum,
+        weight_decay=weight_decay,
+        schedule=schedule,
+        dtype=dtype,
+        backend=backend,
+        engine=engine,
     )
+    device = get_backend(backend)
+    training = build_training(config, dataset, device, model=model)
+    training.run(epochs, on_epoch=on_epoch)
     return training
 
 
-# A run's folder, back to what it stands for.
+# Loading runs.
 
 
 def open_run(path: str | os.PathLike[str]) -> tuple[runs.Run, Config]:
-    """Return the run in a folder, and its configuration.
+    """Return the run in a folder and its configuration.
 
     Raises:
-        CheckpointError: it is no run, or its configuration is damaged or of another npbn.
+        CheckpointError: the folder contains no run, or the configuration is damaged or was written
+            by another version of npbn.
     """
     run = runs.Run.open(path)
     try:
@@ -321,20 +353,25 @@ def open_run(path: str | os.PathLike[str]) -> tuple[runs.Run, Config]:
 
 
 def load_training(
-    run: runs.Run, config: Config, dataset: Dataset, device: backend.Backend, **options: Any
+    run: runs.Run,
+    config: Config,
+    dataset: Dataset,
+    device: Backend,
+    *,
+    report: Callable[[str], None] | None = None,
 ) -> tuple[Training, dict[str, Any]]:
-    """Return what a run had come to, and the record of its last checkpoint.
+    """Return the training of a run at its last checkpoint, and the record of this checkpoint.
 
     Args:
-        run, dataset, device: where it is, on what it trains, and where.
-        config: the run's, perhaps with another engine or number of threads.
-        options: of `build_training`.
+        run: the run.
+        config: the configuration of the run; the engine and the number of threads may differ.
+        dataset, device, report: as in `build_training`.
 
     Raises:
-        CheckpointError: the checkpoint is damaged, or does not fit the configuration.
+        CheckpointError: the checkpoint is damaged, or it does not fit the configuration.
     """
     arrays, record = run.load()
-    training = build_training(config, dataset, device, fallback=True, **options)
+    training = build_training(config, dataset, device, report=report, fallback=True)
     try:
         training.load_state(arrays, record)
     except (ValueError, TypeError, KeyError) as error:
@@ -344,13 +381,14 @@ def load_training(
 
 @dataclass(frozen=True)
 class Loaded:
-    """A model of a run, in prediction mode on the CPU, and what belongs to it.
+    """A trained model from a run, in prediction mode on the CPU.
 
     Attributes:
-        run: where it is from.
-        model: it takes images / 255, (N, channels, side, side), in ``config.dtype``.
-        config: that of the run: ``classes``, ``channels``, ``side`` among others.
-        epoch: after which it was saved.
+        run: the run that contains the model.
+        model: the model. Its input has the shape (N, channels, side, side), the dtype
+            ``config.dtype`` and values in [0, 1]: pixels / 255.
+        config: the configuration of the run, which has ``classes``, ``channels`` and ``side``.
+        epoch: the number of epochs after which the model was saved.
     """
 
     run: runs.Run
@@ -362,7 +400,7 @@ class Loaded:
         """Return the probability of each class, (N, classes), for uint8 images (N, C, H, W).
 
         Raises:
-            ValueError, TypeError: images of another shape or dtype.
+            ValueError, TypeError: the images have another shape or dtype.
         """
         channels, side = self.config.channels, self.config.side
         if images.shape[1:] != (channels, side, side):
@@ -374,15 +412,15 @@ class Loaded:
 
 
 def load(path: str | os.PathLike[str], which: str | None = None) -> Loaded:
-    """Return the model of the run in a folder.
+    """Return the trained model of the run in a folder.
 
     Args:
         path: the folder.
-        which: "last" or "best" checkpoint; None is the best, or the last as long as nothing was
-            evaluated.
+        which: the checkpoint, "last" or "best". The default is the best checkpoint, or the last one
+            as long as nothing was evaluated.
 
     Raises:
-        CheckpointError: there is no run, or something in it is damaged.
+        CheckpointError: the folder contains no run, or one of its files is damaged.
     """
     run, config = open_run(path)
     which = which or ("best" if os.path.exists(run.path / "best.safetensors") else "last")
@@ -391,7 +429,7 @@ def load(path: str | os.PathLike[str], which: str | None = None) -> Loaded:
     state = {n.removeprefix(prefix): v for n, v in arrays.items() if n.startswith(prefix)}
     try:
         model = build_model(config, np.random.default_rng(0))
-        model.to(backend.get_backend("numpy"), config.dtype)
+        model.to(get_backend("numpy"), config.dtype)
         model.load_state_dict(state)
         epoch = int(record["epoch"])
     except (ValueError, TypeError, KeyError) as error:

@@ -1,4 +1,7 @@
-"""The training loop: epochs, metrics, evaluation. It knows no terminal and no file."""
+"""Train a model for some epochs, evaluate it, and return the metrics of each epoch.
+
+Nothing here prints or writes files: `npbn.commands.train` does.
+"""
 
 from __future__ import annotations
 
@@ -26,10 +29,10 @@ class Metrics:
     """The metrics of a pass over a split.
 
     Attributes:
-        loss: mean cross-entropy per example, in nats.
-        accuracy: fraction of examples whose largest logit is the right one.
-        examples: how many examples that is the mean of.
-        seconds: wall time of the pass, until the device had finished.
+        loss: the mean cross-entropy of an example, in nats.
+        accuracy: the fraction of examples whose largest logit is the logit of the label.
+        examples: the number of examples in the pass.
+        seconds: the wall time of the pass, until the device had finished.
     """
 
     loss: float
@@ -43,13 +46,15 @@ class Epoch:
     """The metrics of one epoch.
 
     Attributes:
-        number: from 1.
-        step: how many steps of the optimizer there have been.
-        lr: the learning rate of the last of them.
-        train: averaged over the epoch *while* the parameters changed.
-        test: after it, in prediction mode; None where that was not asked for.
-        skipped: examples of a last batch of one, left out because batch norm over one example has
-            no variance and teaches nothing.
+        number: the number of the epoch; the first epoch is 1.
+        step: the number of steps of the optimizer so far.
+        lr: the learning rate of the last step.
+        train: the metrics on the training split, averaged over the epoch *while* the parameters
+            changed.
+        test: the metrics on the test split after the epoch, in prediction mode. This is None if
+            the epoch was not evaluated.
+        skipped: the number of training examples that were left out, 0 or 1. If the last batch had
+            only one example, it is left out, because batch norm has no variance there.
     """
 
     number: int
@@ -61,12 +66,12 @@ class Epoch:
 
 
 def left_out(examples: int, batch_size: int) -> int:
-    """Return how many examples an epoch skips: one, if it were the only one in the last batch."""
+    """Return the number of examples that an epoch skips: 1 if the last batch had one, else 0."""
     return 1 if batch_size > 1 and examples % batch_size == 1 else 0
 
 
 def steps_per_epoch(examples: int, batch_size: int) -> int:
-    """Return the number of batches in an epoch, without the example that it skips."""
+    """Return the number of batches in an epoch, not counting a skipped example."""
     return _batches(examples - left_out(examples, batch_size), batch_size)
 
 
@@ -129,38 +134,46 @@ def evaluate(
     dtype: Any = "float32",
     batch_size: int = EVALUATION_BATCH_SIZE,
 ) -> Metrics:
-    """Loss and accuracy on ``split`` by layers, in prediction mode; every layer's mode is kept."""
+    """Return the metrics of a model on a split, in prediction mode, computed by layers.
+
+    Afterwards, every layer is in the same mode as before.
+    """
     return _metrics(predict(model, split, dtype=dtype, batch_size=batch_size))
 
 
 class Training:
-    """A training run: what is trained, on what, and how far it has come.
+    """The state of a training run: model, optimizer, data, engine, and the progress so far.
 
-    The order of the examples in an epoch follows from ``seed`` and the number of the epoch, so
-    every engine on every backend sees the same batches. After every batch a run can be stopped (by
-    an exception in ``on_batch``), its `state` saved and loaded into another one: that goes on as if
-    nothing had happened, to the last bit.
+    The order of the examples in an epoch depends only on ``seed`` and the number of the epoch. So
+    every engine on every backend sees the same batches.
 
-    A batch norm that was put into prediction mode stays in it and is not trained, as long as the
-    model itself is in training mode.
+    A run can be stopped after every batch, by an exception in ``on_batch``. If its `state` is saved
+    and loaded into another training, this training goes on as if the run had not been stopped, to
+    the last bit.
+
+    If the model is in training mode and one of its batch norms is in prediction mode, this batch
+    norm stays in prediction mode and is not trained.
 
     Args:
-        model, optimizer, train, test: all on ``backend``.
-        engine: what trains and evaluates them, in batches of ``batch_size``; see
-            `npbn.engine.build`.
-        batch_size: a last batch of a single example is left out, unless every batch is one.
-        seed: of the order of the examples, at least 0.
-        precise_bn: before each evaluation, replace batch norm's moving averages by the statistics
-            of the training split (`npbn.inspection.precise_statistics`).
+        model, optimizer, train, test: the model, its optimizer, the training split and the test
+            split, all on ``backend``.
+        engine: the engine that trains and evaluates the model, from `npbn.engine.build` with the
+            same ``batch_size``.
+        batch_size: the number of examples in a batch. A last batch of one example is left out,
+            unless the batch size is 1.
+        seed: the seed of the order of the examples, at least 0.
+        backend: the backend, from `npbn.backend.get_backend`.
+        precise_bn: whether the moving averages of batch norm are replaced by the statistics of the
+            training split before each evaluation (`npbn.inspection.precise_statistics`).
 
     Raises:
-        ValueError: no batch size, or nothing to train on or to test on.
-        TypeError: data that is not on ``backend``.
+        ValueError: the batch size is less than 1, or a split has too few examples.
+        TypeError: the data is not on ``backend``.
 
     Attributes:
-        epoch: how many are done.
-        batch: how many batches of the current epoch are done.
-        best: the best test accuracy so far; -1 before the first.
+        epoch: the number of finished epochs.
+        batch: the number of finished batches in the current epoch.
+        best: the best test accuracy so far; -1 before the first evaluation.
     """
 
     def __init__(
@@ -207,20 +220,24 @@ class Training:
         on_batch: Callable[[int], None] | None = None,
         on_epoch: Callable[[Epoch], None] | None = None,
     ) -> None:
-        """Train on, until any of three things is reached.
+        """Train until one of three limits is reached: epochs, steps or test accuracy.
 
         Args:
-            epochs: how many there are to be, those done already included.
-            max_steps: of the optimizer, likewise; it may cut the last epoch short.
-            eval_every: how many epochs to an evaluation; the last epoch is always evaluated.
-            target_accuracy: test accuracy that is enough.
-            on_batch: called with the number of its examples after each batch, or after as many
-                batches as the engine runs together; must not wait for the device.
-            on_epoch: called after each epoch with what it found.
+            epochs: the limit for the number of epochs, counted from the start of the run.
+            max_steps: the limit for the number of steps of the optimizer, counted from the start of
+                the run. It may end an epoch early.
+            eval_every: the number of epochs from one evaluation to the next. The last epoch is
+                always evaluated.
+            target_accuracy: the test accuracy that ends the training.
+            on_batch: a function that is called after each batch with the number of its examples. If
+                the engine runs several batches together, it is called after these. The function
+                must not wait for the device.
+            on_epoch: a function that is called after each epoch with its metrics.
 
         Raises:
-            NonFiniteError: loss, or a test loss, is NaN or infinite. The state is spoilt then.
-            BackendError: the device failed. There is no state any more.
+            NonFiniteError: the training loss or the test loss is NaN or infinite. The state of the
+                training cannot be used any more.
+            BackendError: the device failed. The state of the training is lost.
         """
         with self.backend.explaining_failures():
             while (
@@ -243,7 +260,7 @@ class Training:
                     on_epoch(Epoch(self.epoch, steps, lr, train, test, skipped))
 
     def _train(self, max_steps: float, on_batch: Callable[[int], None] | None) -> Metrics:
-        """Train to the end of the epoch, or up to that step of the optimizer."""
+        """Train to the end of the current epoch, or until ``max_steps`` steps are done in all."""
         if not self.model.training:
             self.model.train()
         if self._totals is None:
@@ -273,10 +290,10 @@ class Training:
         return order[self.batch * self.batch_size : end]
 
     def state(self) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-        """Return all that is needed to go on: arrays by name, and a record for JSON.
+        """Return the state from which the run can go on: arrays by name, and a record for JSON.
 
         Raises:
-            NonFiniteError: something in it is NaN or infinite: there is nothing to go on from.
+            NonFiniteError: an array or the loss contains NaN or infinity.
         """
         arrays = {f"model.{name}": value for name, value in self.model.state_dict().items()}
         arrays |= {f"velocity.{n}": to_numpy(v) for n, v in self.optimizer.velocity.items()}
@@ -296,10 +313,11 @@ class Training:
         return arrays, record
 
     def load_state(self, arrays: Mapping[str, np.ndarray], record: Mapping[str, Any]) -> None:
-        """Go on from a `state`, of the same model and settings, on whatever backend it was.
+        """Take over the `state` of a run with the same model and settings, from any backend.
 
         Raises:
-            ValueError: it is of another model, incomplete, or of an older npbn.
+            ValueError: the state belongs to another model, is incomplete, or was written by an
+                older npbn.
         """
         if "generator" in record:
             raise ValueError(
@@ -324,11 +342,11 @@ class Training:
         self._totals = None if totals is None else _Totals(**totals)
 
     def locate_non_finite(self) -> str:
-        """Replay the current epoch by layers until the first NaN or infinity.
+        """Repeat the current epoch by layers until the first NaN or infinity.
 
         Returns:
-            At which step and where it appears, and what the losses before were. If it does not
-            appear, the model is at the end of the epoch.
+            A text that says in which step and in which array NaN or infinity appears first, and
+            which losses came before. If none appears, the text says so.
         """
         losses: list[float] = []
         dtype, order = dtype_of(self.model), self.backend.asarray(self._order())

@@ -22,7 +22,9 @@ SANITIZERS = {
 def compiled(names: Iterable[str], *flags: str, source: str | None = None) -> Path:
     """The library of these kernels, with all that they need to run without CuPy."""
     labels = {name: f"kernel{i}" for i, name in enumerate(sorted(set(names)))}
-    text = emulated_gpu.source_with_entries(SOURCE.read_text() if source is None else source, labels)
+    text = emulated_gpu.source_with_entries(
+        SOURCE.read_text() if source is None else source, labels
+    )
     # A test may give kernels deliberate errors by this number. The kernels' lines keep their
     # numbers, because messages and skipped barriers go by them.
     head = f'#include "{build.HERE}/threads.cpp"\nextern "C" int mutant_number = 0;\n'

@@ -144,7 +144,6 @@ def test_a_model_of_ones_own_trains_in_one_call():
         Dataset("halves", "drawn", ("below", "above"), split, split),
         epochs=5,
         batch_size=16,
-        threads=1,
         on_epoch=epochs.append,
     )
     assert training.model is model and training.best == 1

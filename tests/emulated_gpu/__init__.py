@@ -290,7 +290,9 @@ def _load_cublas() -> None:
     products = build.compiled("cublas", source, flags)
     defined = subprocess.run(["nm", "-D", products], capture_output=True, text=True, check=True)
     absent = needed - set(re.findall(r" T (cublas\w+)", defined.stdout))
-    refusals = "".join(f'extern "C" int {n}() {{ return NOT_SUPPORTED; }}\n' for n in sorted(absent))
+    refusals = "".join(
+        f'extern "C" int {n}() {{ return NOT_SUPPORTED; }}\n' for n in sorted(absent)
+    )
     library = build.compiled("cublas", source + refusals, flags)
     ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
     copy = library.with_name(f"{library.stem}-{sys.implementation.cache_tag}-{path.name}")

@@ -167,9 +167,7 @@ def check_parameters(arrays, stages, expected, bound) -> None:
 )
 def test_equal_to_the_layers(drawn, batch_sizes, **options):
     model, shape = drawn
-    compare(
-        library(), model, shape, "float64", batch_sizes=batch_sizes, bound=1e-10, **options
-    )
+    compare(library(), model, shape, "float64", batch_sizes=batch_sizes, bound=1e-10, **options)
 
 
 @pytest.mark.parametrize("network", [LeNet, BLeNet])
@@ -480,9 +478,7 @@ def mutated(mutants) -> str:
     return source
 
 
-def sanitized(
-    checks, runtime="libasan.so", source=None, mutant=0
-) -> subprocess.CompletedProcess:
+def sanitized(checks, runtime="libasan.so", source=None, mutant=0) -> subprocess.CompletedProcess:
     """Checks of this module, in a process of its own, by kernels that watch over every access."""
     model = small_model()
     model.to(NUMPY, "float64")

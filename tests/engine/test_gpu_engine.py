@@ -138,9 +138,7 @@ def test_too_little_memory_is_one_clear_error(emulated, cupy, cupy_backend):
         GpuEngine(model, optimizer, split, split, batch_size=8)
 
 
-def test_kernels_that_do_not_compile_are_one_clear_error(
-    cupy, cupy_backend, monkeypatch, tmp_path
-):
+def test_kernels_that_do_not_compile_are_one_clear_error(cupy, cupy_backend, monkeypatch, tmp_path):
     source = tmp_path / "kernels.cu"
     source.write_text("#error no such kernels\n")
     monkeypatch.setattr(engine, "SOURCE", source)
