@@ -310,7 +310,7 @@ def train(
             instance ``print``.
 
     Returns:
-        The training. Its attribute ``best`` is the best test accuracy. ``run(epochs)`` goes on until
+        The training. Its attribute ``best`` is the best test accuracy. ``run(epochs)`` trains until
         ``epochs`` epochs are done in all.
 
     Raises:

@@ -18,7 +18,7 @@ HERE = Path(__file__).parent
 COMPILER = shutil.which("g++")
 KERNEL_FLAGS = (
     *("-std=c++17", "-O1", "-fPIC", "-w", "-fpermissive", "-fvisibility=hidden"),
-    # As the GPU does what CuPy's code asks for: see -fmad in NVRTC's options, which is not modelled.
+    # Each product and each sum is rounded: NVRTC's -fmad is not modelled.
     *("-ffp-contract=off", "-fno-threadsafe-statics", "-fno-strict-aliasing"),
 )
 

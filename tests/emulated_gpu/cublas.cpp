@@ -98,29 +98,29 @@ int typed(const char* name, int of_a, int of_b, int m, int n, int k, const void*
 
 extern "C" {
 
-#define PRODUCTS(letter, T)                                                                      \
-    int cublas##letter##gemm_v2(void*, int of_a, int of_b, int m, int n, int k, const T* alpha,  \
-                                const T* a, int lda, const T* b, int ldb, const T* beta, T* c,   \
-                                int ldc) {                                                       \
-        return typed<T>("gemm", of_a, of_b, m, n, k, alpha, a, lda, 0, b, ldb, 0, beta, c, ldc,  \
-                        0, 1);                                                                   \
-    }                                                                                            \
-    int cublas##letter##gemmStridedBatched(void*, int of_a, int of_b, int m, int n, int k,       \
-                                           const T* alpha, const T* a, int lda, long long step_a, \
-                                           const T* b, int ldb, long long step_b, const T* beta, \
-                                           T* c, int ldc, long long step_c, int count) {         \
-        return typed<T>("gemmStridedBatched", of_a, of_b, m, n, k, alpha, a, lda, step_a, b,     \
-                        ldb, step_b, beta, c, ldc, step_c, count);                               \
-    }                                                                                            \
-    int cublas##letter##gemmBatched(void*, int of_a, int of_b, int m, int n, int k,              \
-                                    const T* alpha, const T** a, int lda, const T** b, int ldb,  \
-                                    const T* beta, T** c, int ldc, int count) {                  \
-        const T first = *alpha, second = *beta;                                                  \
-        return submit("gemmBatched", [=] {                                                       \
-            for (int i = 0; i < count; ++i) {                                                    \
-                product<T>(of_a, of_b, m, n, k, first, a[i], lda, b[i], ldb, second, c[i], ldc); \
-            }                                                                                    \
-        });                                                                                      \
+#define PRODUCTS(letter, T)                                                                        \
+    int cublas##letter##gemm_v2(void*, int of_a, int of_b, int m, int n, int k, const T* alpha,    \
+                                const T* a, int lda, const T* b, int ldb, const T* beta, T* c,     \
+                                int ldc) {                                                         \
+        return typed<T>("gemm", of_a, of_b, m, n, k, alpha, a, lda, 0, b, ldb, 0, beta, c, ldc, 0, \
+                        1);                                                                        \
+    }                                                                                              \
+    int cublas##letter##gemmStridedBatched(void*, int of_a, int of_b, int m, int n, int k,         \
+                                           const T* alpha, const T* a, int lda, long long step_a,  \
+                                           const T* b, int ldb, long long step_b, const T* beta,   \
+                                           T* c, int ldc, long long step_c, int count) {           \
+        return typed<T>("gemmStridedBatched", of_a, of_b, m, n, k, alpha, a, lda, step_a, b, ldb,  \
+                        step_b, beta, c, ldc, step_c, count);                                      \
+    }                                                                                              \
+    int cublas##letter##gemmBatched(void*, int of_a, int of_b, int m, int n, int k,                \
+                                    const T* alpha, const T** a, int lda, const T** b, int ldb,    \
+                                    const T* beta, T** c, int ldc, int count) {                    \
+        const T first = *alpha, second = *beta;                                                    \
+        return submit("gemmBatched", [=] {                                                         \
+            for (int i = 0; i < count; ++i) {                                                      \
+                product<T>(of_a, of_b, m, n, k, first, a[i], lda, b[i], ldb, second, c[i], ldc);   \
+            }                                                                                      \
+        });                                                                                        \
     }
 PRODUCTS(S, float)
 PRODUCTS(D, double)
@@ -132,15 +132,19 @@ int cublasGemmStridedBatchedEx(void*, int of_a, int of_b, int m, int n, int k, c
                                int type_b, int ldb, long long step_b, const void* beta, void* c,
                                int type_c, int ldc, long long step_c, int count, int, int) {
     const char* name = "gemmStridedBatchedEx";
-#define TYPED(T)                                                                             \
+#define TYPED(T)                                                                               \
     return typed<T>(name, of_a, of_b, m, n, k, alpha, a, lda, step_a, b, ldb, step_b, beta, c, \
                     ldc, step_c, count)
     if (type_a == type_b && type_a == type_c) {
         switch (type_a) {
-            case R32: TYPED(float);
-            case R64: TYPED(double);
-            case C32: TYPED(std::complex<float>);
-            case C64: TYPED(std::complex<double>);
+            case R32:
+                TYPED(float);
+            case R64:
+                TYPED(double);
+            case C32:
+                TYPED(std::complex<float>);
+            case C64:
+                TYPED(std::complex<double>);
         }
     }
     return NOT_SUPPORTED;

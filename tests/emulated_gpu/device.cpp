@@ -1,10 +1,10 @@
 // CUDA's runtime and driver, as far as CuPy calls them, without a device: its memory is the host's
 // memory, its kernels are shared libraries from g++, and `threads.cpp` runs them.
 //
-// Streams are queues. A stream runs what is in its queue at once (early), or when somebody waits for
-// it (late: as late as CUDA allows). Where a program forgets to wait, late streams give it numbers
-// that are not there yet. Graphs are lists of what was captured. What CUDA refuses while a stream
-// captures is refused here, too.
+// Streams are queues. A stream runs what is in its queue at once (early), or when somebody waits
+// for it (late: as late as CUDA allows). Where a program forgets to wait, late streams give it
+// numbers that are not there yet. Graphs are lists of what was captured. What CUDA refuses while a
+// stream captures is refused here, too.
 //
 // `emulated_log` tells what was called; `emulated_fail` lets a call fail. Functions of the runtime
 // have the prefix `emulated_`: `device.py` lets CuPy's calls jump to them. Those of the driver have
@@ -93,9 +93,9 @@ using Work = std::function<void()>;
 
 struct Stream {
     int number;
-    bool blocking;             // CUDA orders it with the default stream
+    bool blocking;                 // CUDA orders it with the default stream
     std::vector<Work> queue = {};  // what was asked of it since the last wait
-    size_t asked = 0, done = 0;  // the numbers of works since the stream was made
+    size_t asked = 0, done = 0;    // the numbers of works since the stream was made
     bool capturing = false, invalid = false;
     std::vector<Work> captured = {};
 };
@@ -194,8 +194,8 @@ char* allocate(size_t bytes) {
         return memory;
     }
     const size_t body = (bytes + PAGE - 1) / PAGE * PAGE;
-    memory = static_cast<char*>(mmap(nullptr, body + PAGE, PROT_READ | PROT_WRITE,
-                                     MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
+    memory = static_cast<char*>(
+        mmap(nullptr, body + PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
     memset(memory, 0xff, body);
     mprotect(memory + body, PAGE, PROT_NONE);
     return memory + body - (bytes + 15) / 16 * 16;
@@ -256,18 +256,23 @@ std::shared_ptr<std::vector<std::vector<char>>> copied(const emulated::Kernel* k
 
 // Attributes of an H100, by their numbers.
 const std::map<int, int> ATTRIBUTES = {
-    {1, 1024},        // threads of a block
-    {2, 1024},        {3, 1024},    {4, 64},         // a block's sizes
-    {5, 2147483647},  {6, 65535},   {7, 65535},      // a grid's sizes
-    {8, 48 << 10},    // bytes of shared memory of a block
-    {10, 32},         // threads of a warp
-    {12, 65536},      // registers of a block
-    {13, 1980000},    // clock rate, kHz
-    {16, 132},        // multiprocessors
-    {36, 2619000},    // memory clock rate, kHz
-    {37, 5120},       // bits of the memory bus
-    {39, 2048},       // threads of a multiprocessor
-    {75, 9},          {76, 0},                       // compute capability
+    {1, 1024},  // threads of a block
+    {2, 1024},
+    {3, 1024},
+    {4, 64},  // a block's sizes
+    {5, 2147483647},
+    {6, 65535},
+    {7, 65535},     // a grid's sizes
+    {8, 48 << 10},  // bytes of shared memory of a block
+    {10, 32},       // threads of a warp
+    {12, 65536},    // registers of a block
+    {13, 1980000},  // clock rate, kHz
+    {16, 132},      // multiprocessors
+    {36, 2619000},  // memory clock rate, kHz
+    {37, 5120},     // bits of the memory bus
+    {39, 2048},     // threads of a multiprocessor
+    {75, 9},
+    {76, 0},          // compute capability
     {81, 228 << 10},  // bytes of shared memory of a multiprocessor
     {87, 2},          // rate of float32 over that of float64
     {97, LARGEST_SHARED},
@@ -339,7 +344,7 @@ int emulated_cudaGetDeviceProperties(char* properties, int) {
     memset(properties, 0, 1008);
     strcpy(properties, "an emulated GPU");
     *reinterpret_cast<size_t*>(properties + 288) = total_memory;
-    const std::pair<int, int> values[] = {{296, 48 << 10}, {304, 65536}, {308, 32},   {320, 1024},
+    const std::pair<int, int> values[] = {{296, 48 << 10}, {304, 65536}, {308, 32},  {320, 1024},
                                           {360, 9},        {384, 132},   {592, 5120}};
     for (const auto& [offset, value] : values) {
         memcpy(properties + offset, &value, sizeof value);
@@ -390,7 +395,8 @@ int emulated_cudaFreeHost(void* memory) {
     return lost;
 }
 
-int emulated_cudaMemcpyAsync(void* to, const void* from, size_t bytes, int direction, void* handle) {
+int emulated_cudaMemcpyAsync(void* to, const void* from, size_t bytes, int direction,
+                             void* handle) {
     Stream* stream = stream_of(handle);
     note("copy %zu %s stream %d", bytes, DIRECTIONS[direction], stream->number);
     if (const int error = failing("copy")) {
@@ -626,7 +632,7 @@ int emulated_cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, const vo
     return *blocks = 4, lost;
 }
 int emulated_cudaOccupancyMaxActiveBlocksPerMultiprocessorWithFlags(int* blocks, const void*, int,
-                                                                     size_t, unsigned) {
+                                                                    size_t, unsigned) {
     return *blocks = 4, lost;
 }
 // CUB's and Thrust's kernels are in CuPy's wheel, compiled for GPUs.
@@ -644,16 +650,16 @@ int emulated_other(void) {
 // ------------------------------------------------------------------------- the driver
 
 int cuGetErrorName(int error, const char** name) {
-    *name = error == NOT_FOUND       ? "CUDA_ERROR_NOT_FOUND"
-            : error == INVALID_VALUE ? "CUDA_ERROR_INVALID_VALUE"
+    *name = error == NOT_FOUND         ? "CUDA_ERROR_NOT_FOUND"
+            : error == INVALID_VALUE   ? "CUDA_ERROR_INVALID_VALUE"
             : error == ILLEGAL_ADDRESS ? "CUDA_ERROR_ILLEGAL_ADDRESS"
-                                     : "CUDA_ERROR_UNKNOWN";
+                                       : "CUDA_ERROR_UNKNOWN";
     return SUCCESS;
 }
 int cuGetErrorString(int, const char** text) { return *text = "on the emulated GPU", SUCCESS; }
 
-// The image is a shared library, as `device.py` compiled it. Its size is not given: an ELF file ends
-// with its table of sections or with the last section.
+// The image is a shared library, as `device.py` compiled it. Its size is not given: an ELF file
+// ends with its table of sections or with the last section.
 int cuModuleLoadData(Module** module, const char* image) {
     if (memcmp(image, ELFMAG, SELFMAG) != 0) {
         return INVALID_IMAGE;
@@ -692,8 +698,8 @@ int cuModuleUnload(Module*) {
 }
 int cuModuleGetFunction(Function** function, Module* module, const char* name) {
     using Get = const emulated::Kernel* (*)();
-    const auto get = reinterpret_cast<Get>(
-        dlsym(module->library, (std::string("emulated_") + name).c_str()));
+    const auto get =
+        reinterpret_cast<Get>(dlsym(module->library, (std::string("emulated_") + name).c_str()));
     if (get == nullptr) {
         return NOT_FOUND;
     }

@@ -76,14 +76,15 @@ uint64_t emulated_shuffle(unsigned mask, uint64_t value, unsigned lane, int line
 constexpr int warpSize = 32;
 
 // Warp shuffles: each thread gets the value of another thread of its warp (CUDA C++ Programming
-// Guide, "Warp Shuffle Functions"). A thread whose source is outside of the group of `width` threads
-// gets its own value.
+// Guide, "Warp Shuffle Functions"). A thread whose source is outside of the group of `width`
+// threads gets its own value.
 namespace emulated {
 
 template <typename T, typename Source>
 T shuffle(unsigned mask, T value, int width, int line, Source source) {
     static_assert(sizeof(T) <= sizeof(uint64_t));
-    const unsigned lane = (threadIdx.x + blockDim.x * (threadIdx.y + blockDim.y * threadIdx.z)) % 32;
+    const unsigned lane =
+        (threadIdx.x + blockDim.x * (threadIdx.y + blockDim.y * threadIdx.z)) % 32;
     const int first = lane / width * width, from = source(int(lane));
     uint64_t bits = 0;
     memcpy(&bits, &value, sizeof value);
@@ -119,8 +120,8 @@ inline void __syncwarp(unsigned mask = ~0u, int line = __builtin_LINE()) {
 
 // Mathematics that CUDA has and the C library lacks.
 template <typename A, typename B>
-using Common = std::enable_if_t<std::is_arithmetic_v<A> && std::is_arithmetic_v<B>,
-                                std::common_type_t<A, B>>;
+using Common =
+    std::enable_if_t<std::is_arithmetic_v<A> && std::is_arithmetic_v<B>, std::common_type_t<A, B>>;
 template <typename A, typename B>
 Common<A, B> min(A a, B b) {
     const Common<A, B> x = a, y = b;
@@ -166,26 +167,26 @@ T __ldg(const T* p) {
 }
 
 // Atomics: a thread stops only at barriers and shuffles, so a plain access is one.
-#define ATOMIC(name, T, result)            \
-    inline T name(T* p, T v) {             \
-        const T old = *p;                  \
-        *p = result;                       \
-        return old;                        \
+#define ATOMIC(name, T, result) \
+    inline T name(T* p, T v) {  \
+        const T old = *p;       \
+        *p = result;            \
+        return old;             \
     }
-#define ATOMICS(T)                         \
-    ATOMIC(atomicAdd, T, old + v)          \
-    ATOMIC(atomicExch, T, v)               \
+#define ATOMICS(T)                          \
+    ATOMIC(atomicAdd, T, old + v)           \
+    ATOMIC(atomicExch, T, v)                \
     ATOMIC(atomicMax, T, old < v ? v : old) \
     ATOMIC(atomicMin, T, v < old ? v : old)
-#define ATOMICS_OF_INTEGERS(T)             \
-    ATOMICS(T)                             \
-    ATOMIC(atomicSub, T, old - v)          \
-    ATOMIC(atomicAnd, T, old & v)          \
-    ATOMIC(atomicOr, T, old | v)           \
+#define ATOMICS_OF_INTEGERS(T)                  \
+    ATOMICS(T)                                  \
+    ATOMIC(atomicSub, T, old - v)               \
+    ATOMIC(atomicAnd, T, old& v)                \
+    ATOMIC(atomicOr, T, old | v)                \
     inline T atomicCAS(T* p, T expected, T v) { \
-        const T old = *p;                  \
-        *p = old == expected ? v : old;    \
-        return old;                        \
+        const T old = *p;                       \
+        *p = old == expected ? v : old;         \
+        return old;                             \
     }
 ATOMICS_OF_INTEGERS(int)
 ATOMICS_OF_INTEGERS(unsigned)
@@ -239,14 +240,14 @@ struct Entry<kernel> {
 }  // namespace emulated
 
 // Makes a kernel known by the name emulated_NAME. `barriers` says whether it may have some.
-#define EMULATED_KERNEL(name, barriers, ...)                                                     \
+#define EMULATED_KERNEL(name, barriers, ...)                                                      \
     extern "C" __attribute__((visibility("default"))) const emulated::Kernel* emulated_##name() { \
-        using Entry = emulated::Entry<(__VA_ARGS__)>;                                            \
-        static const emulated::Kernel kernel = {&emulated::position,                             \
-                                                Entry::thread,                                   \
-                                                (barriers) ? nullptr : Entry::block,             \
-                                                int(sizeof(Entry::sizes) / sizeof(size_t)) - 1,  \
-                                                Entry::sizes,                                    \
-                                                Entry::signature()};                             \
-        return &kernel;                                                                          \
+        using Entry = emulated::Entry<(__VA_ARGS__)>;                                             \
+        static const emulated::Kernel kernel = {&emulated::position,                              \
+                                                Entry::thread,                                    \
+                                                (barriers) ? nullptr : Entry::block,              \
+                                                int(sizeof(Entry::sizes) / sizeof(size_t)) - 1,   \
+                                                Entry::sizes,                                     \
+                                                Entry::signature()};                              \
+        return &kernel;                                                                           \
     }

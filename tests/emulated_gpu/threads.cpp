@@ -1,14 +1,15 @@
 // Runs a kernel's threads on the CPU, one after the other.
 //
-// Every thread of a block is a fibre with a stack of its own, which runs until it comes to a barrier
-// (__syncthreads) or to a warp shuffle. When all threads of the block have come to the same barrier,
-// they go on, in another order; likewise the threads of a warp at a shuffle. So if a barrier is
-// missing, a thread reads numbers before others have written them, and results are wrong here, too.
-// Shared memory is full of NaN when a block begins, and what is behind it is out of bounds to
-// AddressSanitizer. Blocks run in a shuffled order.
+// Every thread of a block is a fibre with a stack of its own, which runs until it comes to a
+// barrier
+// (__syncthreads) or to a warp shuffle. When all threads of the block have come to the same
+// barrier, they go on, in another order; likewise the threads of a warp at a shuffle. So if a
+// barrier is missing, a thread reads numbers before others have written them, and results are wrong
+// here, too. Shared memory is full of NaN when a block begins, and what is behind it is out of
+// bounds to AddressSanitizer. Blocks run in a shuffled order.
 //
-// ThreadSanitizer takes every fibre for a thread. Fibres are ordered only by a block's barriers, and
-// by the begin and the end of a launch. So if two threads access a number with none of these in
+// ThreadSanitizer takes every fibre for a thread. Fibres are ordered only by a block's barriers,
+// and by the begin and the end of a launch. So if two threads access a number with none of these in
 // between, and one of them changes it, that is a race, in whatever order they ran here. For threads
 // of different blocks to be different fibres, each of SLOTS blocks has fibres, stacks and shared
 // memory of its own; a block runs after the block before it in its slot.
@@ -180,7 +181,8 @@ UNWATCHED bool exchange(Fibre* fibres, unsigned threads) {
             continue;
         }
         const Fibre& first = lanes[__builtin_ctz(waiting)];
-        const unsigned present = count == 32 ? ~0u : (1u << count) - 1, taking = first.mask & present;
+        const unsigned present = count == 32 ? ~0u : (1u << count) - 1,
+                       taking = first.mask & present;
         bool together = (waiting & taking) == taking;
         for (unsigned i = 0; i < count; ++i) {
             if (taking >> i & 1) {
@@ -279,8 +281,8 @@ UNWATCHED uint64_t emulated_shuffle(unsigned mask, uint64_t value, unsigned lane
     return fibre.exchanged;
 }
 
-// Runs a kernel to its end, in an order of blocks and threads that follows from the seed. Returns 0,
-// or 1 if the threads of a block did not come to the same barriers or shuffles.
+// Runs a kernel to its end, in an order of blocks and threads that follows from the seed. Returns
+// 0, or 1 if the threads of a block did not come to the same barriers or shuffles.
 int emulated_run(const emulated::Kernel* launched, const unsigned* grid, const unsigned* block,
                  size_t shared, void** values, unsigned seed, int skipped) {
     static std::vector<unsigned> order;
