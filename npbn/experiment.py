@@ -24,8 +24,7 @@ import numpy as np
 from npbn import data, engine, inspection, layers, models, optim, runs
 from npbn.backend import NAMES, Backend, get_backend
 from npbn.data import Dataset
-from npbn.engine.layers import LayersEngine
-from npbn.errors import CheckpointError, DataError, UnsupportedError
+from npbn.errors import CheckpointError, DataError
 from npbn.training import Epoch, Training, steps_per_epoch
 
 FORMAT = 2
@@ -266,12 +265,8 @@ def build_training(
     )
     what = model, optimizer, dataset.train.to(device), dataset.test.to(device)
     how: dict[str, Any] = {"batch_size": config.batch_size, "backend": device}
-    try:
-        chosen = engine.build(config.engine, *what, threads=config.threads, report=report, **how)
-    except UnsupportedError as error:
-        if not fallback:
-            raise
-        chosen = LayersEngine(*what, reason=str(error), **how)
+    kind = "auto" if fallback and config.engine == "fused" else config.engine
+    chosen = engine.build(kind, *what, threads=config.threads, report=report, **how)
     return Training(*what, engine=chosen, seed=config.seed, precise_bn=config.precise_bn, **how)
 
 

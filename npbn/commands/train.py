@@ -330,8 +330,7 @@ def resume(arguments: argparse.Namespace) -> Session:
     threads = arguments.threads or config.threads
     device = open_device(name, threads)
     dataset = load_data(dataclasses.replace(config, data=arguments.data or config.data))
-    engine = config.engine if device.name == config.backend else "auto"
-    now = dataclasses.replace(config, threads=threads, engine=engine)
+    now = dataclasses.replace(config, threads=threads)
     with device.explaining_failures():
         state, record = experiment.load_training(run, now, dataset, device, report=say)
     session = Session(run, config, state, dataset, device, resumed=True)

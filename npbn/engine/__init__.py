@@ -97,17 +97,17 @@ def build(
 
     Args:
         kind: "layers", "fused" or "auto". "fused" is the fused engine of the backend. "auto" is the
-            fused engine if the backend is NumPy and the fused engine can train this model, and
-            "layers" otherwise; on a GPU, "auto" is always "layers".
+            fused engine if it can train this model, and "layers" otherwise. On a GPU, "auto" is
+            the fused engine only if its first step agrees with the step by layers
+            (`npbn.engine.gpu.first_step`).
         model, optimizer, train, test: the model, its optimizer, the training split and the test
             split, all on ``backend``.
         batch_size: the number of examples in a training batch.
         backend: a backend from `npbn.backend.get_backend`.
         threads: the number of threads of the fused engine on the CPU. By default, the number of
             CPUs that this process may use.
-        report: a function that is called with lines to show to the user while the fused engine on
-            the CPU compiles its kernels. The compilation happens once, because the compiled kernels
-            are cached.
+        report: a function that is called with lines to show to the user while kernels are being
+            compiled. The compilation happens once, because the compiled kernels are cached.
 
     Raises:
         ValueError: ``kind`` is unknown, or the model's own forward pass would raise ValueError.
@@ -118,20 +118,33 @@ def build(
     """
     if kind not in KINDS:
         raise ValueError(f"expected an engine of {', '.join(KINDS)}, got {kind!r}")
-    reason = ""
-    if kind == "fused" or (kind == "auto" and backend.name == "numpy"):
+    from npbn.engine.layers import LayersEngine
+
+    fused, reason = None, ""
+    if kind == "fused" or (kind == "auto" and backend.name in ("numpy", "cupy")):
         try:
-            return _fused(model, optimizer, train, test, batch_size, backend, threads, report)
+            fused = _fused(model, optimizer, train, test, batch_size, backend, threads, report)
         except UnsupportedError as error:
             if kind == "fused":
                 raise
             reason = str(error)
+    if fused is not None and (kind == "fused" or backend.name == "numpy"):
+        return fused
+    layers = LayersEngine(model, optimizer, train, test, batch_size=batch_size, backend=backend)
+    if backend.name == "cupy":
+        from npbn.engine.gpu.first_step import difference, first_step, saying_if_slow
 
-    from npbn.engine.layers import LayersEngine
-
-    return LayersEngine(
-        model, optimizer, train, test, batch_size=batch_size, backend=backend, reason=reason
-    )
+        batch = min(batch_size, len(train))
+        with saying_if_slow(report, "compiling kernels, once"):
+            right = first_step(layers, model, optimizer, backend, batch)
+        if fused is not None:
+            found = first_step(fused, model, optimizer, backend, batch)
+            reason = difference(found, right, model)
+            if not reason:
+                return fused
+    if reason:
+        layers.description = f"{layers.description} ({reason})"
+    return layers
 
 
 def _fused(
@@ -153,5 +166,5 @@ def _fused(
     if backend.name == "cupy":
         from npbn.engine.gpu import GpuEngine
 
-        return GpuEngine(model, optimizer, train, test, batch_size=batch_size)
+        return GpuEngine(model, optimizer, train, test, batch_size=batch_size, report=report)
     raise UnsupportedError(f"there is no fused engine for the backend {backend.name}")

@@ -34,8 +34,6 @@ class LayersEngine:
             split, all on ``backend``.
         batch_size: the number of examples in a training batch.
         backend: any backend.
-        reason: the reason why another engine could not be used, if the caller tried another engine
-            first. The reason appears in ``description``.
     """
 
     kind = "layers"
@@ -49,12 +47,11 @@ class LayersEngine:
         *,
         batch_size: int,
         backend: Backend,
-        reason: str = "",
     ) -> None:
         self.model, self.optimizer = model, optimizer
         self.train, self.test = train, test
         self.batch_size, self.backend = batch_size, backend
-        self.description = f"by layers ({reason})" if reason else "by layers"
+        self.description = "by layers"
 
     def steps(self, order: np.ndarray) -> Iterator[Result]:
         """Train on the given examples, batch by batch; see `npbn.engine.Engine`."""

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import types
 
+import numpy as np
 import pytest
 from models import NUMPY, TINY, a_split, a_tiny_model
 
@@ -19,6 +20,9 @@ from npbn.optim import SGD
 
 def built(kind, *, device=NUMPY, **options):
     model, train, test = a_tiny_model(), a_split(TINY, 20, 1), a_split(TINY, 9, 2)
+    if device.name == "cupy":
+        model.to(device, "float64")
+        train, test = train.to(device), test.to(device)
     optimizer = SGD(model.parameters(), 0.1)
     return build(kind, model, optimizer, train, test, batch_size=8, backend=device, **options)
 
@@ -77,13 +81,30 @@ def test_what_layers_would_refuse_too_is_not_hidden(error, cpu, monkeypatch):
         built("auto")
 
 
-def test_on_a_gpu_fused_is_for_who_asks_for_it(monkeypatch):
-    import npbn.engine.gpu
+def test_on_a_gpu_auto_is_fused_if_its_first_step_is_that_of_the_layers(cupy_backend, monkeypatch):
+    engine = built("auto", device=cupy_backend)
+    assert engine.kind == "fused"
+    assert not engine.optimizer.velocity and engine.optimizer.steps == 0
+    right = built("layers", device=cupy_backend).model.state_dict()
+    for name, value in engine.model.state_dict().items():
+        np.testing.assert_array_equal(value, right[name], err_msg=name)
 
-    device = dataclasses.replace(NUMPY, name="cupy")
-    monkeypatch.setattr(npbn.engine.gpu, "GpuEngine", lambda *_, batch_size: batch_size)
-    assert built("fused", device=device) == 8
-    assert built("auto", device=device).description == "by layers"
+    from npbn.engine.gpu import GpuEngine
+
+    def wrong(self, order, original=GpuEngine.steps):
+        yield from original(self, order)
+        self.arrays["gradients"][0] *= 1.1
+
+    monkeypatch.setattr(GpuEngine, "steps", wrong)
+    engine = built("auto", device=cupy_backend)
+    assert re.match(
+        r"by layers \(in the first step, the gradient of the fused engine differs from that of the "
+        r"layers by .* \(bound 1e-09\)\)$",
+        engine.description,
+    )
+    for name, value in engine.model.state_dict().items():
+        np.testing.assert_array_equal(value, right[name], err_msg=name)
+    assert built("fused", device=cupy_backend).kind == "fused"  # for who asks for it
 
 
 def test_on_other_libraries_there_are_layers_only():

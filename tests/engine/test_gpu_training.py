@@ -280,11 +280,11 @@ def test_a_run_goes_from_the_gpu_to_the_cpu_and_back(engines, trainer, tmp_path)
         assert started.returncode == 130, started.stderr
         resumed = trainer("--resume", name, *second, cwd=tmp_path, prelude=GPU)
         assert resumed.returncode == 0, resumed.stderr
-        assert ("on the GPU" in resumed.stdout) == (second == gpu and engines == "fused")
+        assert ("on the GPU" in resumed.stdout) == (second is gpu and engines == "fused")
         last = json.loads((tmp_path / name / "metrics.jsonl").read_text().splitlines()[-1])
         found[name] = last["train"]["loss"], last["test"]["loss"]
     for name in ("there", "back"):
-        assert found[name] == pytest.approx(found["stay"], rel=1e-4), name
+        assert found[name] == pytest.approx(found["stay"], rel=2e-3), name
 
 
 @pytest.mark.usefixtures("cupy_backend")

@@ -1,17 +1,19 @@
-"""The engine on a GPU: the programs of `npbn.engine.gpu.launch`, captured in CUDA graphs by CuPy.
+"""Train and evaluate on a GPU by the programs of `npbn.engine.gpu.launch`, as CUDA graphs in CuPy.
 
-Not yet tried on a GPU. Its kernels and launch sequences run on the CPU in ``tests/engine``; so does
-this module, on a stand-in for the few functions of CuPy that it calls.
+This module has not run on a GPU yet. In the tests, it runs with the real CuPy on an emulated GPU
+(``tests/emulated_gpu``).
 
-Data sets, parameters and all that a step works on stay in the GPU's memory. An epoch is a sequence
-of graph launches, most of them of many steps, and one wait for the GPU at its end.
+The data sets, the parameters and all arrays of a step stay in the GPU's memory. An epoch is a
+sequence of graph launches; most graphs contain many steps. The host waits for the GPU only at the
+end of the epoch, when it reads the losses.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -19,6 +21,7 @@ import numpy as np
 from npbn.data import Split
 from npbn.engine import Result
 from npbn.engine.gpu import launch
+from npbn.engine.gpu.first_step import saying_if_slow
 from npbn.engine.gpu.program import OPTIONS, SOURCE, THREADS, Pointer, Program, largest
 from npbn.engine.plan import plan
 from npbn.errors import BackendError, UnsupportedError
@@ -29,6 +32,29 @@ STEPS_PER_GRAPH = 32
 
 EVALUATED_AT_ONCE = 2048
 """Examples."""
+
+
+class DeviceSum:
+    """A weighted sum of numbers in the GPU's memory, which the host computes when it is read.
+
+    ``float(x)`` and ``int(x)`` wait for the GPU and copy the numbers. So a step needs no kernels of
+    CuPy's for its sums. The numbers must be read before the engine's next pass overwrites them.
+
+    Args:
+        read: a function that returns the array of the numbers, (R, P), on the host.
+        rows: the rows of this array that are added up.
+        weights: the weight of each row: one number for all rows, or an array of R numbers.
+    """
+
+    def __init__(self, read: Callable[[], np.ndarray], rows: slice, weights: Any = 1) -> None:
+        self.read, self.rows, self.weights = read, rows, weights
+
+    def __float__(self) -> float:
+        sums = self.read()[self.rows].sum(axis=1, dtype=np.float64)
+        return float(np.sum(sums * self.weights))
+
+    def __int__(self) -> int:
+        return int(float(self))
 
 
 class GpuEngine:
@@ -42,19 +68,28 @@ class GpuEngine:
         optimizer: of its parameters.
         train, test: the data; of one image size.
         batch_size: a last batch may be smaller.
+        report: a function that is called with a line to show to the user if the kernels are being
+            compiled. CuPy keeps compiled kernels in a cache on disk.
 
     Raises:
-        UnsupportedError: there is no stage for a layer, a batch norm is frozen, or a stage or a
-            batch is too large for the GPU.
+        UnsupportedError: there is no stage for a layer, a batch norm is frozen, a stage or a batch
+            is too large for the GPU, or the kernels do not compile.
         ValueError, TypeError: what the model's own forward pass would raise.
-        BackendError: the GPU has too little memory, or the kernels do not compile.
+        BackendError: the GPU has too little memory.
     """
 
     kind = "fused"
     description = "by the fused engine on the GPU"
 
     def __init__(
-        self, model: Sequential, optimizer: SGD, train: Split, test: Split, *, batch_size: int
+        self,
+        model: Sequential,
+        optimizer: SGD,
+        train: Split,
+        test: Split,
+        *,
+        batch_size: int,
+        report: Callable[[str], None] | None = None,
     ) -> None:
         import cupy
 
@@ -74,9 +109,12 @@ class GpuEngine:
                 images = cupy.asarray(split.images).reshape(len(split), -1)
                 self.arrays[f"{name}.images"][...] = images
                 self.arrays[f"{name}.labels"][...] = cupy.asarray(split.labels).astype(np.int32)
-            self._kernels = self._compile()
-            self._graphs: dict[tuple[str, int], Any] = {}
+            with saying_if_slow(report, "compiling kernels, once"):
+                self._kernels = self._compile()
             self._find_views()
+            self._launches = 0
+            self._copies: dict[str, tuple[int, np.ndarray]] = {}
+            self._graphs = {key: self._captured(*key) for key in self._needed_graphs(len(train))}
         self.stream.synchronize()
 
     def steps(self, order: np.ndarray) -> Iterator[Result]:
@@ -112,23 +150,23 @@ class GpuEngine:
         """Return the mean loss of each of the first steps of the last pass; waits for the GPU."""
         with self._computing():
             rows = self.arrays["train.losses"][:steps]
-            found: np.ndarray = self.cupy.asnumpy(rows.sum(1, dtype=np.float64))
+            found: np.ndarray = rows.get().sum(axis=1, dtype=np.float64)
         return found
 
     def evaluate(self) -> Iterator[Result]:
         """Run the whole test split in prediction mode, without waiting for the GPU."""
         with self._computing():
             self._adopt()
-            self._graph("test", 1).launch(self.stream)
-            means = self.arrays["test.losses"].sum(1, dtype=np.float64)
-            loss = (means * self._test_shares).sum()
-            correct = self.arrays["test.correct"].sum()
-        yield Result(self.test_size, loss, correct)
+            self._graphs["test", 1].launch(self.stream)
+            self._launches += 1
+        yield self._result("test", self.test_size, slice(None), self._test_shares)
 
     # Set-up.
 
     def _write_programs(self, examples: int) -> dict[str, Program]:
         """Return the programs of training, for each batch size, and of an evaluation, by name."""
+        device = self.cupy.cuda.Device()
+        multiprocessors = int(device.attributes["MultiProcessorCount"])
         programs = {}
         for n in {self.batch_size, examples % self.batch_size} - {0}:
             programs[f"train{n}"] = launch.training(
@@ -140,9 +178,14 @@ class GpuEngine:
                 weight_decay=self.optimizer.weight_decay,
                 decay_all=self.optimizer.decay_all,
                 fixed=True,
+                multiprocessors=multiprocessors,
             )
         programs["test"] = launch.evaluation(
-            self.stages, self.test_batch, examples=self.test_size, fixed=True
+            self.stages,
+            self.test_batch,
+            examples=self.test_size,
+            fixed=True,
+            multiprocessors=multiprocessors,
         )
         return programs
 
@@ -178,7 +221,8 @@ class GpuEngine:
         try:
             kernels = {name: module.get_function(name) for name in names}
         except self.cupy.cuda.compiler.CompileException as error:
-            raise BackendError(f"the GPU engine's kernels do not compile: {error}") from None
+            message = str(error).strip().split("\n")[0]
+            raise UnsupportedError(f"the GPU engine's kernels do not compile: {message}") from None
         for kernel in kernels.values():
             # This also loads the kernel, which is not allowed while a graph is captured.
             kernel.max_dynamic_shared_size_bytes = shared
@@ -207,7 +251,7 @@ class GpuEngine:
                     self._values.append((array, view))
         starts = range(0, self.test_size, self.test_batch)
         sizes = [min(self.test_batch, self.test_size - start) for start in starts]
-        self._test_shares = self.cupy.asarray(np.array(sizes) / self.test_size)
+        self._test_shares = np.array(sizes) / self.test_size
 
     @contextlib.contextmanager
     def _computing(self) -> Iterator[None]:
@@ -261,36 +305,52 @@ class GpuEngine:
             many, single = divmod(end - start, STEPS_PER_GRAPH)
             for repeats, count in ((STEPS_PER_GRAPH, many), (1, single)):
                 for _ in range(count):
-                    self._graph(f"train{size}", repeats).launch(self.stream)
-            loss = self.arrays["train.losses"][start:end].sum(dtype=np.float64) / (end - start)
-            correct = self.arrays["train.correct"][start:end].sum()
+                    self._graphs[f"train{size}", repeats].launch(self.stream)
         self.optimizer.steps += end - start
-        return Result(size * (end - start), loss, correct)
+        self._launches += 1
+        steps = slice(start, end)
+        return self._result("train", size * (end - start), steps, 1 / (end - start))
 
-    def _graph(self, name: str, repeats: int) -> Any:
-        """Return the program ``repeats`` times as a graph, captured when first needed."""
-        if (name, repeats) not in self._graphs:
-            program = self.programs[name]
-            calls = [
-                (call, tuple(program.value(argument, self._address) for argument in call.arguments))
-                for call in program.launches
-            ]
-            self.stream.begin_capture()
-            try:
-                for _ in range(repeats):
-                    for call, arguments in calls:
-                        self._kernels[call.kernel](
-                            call.grid, (THREADS,), arguments, shared_mem=call.shared
-                        )
-            finally:
-                graph = self.stream.end_capture()
-            self._graphs[name, repeats] = graph
-        return self._graphs[name, repeats]
+    def _result(self, data: str, examples: int, rows: slice, weights: Any) -> Result:
+        """Return the result of these rows of losses and counts; the weights are for the losses."""
+
+        def read(name: str) -> np.ndarray:
+            """Return a copy of an array on the host; until the next launch, it is copied once."""
+            if self._copies.get(name, (0, None))[0] != self._launches:
+                self._copies[name] = self._launches, self.arrays[name].get()
+            return self._copies[name][1]
+
+        loss = DeviceSum(functools.partial(read, f"{data}.losses"), rows, weights)
+        correct = DeviceSum(functools.partial(read, f"{data}.correct"), rows)
+        return Result(examples, loss, correct)
+
+    def _needed_graphs(self, examples: int) -> list[tuple[str, int]]:
+        """Return the graphs of an epoch and of an evaluation: names of programs with repeats."""
+        batches, rest = divmod(examples, self.batch_size)
+        needed = [("test", 1), (f"train{self.batch_size}", 1)]
+        if batches >= STEPS_PER_GRAPH:
+            needed.append((f"train{self.batch_size}", STEPS_PER_GRAPH))
+        return [*needed, (f"train{rest}", 1)] if rest else needed
+
+    def _captured(self, name: str, repeats: int) -> Any:
+        """Return a graph on the GPU with the launches of a program, ``repeats`` times."""
+        program = self.programs[name]
+        calls = [
+            (call, tuple(program.value(argument, self._address) for argument in call.arguments))
+            for call in program.launches
+        ]
+        self.stream.begin_capture()
+        try:
+            for _ in range(repeats):
+                for call, arguments in calls:
+                    self._kernels[call.kernel](
+                        call.grid, (THREADS,), arguments, shared_mem=call.shared
+                    )
+        finally:
+            graph = self.stream.end_capture()
+        graph.upload(self.stream)
+        return graph
 
     def _address(self, pointer: Pointer) -> int:
         array = self.arrays[pointer.array]
-        return _address(array) + pointer.offset * int(array.itemsize)
-
-
-def _address(array: Any) -> int:
-    return int(array.data.ptr)
+        return int(array.data.ptr) + pointer.offset * int(array.itemsize)
