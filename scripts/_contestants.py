@@ -223,17 +223,17 @@ def engine_contestant(settings: Settings) -> Contestant:
 
         One result of the engine may stand for several batches.
         """
-        losses = total(result.loss * result.examples for result in trainer.steps(order))
-        return float(losses) / settings.batch_size  # waits for the device
+        results = list(trainer.steps(order))
+        losses = sum(float(result.loss) * result.examples for result in results)  # waits
+        return losses / settings.batch_size
 
     def evaluate(examples: int, batch_size: int) -> float:
         if whole:
             parts = [settings.images]
         else:
             parts = [batch.stop - batch.start for batch in batches(examples, batch_size)]
-        return float(
-            total(result.correct for part in parts for result in evaluator(part).evaluate())
-        )
+        results = [result for part in parts for result in evaluator(part).evaluate()]
+        return float(sum(int(result.correct) for result in results))
 
     def threading_layer() -> str | None:
         """Return Numba's threading layer, or None if no parallel kernel has run.
