@@ -4,8 +4,8 @@ With m values of a feature in the batch, s = √(variance + eps) and x̂ = (x �
 backward pass of batch normalization in training:
 
 ```python
-dbeta = xp.sum(dy, axis=axes, keepdims=True)
-dgamma = xp.sum(dy * x_centred, axis=axes, keepdims=True) / s
+dbeta = sum_over(dy, axes)
+dgamma = sum_over(dy * x_centred, axes) / s
 dx = (gamma / s) * (dy - dbeta / m - x_centred * (dgamma / (s * m)))
 ```
 

@@ -71,3 +71,31 @@ def empty_like(array: Array, xp: Any) -> Array:
 def copy(array: Array, xp: Any) -> Array:
     """A copy for a cache: what the caller later does to the argument cannot reach it."""
     return xp.asarray(array, copy=True)
+
+
+def sum_over(array: Array, axes: tuple[int, ...]) -> Array:
+    """Return the sum over these axes, which stay in the result with length 1.
+
+    The sum over the first axis comes first, then the sum over the others. In one go, a GPU would
+    divide the work among the results only, and these are few: the channels of an image.
+    """
+    xp = array_api_compat.array_namespace(array)
+    array = xp.sum(array, axis=axes[0], keepdims=True)
+    return xp.sum(array, axis=axes[1:], keepdims=True) if len(axes) > 1 else array
+
+
+def mean_over(array: Array, axes: tuple[int, ...]) -> Array:
+    """Return the mean over these axes, in the same order as `sum_over`."""
+    xp = array_api_compat.array_namespace(array)
+    array = xp.mean(array, axis=axes[0], keepdims=True)
+    return xp.mean(array, axis=axes[1:], keepdims=True) if len(axes) > 1 else array
+
+
+def elements_at_once(array: Array) -> int:
+    """Return the number of elements of the largest temporary array that is best for speed.
+
+    A CPU is fastest if temporary arrays stay in its caches: the answer is 1, for as few elements as
+    can be. On a GPU, every operation costs a launch, about 10 µs: the answer is 2²⁵, for few large
+    operations.
+    """
+    return 2**25 if array_api_compat.is_cupy_array(array) else 1

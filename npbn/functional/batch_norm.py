@@ -74,7 +74,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from npbn.functional.arrays import Array, check_shape, common_namespace, copy
+from npbn.functional.arrays import Array, check_shape, common_namespace, copy, mean_over, sum_over
 
 
 class BatchNormCache(NamedTuple):
@@ -141,10 +141,10 @@ def batch_norm(
         raise ValueError(f"expected momentum between 0 and 1, got {momentum}")
 
     if training:
-        mean = xp.mean(x, axis=axes, keepdims=True)
+        mean = mean_over(x, axes)
         x_centred = x - mean
-        x_centred -= xp.mean(x_centred, axis=axes, keepdims=True)  # the rounding of the mean
-        var = xp.mean(x_centred * x_centred, axis=axes, keepdims=True)
+        x_centred -= mean_over(x_centred, axes)  # the rounding of the mean
+        var = mean_over(x_centred * x_centred, axes)
         moving_mean = momentum * moving_mean + (1 - momentum) * mean
         moving_var = momentum * moving_var + (1 - momentum) * var
     else:
@@ -172,13 +172,13 @@ def batch_norm_backward(dy: Array, cache: BatchNormCache) -> tuple[Array, Array,
         dx, of the shape of x; dgamma and dbeta, of the shape of gamma.
     """
     x_centred, s, gamma, training = cache
-    xp = common_namespace(dy=dy, x_centred=x_centred)
+    common_namespace(dy=dy, x_centred=x_centred)
     check_shape("dy", dy, tuple(x_centred.shape))
     axes = _statistics_axes(dy)
     m = dy.size // gamma.size
 
-    dbeta = xp.sum(dy, axis=axes, keepdims=True)
-    dgamma = xp.sum(dy * x_centred, axis=axes, keepdims=True) / s
+    dbeta = sum_over(dy, axes)
+    dgamma = sum_over(dy * x_centred, axes) / s
     if not training:
         return dy * (gamma / s), dgamma, dbeta
     dx = (gamma / s) * (dy - dbeta / m - x_centred * (dgamma / (s * m)))
@@ -198,7 +198,7 @@ def batch_norm_backward_staged(dy: Array, cache: BatchNormCache) -> tuple[Array,
     are those of `batch_norm_backward`.
     """
     x_centred, s, gamma, training = cache
-    xp = common_namespace(dy=dy, x_centred=x_centred)
+    common_namespace(dy=dy, x_centred=x_centred)
     check_shape("dy", dy, tuple(x_centred.shape))
     axes = _statistics_axes(dy)
     m = dy.size // gamma.size
@@ -206,14 +206,14 @@ def batch_norm_backward_staged(dy: Array, cache: BatchNormCache) -> tuple[Array,
     x_hat = x_centred * r
 
     # y = gamma x_hat + beta
-    dbeta = xp.sum(dy, axis=axes, keepdims=True)
-    dgamma = xp.sum(dy * x_hat, axis=axes, keepdims=True)
+    dbeta = sum_over(dy, axes)
+    dgamma = sum_over(dy * x_hat, axes)
     dx_hat = dy * gamma
     # x_hat = x_centred r
     dx_centred = dx_hat * r
     if not training:
         return dx_centred, dgamma, dbeta
-    dr = xp.sum(dx_hat * x_centred, axis=axes, keepdims=True)
+    dr = sum_over(dx_hat * x_centred, axes)
     # r = 1 / s
     ds = -dr / (s * s)
     # s = sqrt(v + eps)
@@ -223,7 +223,7 @@ def batch_norm_backward_staged(dy: Array, cache: BatchNormCache) -> tuple[Array,
     # q = x_centred²: the second way on which x_centred reaches y
     dx_centred = dx_centred + 2 * x_centred * dq
     # x_centred = x - mu
-    dmu = -xp.sum(dx_centred, axis=axes, keepdims=True)
+    dmu = -sum_over(dx_centred, axes)
     # mu = mean(x): the second way on which x reaches x_centred
     dx = dx_centred + dmu / m
     return dx, dgamma, dbeta

@@ -54,11 +54,20 @@ convolution arithmetic for deep learning", arXiv:1603.07285, sections 2 and 4 (s
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import array_api_compat
 
-from npbn.functional.arrays import Array, check_shape, common_namespace, copy
+from npbn.functional.arrays import (
+    Array,
+    check_shape,
+    common_namespace,
+    copy,
+    elements_at_once,
+    sum_over,
+)
 from npbn.functional.windows import Windows, pad, unpad, windows_of
 
 
@@ -115,9 +124,10 @@ def conv2d(
     out_h, out_w = windows.output_size
     shape = (out_channels, out_h, out_w * n)
     y = xp.empty(shape, dtype=dtype, device=array_api_compat.device(x))
-    for p, rows in windows.rows():
-        y_row = weight_matrix @ xp.reshape(strips[rows, ...], (weight_matrix.shape[1], -1))
-        y[:, p, :] = y_row if bias is None else y_row + bias[:, None]
+    for rows in _groups(windows, strips):
+        y_rows = weight_matrix @ _windows_at(rows, windows, strips, xp)
+        y_rows = y_rows if bias is None else y_rows + bias[:, None]
+        y[:, rows.start : rows.stop, :] = xp.reshape(y_rows, (out_channels, len(rows), -1))
     y = xp.permute_dims(xp.reshape(y, (out_channels, out_h, out_w, n)), (3, 0, 1, 2))
     return y, Conv2dCache(strips, copy(weight, xp), windows, bias is not None)
 
@@ -142,14 +152,13 @@ def conv2d_backward(dy: Array, cache: Conv2dCache) -> tuple[Array, Array, Array 
     dy_rows = xp.permute_dims(dy, (1, 2, 3, 0))
     dweight = xp.zeros_like(weight_matrix, dtype=xp.result_type(dy, strips))
     dstrips = xp.zeros_like(strips, dtype=xp.result_type(dy, weight))
-    for p, rows in windows.rows():
-        dy_row = xp.reshape(dy_rows[:, p, ...], (out_channels, -1))
-        x_row = xp.reshape(strips[rows, ...], (weight_matrix.shape[1], -1))
+    for rows in _groups(windows, strips):
+        dy_group = xp.reshape(dy_rows[:, rows.start : rows.stop, ...], (out_channels, -1))
         # (X dYᵀ)ᵀ is dY Xᵀ, and BLAS is up to twice as fast at it with the long side first.
-        dweight += (x_row @ dy_row.T).T
-        dstrips[rows, ...] += xp.reshape(weight_matrix.T @ dy_row, strips[rows, ...].shape)
+        dweight += (_windows_at(rows, windows, strips, xp) @ dy_group.T).T
+        _add_windows_at(rows, windows, dstrips, weight_matrix.T @ dy_group, xp)
     dweight = xp.permute_dims(xp.reshape(dweight, (out_channels, kh, c, kw)), (0, 2, 1, 3))
-    dbias = xp.sum(dy, axis=(0, 2, 3)) if has_bias else None
+    dbias = xp.reshape(sum_over(dy, (0, 2, 3)), (-1,)) if has_bias else None
     return fold(dstrips, windows), dweight, dbias
 
 
@@ -174,6 +183,48 @@ def fold(strips: Array, windows: Windows) -> Array:
     for j, columns in windows.columns():
         padded[:, :, columns, :] += xp.permute_dims(strips[:, :, j, :, :], (1, 0, 2, 3))
     return unpad(padded, windows, xp)
+
+
+def _groups(windows: Windows, strips: Array) -> Iterator[range]:
+    """Yield groups of neighbouring rows of the output, which are computed by one product.
+
+    A group is one row, unless the device is faster with larger matrices (`elements_at_once`).
+    """
+    row = windows.kernel_size[0] * math.prod(strips.shape[1:])  # the size of X_p
+    count = max(1, elements_at_once(strips) // row)
+    outputs = windows.output_size[0]
+    for first in range(0, outputs, count):
+        yield range(first, min(first + count, outputs))
+
+
+def _windows_at(rows: range, windows: Windows, strips: Array, xp: Any) -> Array:
+    """Return the matrices X_p of some rows side by side: (kH·C·kW, rows·W'·N)."""
+    kh, sh = windows.kernel_size[0], windows.stride[0]
+    if len(rows) == 1:  # X_p is a block of the strips, so nothing is copied.
+        block = strips[rows.start * sh : rows.start * sh + kh, ...]
+        return xp.reshape(block, (kh * math.prod(strips.shape[1:3]), -1))
+    indices = [p * sh + i for i in range(kh) for p in rows]
+    device = array_api_compat.device(strips)
+    taken = xp.take(strips, xp.asarray(indices, device=device), axis=0)
+    taken = xp.reshape(taken, (kh, len(rows), *strips.shape[1:]))
+    by_row = xp.permute_dims(taken, (0, 2, 3, 1, 4, 5))  # (kH, C, kW, rows, W', N)
+    return xp.reshape(by_row, (math.prod(by_row.shape[:3]), -1))
+
+
+def _add_windows_at(rows: range, windows: Windows, dstrips: Array, dx: Array, xp: Any) -> None:
+    """Add the gradients with respect to the matrices X_p of some rows to those of the strips.
+
+    This is the transpose of `_windows_at`: an element of the strips gets the sum over its copies.
+    """
+    kh, sh = windows.kernel_size[0], windows.stride[0]
+    _, c, kw, w, n = dstrips.shape
+    if len(rows) == 1:
+        dstrips[rows.start * sh : rows.start * sh + kh, ...] += xp.reshape(dx, (kh, c, kw, w, n))
+        return
+    dx = xp.permute_dims(xp.reshape(dx, (kh, c, kw, len(rows), w, n)), (0, 3, 1, 2, 4, 5))
+    for i in range(kh):
+        first = rows.start * sh + i
+        dstrips[first : first + sh * (len(rows) - 1) + 1 : sh, ...] += dx[i, ...]
 
 
 def _as_matrix(weight: Array, xp: Any) -> Array:
