@@ -203,6 +203,8 @@ def _numpy_backend(note: str = "") -> Backend:
 
 
 def _cupy_backend() -> Backend:
+    # Without this, CuPy compiles kernels of CUB for sums: 6 s for each kind of sum, at first use.
+    os.environ.setdefault("CUPY_ACCELERATORS", "")
     try:
         import cupy
     except ModuleNotFoundError as error:

@@ -467,7 +467,8 @@ def test_what_the_fused_engine_cannot_do_is_left_to_the_layers(tmp_path):
     assert process.returncode == 0, process.stderr
     line = "float32, by layers (layer 3 (Sigmoid()): there is no stage for it)\n"
     assert line in process.stdout
-    process = run("train.py", *QUICK, "--engine", "fused", cwd=tmp_path, prelude=NOT_THERE)
+    options = ("--engine", "fused", "--run", "other")
+    process = run("train.py", *QUICK, *options, cwd=tmp_path, prelude=NOT_THERE)
     message = "train.py: error: --engine fused: layer 3 (Sigmoid()): there is no stage for it"
     assert_refused(process, message, "; --engine layers can do it")
 

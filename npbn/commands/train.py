@@ -22,7 +22,7 @@ import npbn
 from npbn import backend, experiment, inspection, plots, runs, training, verify
 from npbn.commands.command_line import STARTED, ArgumentParser, CtrlC, say, typed, value
 from npbn.commands.pictures import draw_run
-from npbn.data import YOURS, Dataset
+from npbn.data import YOURS, Dataset, Split
 from npbn.errors import (
     BackendError,
     CheckpointError,
@@ -497,14 +497,18 @@ def conclude(session: Session, epochs: list[training.Epoch]) -> None:
 
 
 def check_gradients(session: Session) -> None:
-    """Check the gradients on one batch of the data and print a table.
+    """Check the gradients on one batch of the data, on the CPU, and print a table.
+
+    On a GPU, the check would be tens of thousands of launches of small kernels.
 
     Raises:
         NpbnError: a gradient is wrong.
     """
     copied = copy.deepcopy(session.state.model)
-    copied.to(session.device, "float64")
-    x, labels = next(session.state.train.batches(session.state.batch_size, "float64"))
+    copied.to(backend.get_backend("numpy"), "float64")
+    train, count = session.state.train, session.state.batch_size
+    batch = Split(backend.to_numpy(train.images[:count]), backend.to_numpy(train.labels[:count]))
+    x, labels = next(batch.batches(count, "float64"))
     report = verify.check_model(copied, x, labels)
     say("")
     say(f"gradients on a batch of {len(labels)}, float64, by the complex step:")

@@ -26,6 +26,10 @@ block of $S$, and nothing is copied to get from one output row to the next. (Wri
 im2col, would at stride 1 hold every number $k_H k_W$ times instead of $k_W$ times, and the products
 would wait for memory: a block of strips stays in the CPU's cache.)
 
+On a GPU, each of these products would be a launch of its own, which takes longer than its
+arithmetic. There, the $X_p$ of all rows are written side by side, as im2col does, and one product
+computes all $Y_p$: see `npbn.functional.arrays.elements_at_once`.
+
 **Backward.** $dY_p$ is given. Number the rows of $X_p$ by $\kappa = (i, c, j)$ and its columns by
 $\rho = (q, n)$. From $Y_{p, o \rho} = b_o + \sum_\kappa W_{o \kappa} X_{p, \kappa \rho}$, the chain
 rule gives a sum over all paths along which an entry reaches the loss. $W$ and $b$ meet every

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 
+from arrays import to_host
 from cases import STRATEGIES, Case
 from npbn import functional as F
 from npbn.functional.windows import windows_of
@@ -35,6 +36,24 @@ def test_convolution_is_what_its_formula_says(rng):
     y, _ = F.conv2d(x, weight, stride=(2, 3), padding=(2, 1))
     expected = convolution_by_definition(x, weight, (2, 3), (2, 1))
     np.testing.assert_allclose(y, expected, atol=1e-13)
+
+
+@pytest.mark.parametrize("elements", [1, 700, 1500, 10**9])
+@pytest.mark.parametrize("stride", [1, 2, 3])
+def test_rows_in_groups_of_any_size_give_the_same(elements, stride, rng, device, monkeypatch):
+    """One row at a time, a few (5 or 11 of 12 at stride 1), or all of them in one product."""
+    x, weight = rng.normal(size=(2, 3, 14, 5)), rng.normal(size=(4, 3, 3, 2))
+    arguments = [device.asarray(array) for array in (x, weight, np.ones(4))]
+    monkeypatch.setattr(conv_module, "elements_at_once", lambda array: elements)
+    y, cache = F.conv2d(*arguments, stride=stride)
+    expected = convolution_by_definition(x, weight, (stride, stride), (0, 0)) + 1
+    np.testing.assert_allclose(to_host(y), expected, atol=1e-13)
+    dy = rng.normal(size=y.shape)
+    found = F.conv2d_backward(device.asarray(dy), cache)
+    monkeypatch.setattr(conv_module, "elements_at_once", lambda array: 1)
+    right = F.conv2d_backward(dy, F.conv2d(x, weight, np.ones(4), stride=stride)[1])
+    for one, other in zip(found, right, strict=True):
+        np.testing.assert_allclose(to_host(one), other, atol=1e-12)
 
 
 def adjoint(case: Case, inputs: str) -> None:
