@@ -1,0 +1,81 @@
+"""scripts/train.py and predict.py with CuPy, as programs: what they print and save is NumPy's."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from commands import run
+from npbn.checkpoint import load_checkpoint
+
+GPU = """
+import sys
+sys.path.insert(0, {tests!r})
+import emulated_gpu
+if not emulated_gpu.driver():
+    emulated_gpu.install()
+"""
+
+SHORT = ("--dataset", "digits", "--limit-train", "48", "--batch-size", "16", "--lr", "0.1")
+SHORT += ("--epochs", "4", "--momentum", "0.9")
+
+
+@pytest.fixture
+def gpu(cupy_backend):
+    """A prelude for programs."""
+    return GPU.format(tests=str(Path(__file__).parent.parent))
+
+
+def losses(path) -> list[float]:
+    records = map(json.loads, (path / "metrics.jsonl").read_text().splitlines())
+    parts = [record[part] for record in records for part in ("train", "test")]
+    return [part["loss"] for part in parts if part is not None]
+
+
+@pytest.mark.parametrize("network", ["lenet", "blenet"])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_losses_are_those_of_numpy(network, dtype, gpu, tmp_path):
+    """By layers and by the engine, with early and with late streams.
+
+    In float32, twelve steps spread the roundings of a step, about 1e-7, by a factor of a few
+    hundred: the batches are small.
+    """
+    options = (*SHORT, "--model", network, "--dtype", dtype)
+    process = run(*("train.py", *options, "--backend", "numpy", "--run", "right"), cwd=tmp_path)
+    assert process.returncode == 0, process.stderr
+    right = losses(tmp_path / "right")
+    for engine, streams in (("layers", "late"), ("fused", "late"), ("auto", "early")):
+        name = f"{engine}-{streams}"
+        process = run(
+            *("train.py", *options, "--backend", "cupy", "--engine", engine, "--run", name),
+            cwd=tmp_path,
+            prelude=gpu,
+            env={"EMULATED_GPU_STREAMS": streams},
+        )
+        assert process.returncode == 0, process.stderr
+        said = "by layers" if engine == "layers" else "by the fused engine on the GPU"
+        assert f"{dtype}, {said}\n" in process.stdout
+        bound = {"float32": 2e-3, "float64": 1e-9}[dtype]
+        np.testing.assert_allclose(losses(tmp_path / name), right, rtol=bound, err_msg=name)
+    arrays, others = (
+        load_checkpoint(tmp_path / name / "last.safetensors")[0]
+        for name in ("fused-late", "auto-early")
+    )
+    for name, value in arrays.items():  # the comparison of the first step left nothing behind
+        np.testing.assert_array_equal(value, others[name], err_msg=name)
+
+
+def test_gradients_are_checked_and_images_are_classified(gpu, tmp_path):
+    from PIL import Image
+
+    options = (*SHORT, "--backend", "cupy", "--check-gradients", "--precise-bn", "--run", "run")
+    process = run("train.py", *options, cwd=tmp_path, prelude=gpu)
+    assert process.returncode == 0, process.stderr
+    assert process.stdout.count("  right") == 19
+    Image.fromarray(np.full((28, 28), 255, np.uint8)).save(tmp_path / "white.png")
+    process = run("predict.py", "run", "white.png", "--invert", cwd=tmp_path)
+    assert process.returncode == 0, process.stderr
+    assert "white.png" in process.stdout
