@@ -167,43 +167,39 @@ void shuffle(std::vector<unsigned>& order, unsigned count, Random& random) {
     }
 }
 
-// Lets the warps go on whose threads are all at the same shuffle. Returns whether there are any.
-UNWATCHED bool exchange(Fibre* fibres, unsigned threads) {
-    bool any = false;
-    for (unsigned warp = 0; warp < threads; warp += 32) {
-        Fibre* lanes = fibres + warp;
-        const unsigned count = std::min(32u, threads - warp);
-        unsigned waiting = 0;
-        for (unsigned i = 0; i < count; ++i) {
-            waiting |= unsigned(lanes[i].state == AT_SHUFFLE) << i;
-        }
-        if (waiting == 0) {
-            continue;
-        }
-        const Fibre& first = lanes[__builtin_ctz(waiting)];
-        const unsigned present = count == 32 ? ~0u : (1u << count) - 1,
-                       taking = first.mask & present;
-        bool together = (waiting & taking) == taking;
-        for (unsigned i = 0; i < count; ++i) {
-            if (taking >> i & 1) {
-                together = together && lanes[i].line == first.line && lanes[i].mask == first.mask &&
-                           taking >> lanes[i].lane & 1;
-            }
-        }
-        for (unsigned i = 0; together && i < count; ++i) {
-            if (taking >> i & 1) {
-                lanes[i].exchanged = lanes[lanes[i].lane].value;
-                lanes[i].state = READY;
-            }
-        }
-        any = any || together;
+// If all threads of a warp that take part in a shuffle have come to it, gives them the values, and
+// returns true.
+UNWATCHED bool exchange(Fibre* lanes, unsigned count) {
+    unsigned waiting = 0;
+    for (unsigned i = 0; i < count; ++i) {
+        waiting |= unsigned(lanes[i].state == AT_SHUFFLE) << i;
     }
-    return any;
+    if (waiting == 0) {
+        return false;
+    }
+    const Fibre& first = lanes[__builtin_ctz(waiting)];
+    const unsigned present = count == 32 ? ~0u : (1u << count) - 1, taking = first.mask & present;
+    if ((waiting & taking) != taking) {
+        return false;
+    }
+    for (unsigned i = 0; i < count; ++i) {
+        if ((taking >> i & 1) && (lanes[i].line != first.line || lanes[i].mask != first.mask ||
+                                  !(taking >> lanes[i].lane & 1))) {
+            return false;
+        }
+    }
+    for (unsigned i = 0; i < count; ++i) {
+        if (taking >> i & 1) {
+            lanes[i].exchanged = lanes[lanes[i].lane].value;
+            lanes[i].state = READY;
+        }
+    }
+    return true;
 }
 
 // Returns whether all threads of the block came to its end, by the same barriers.
 UNWATCHED bool run_block(unsigned number, size_t shared, Random& random) {
-    static std::vector<unsigned> order;
+    static std::vector<unsigned> warps, order;
     emulated::Position& position = *kernel->position;
     const dim3 grid = position.grid, size = position.block_size;
     const unsigned threads = size.x * size.y * size.z;
@@ -227,16 +223,21 @@ UNWATCHED bool run_block(unsigned number, size_t shared, Random& random) {
         fibres[t].state = READY;
     }
     for (;;) {
-        shuffle(order, threads, random);
-        for (const unsigned t : order) {
-            if (fibres[t].state == READY) {
-                running = t;
-                position.thread = {t % size.x, t / size.x % size.y, t / size.x / size.y};
-                go(scheduler, fibres[t].place);
-            }
-        }
-        if (exchange(fibres, threads)) {
-            continue;
+        shuffle(warps, (threads + 31) / 32, random);
+        for (const unsigned warp : warps) {
+            Fibre* lanes = fibres + 32 * warp;
+            const unsigned count = std::min(32u, threads - 32 * warp);
+            do {
+                shuffle(order, count, random);
+                for (const unsigned lane : order) {
+                    if (lanes[lane].state == READY) {
+                        running = 32 * warp + lane;
+                        position.thread = {running % size.x, running / size.x % size.y,
+                                           running / size.x / size.y};
+                        go(scheduler, lanes[lane].place);
+                    }
+                }
+            } while (exchange(lanes, count));
         }
         for (unsigned t = 0; t < threads; ++t) {
             const Fibre& fibre = fibres[t];

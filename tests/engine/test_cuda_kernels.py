@@ -561,6 +561,46 @@ def test_threads_at_different_barriers_are_caught():
         kernels.launch("together", (2, 1, 1), 0, [np.array(1, np.int32)])
 
 
+def test_warp_shuffles():
+    """Values of other threads of the warp; a shuffle that not all of them come to is caught."""
+    source = """
+    __global__ void right(int* out) {
+        const int t = threadIdx.x;
+        out[t] = __shfl_xor_sync(0xffffffffu, t, 5);
+        out[256 + t] = __shfl_up_sync(0xffffffffu, t, 3, 8);
+        out[512 + t] = __shfl_down_sync(0xffffffffu, t, 30);
+        out[768 + t] = __shfl_sync(0xffffffffu, t, 9, 4);
+        if (t % 32 < 16) {
+            out[1024 + t] = __shfl_xor_sync(0x0000ffffu, t, 1);
+        }
+        __syncwarp();
+    }
+    __global__ void wrong(int* out) {
+        if (threadIdx.x % 32 != 7) {
+            out[threadIdx.x] = __shfl_xor_sync(0xffffffffu, 1, 1);
+        }
+    }
+    """
+    kernels = emulator.Library(compiled(("right", "wrong"), source=source))
+    out = np.zeros(1280, np.int32)
+    kernels.launch("right", (1, 1, 1), 0, [np.array(out.ctypes.data)])
+    t = np.arange(256)
+    for found, expected in zip(
+        out.reshape(5, 256),
+        (
+            t ^ 5,
+            np.where(t % 8 < 3, t, t - 3),
+            np.where(t % 32 < 2, t + 30, t),
+            t // 4 * 4 + 1,
+            np.where(t % 32 < 16, t ^ 1, 0),
+        ),
+        strict=True,
+    ):
+        np.testing.assert_array_equal(found, expected)
+    with pytest.raises(RuntimeError, match="wrong: a barrier that not all threads came to"):
+        kernels.launch("wrong", (1, 1, 1), 0, [np.array(out.ctypes.data)])
+
+
 @pytest.mark.parametrize("race", RACES)
 def test_a_race_is_caught(race):
     checks = "compare_everywhere(library)"

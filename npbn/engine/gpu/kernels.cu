@@ -124,10 +124,10 @@ struct Tensor {
 
 alignas(32) extern __shared__ double shared_memory[];
 
-// Shared memory: first two doubles for each thread, for `group_sums`; then what `allocate` returns.
+// The shared memory of a block, which `allocate` divides among arrays.
 template <typename real>
 struct Memory {
-    real* free = reinterpret_cast<real*>(shared_memory + 2 * THREADS);
+    real* free = reinterpret_cast<real*>(shared_memory);
 
     __device__ real* allocate(int count) {
         real* allocated = free;
@@ -162,20 +162,14 @@ __device__ __forceinline__ void batched_load_store(int count, Load load, Store s
     }
 }
 
-// All-reduce within groups of `group_size` consecutive threads: each gets the sums of their values.
+// All-reduce within groups of `group_size` consecutive threads: each thread gets the sums of the
+// values of its group. `group_size` is a power of two and at most 32, so a group lies in a warp. All
+// threads of the block must call this function together. It does not synchronize shared memory.
 template <int COUNT, typename T>
 __device__ void group_sums(T (&values)[COUNT], int group_size) {
-    T* all = reinterpret_cast<T*>(shared_memory);
-    __syncthreads();  // the results of an earlier call may still be read
-    for (int k = 0; k < COUNT; ++k) {
-        all[k * THREADS + threadIdx.x] = values[k];
-    }
-    __syncthreads();
-    const T* group = all + threadIdx.x / group_size * group_size;
-    for (int k = 0; k < COUNT; ++k) {
-        values[k] = 0;
-        for (int i = 0; i < group_size; ++i) {
-            values[k] += group[k * THREADS + i];
+    for (int distance = group_size / 2; distance > 0; distance /= 2) {
+        for (int k = 0; k < COUNT; ++k) {
+            values[k] += __shfl_xor_sync(0xffffffffu, values[k], distance);
         }
     }
 }
@@ -988,6 +982,9 @@ __global__ void conv_backward(P p, S s, int n, int input_blocks, int examples_pe
                     *all = sum + (e == begin ? real(0) : *all);
                 }
             }
+            if (db != nullptr) {
+                __syncthreads();  // `gradients` has been read
+            }
         }
     }
     if (step != nullptr && blockIdx.x == 0 && threadIdx.x == 0) {
@@ -1047,6 +1044,7 @@ __global__ void cross_entropy(P p, int n, int examples_per_block, Batch batch, N
             z[k] = (z[k] / sum - (k == label ? 1 : 0)) / n;
         }
     }
+    __syncthreads();  // all gradients are in `logits` now
     loss = group_sum(loss, TILE);
     right = group_sum(right, TILE);
     if (threadIdx.x % TILE == 0) {

@@ -331,7 +331,7 @@ class _Writer:
             "sgd",
             (),
             (over(shape[0], PARAMETERS_PER_BLOCK), 1, 1),
-            [],
+            [THREADS],
             # The partial sums of other batch sizes are elsewhere.
             self._array(f"tensors{self.n}", table.shape, np.int32, table),
             np.int32(shape[0]),
@@ -390,7 +390,7 @@ class _Writer:
         # An empty class takes one byte.
         values = [np.uint8(0) if self.fixed else Structure("Shape", s.sizes) for s in stages]
         name = f"{kernel}<{', '.join([self.real, *types])}>"
-        shared = 2 * THREADS * 8 + self._bytes(memory)
+        shared = self._bytes(memory)
         self.launches.append(Launch(name, grid, shared, (*values, *arguments)))
 
     def _bytes(self, memory: Iterable[int]) -> int:
