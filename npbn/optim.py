@@ -78,7 +78,6 @@ class SGD:
         momentum: m, the fraction of the velocity that is kept, in [0, 1).
         weight_decay: λ, on weights only: pulling γ, β and biases towards 0 limits what a layer can
             compute and regularizes nothing.
-        decay_all: weight decay on γ, β and biases as well.
     """
 
     def __init__(
@@ -88,7 +87,6 @@ class SGD:
         *,
         momentum: float = 0.0,
         weight_decay: float = 0.0,
-        decay_all: bool = False,
     ) -> None:
         if not isinstance(parameters, Mapping):
             raise TypeError(
@@ -105,7 +103,6 @@ class SGD:
         self.schedule = lr if callable(lr) else Constant(lr)
         self.momentum = float(momentum)  # a NumPy scalar would impose its dtype
         self.weight_decay = float(weight_decay)
-        self.decay_all = decay_all
         self.steps = 0
         self.velocity: dict[str, Array] = {}
 
@@ -128,7 +125,7 @@ class SGD:
         lr = self.lr
         for name, parameter in self.parameters.items():
             v = gradients[name]
-            if self.weight_decay and (self.decay_all or parameter.name == "weight"):
+            if self.weight_decay and parameter.name == "weight":
                 v = v + self.weight_decay * parameter.data
             if self.momentum:
                 v = v + self.momentum * self.velocity.get(name, 0.0)  # a new array, ours

@@ -35,16 +35,15 @@ def test_equal_to_pytorch(lr, momentum, weight_decay, xp):
     np.testing.assert_allclose(to_host(ours.data), theirs.detach().numpy(), rtol=1e-13, atol=1e-13)
 
 
-@pytest.mark.parametrize("decay_all", [False, True])
-def test_weight_decay_is_for_weights_unless_asked(decay_all, device):
+def test_weight_decay_is_for_weights(device):
     model = LeNet()
     model.to(device)
     for parameter in model.parameters().values():
         parameter.data[...] = 1
         parameter.gradient = device.xp.zeros_like(parameter.data)
-    SGD(model.parameters(), 0.5, weight_decay=0.5, decay_all=decay_all).step()
+    SGD(model.parameters(), 0.5, weight_decay=0.5).step()
     for parameter in model.parameters().values():
-        decayed = decay_all or parameter.name == "weight"
+        decayed = parameter.name == "weight"
         np.testing.assert_array_equal(to_host(parameter.data), 0.75 if decayed else 1.0)
 
 

@@ -106,7 +106,6 @@ def compare(
     examples=st.integers(12, 40),
     momentum=st.sampled_from([0.0, 0.9]),
     weight_decay=st.sampled_from([0.0, 0.1]),
-    decay_all=st.booleans(),
 )
 def test_equal_to_the_layers(drawn, batch_size, examples, **options):
     model, shape = drawn

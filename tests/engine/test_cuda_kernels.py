@@ -74,13 +74,27 @@ def kernel_names(programs) -> set[str]:
 
 def library(*flags, source=None):
     """All kernels for sizes known when they run; those of LeNet for sizes known before, too."""
-    names = set()
-    for dtype, fixed in (("float32", False), ("float64", False), ("float64", True)):
-        model = LeNet()
-        model.to(NUMPY, dtype)
-        _, programs, evaluation = programs_of(model, (1, 28, 28), (9, 16), fixed=fixed)
-        names |= kernel_names([*programs.values(), evaluation])
+    names = all_names("float32") | all_names("float64")
+    model = LeNet()
+    model.to(NUMPY, "float64")
+    _, programs, evaluation = programs_of(model, (1, 28, 28), (9, 16), fixed=True)
+    names |= kernel_names([*programs.values(), evaluation])
     return compiled(names, *flags, source=source)
+
+
+def all_names(dtype: str) -> set[str]:
+    """The kernels for sizes known when they run."""
+    names = set()
+    for model in (small_model(), normalized_logits()):
+        model.to(NUMPY, dtype)
+        _, programs, evaluation = programs_of(model, SMALL, (5,))
+        names |= kernel_names([*programs.values(), evaluation])
+    return names
+
+
+def normalized_logits() -> Sequential:
+    """With them, the last linear layer and the loss are in launches of their own."""
+    return Sequential(*small_model().layers, BatchNorm(3, 2))
 
 
 def compare(library, model, shape, dtype, *, batch_sizes, bound, classes=3, skipped=0, **options):
@@ -88,7 +102,7 @@ def compare(library, model, shape, dtype, *, batch_sizes, bound, classes=3, skip
     model.to(NUMPY, dtype)
     expected = copy.deepcopy(model)
     split = a_split(shape, 60, 1, classes)
-    optimizer = {k: options[k] for k in ("momentum", "weight_decay", "decay_all") if k in options}
+    optimizer = {k: options[k] for k in ("momentum", "weight_decay") if k in options}
     layers = LayersEngine(
         expected,
         SGD(expected.parameters(), 0.1, **optimizer),
@@ -163,7 +177,6 @@ def check_parameters(arrays, stages, expected, bound) -> None:
     multiprocessors=st.sampled_from([1, 4, MANY]),
     momentum=st.sampled_from([0.0, 0.9]),
     weight_decay=st.sampled_from([0.0, 0.1]),
-    decay_all=st.booleans(),
 )
 def test_equal_to_the_layers(drawn, batch_sizes, **options):
     model, shape = drawn
@@ -266,7 +279,7 @@ def test_a_variance_far_from_zero_in_float32():
     """
     model = Sequential(
         *(Conv2d(2, 3, 3, generator=np.random.default_rng(0)), BatchNorm(3, 4), Flatten()),
-        Linear(108, 3, generator=np.random.default_rng(1)),
+        *(Linear(108, 3, generator=np.random.default_rng(1)), BatchNorm(3, 2)),
     )
     model.layers[0].weight.data[...] *= 0.04
     model.layers[0].bias.data[...] = 1e4
@@ -387,9 +400,16 @@ def test_runs_are_identical_to_the_bit():
 
 def compare_everywhere(library, *cases, **options):
     """Models and multiprocessors; unless given, such as need every barrier between them."""
-    for model, multiprocessors in cases or ((small_model, MANY), (small_model, 4), (wide_model, 4)):
-        sizes = {"batch_sizes": (6, 9), "bound": 1e-10, "multiprocessors": multiprocessors}
+    for model, multiprocessors, *batch_sizes in cases or EVERYWHERE:
+        sizes = {"batch_sizes": batch_sizes or (6, 9), "bound": 1e-10}
+        sizes["multiprocessors"] = multiprocessors
         compare(library, model(), SMALL, "float64", **sizes, **options)
+
+
+EVERYWHERE = (
+    *((small_model, MANY), (small_model, 4), (small_model, 1, 39), (wide_model, 4)),
+    *((normalized_logits, MANY), (normalized_logits, 4)),
+)
 
 
 def test_weights_of_a_few_channels_at_a_time(monkeypatch):
@@ -444,6 +464,7 @@ def test_more_than_a_block_does_at_once(monkeypatch, model, multiprocessors):
 def test_a_missing_barrier_is_caught(monkeypatch, line):
     """Every __syncthreads of the source is needed, and without it, results are wrong here."""
     monkeypatch.setattr(launch, "WEIGHTS_AT_A_TIME", 1)
+    monkeypatch.setattr(launch, "BLOCKS_PER_MULTIPROCESSOR", 1)
     with pytest.raises(AssertionError):
         compare_everywhere(library(), skipped=line)
 
@@ -480,11 +501,7 @@ def mutated(mutants) -> str:
 
 def sanitized(checks, runtime="libasan.so", source=None, mutant=0) -> subprocess.CompletedProcess:
     """Checks of this module, in a process of its own, by kernels that watch over every access."""
-    model = small_model()
-    model.to(NUMPY, "float64")
-    _, programs, evaluation = programs_of(model, SMALL, (5,))
-    names = kernel_names([*programs.values(), evaluation])
-    built = compiled(names, *emulator.SANITIZERS[runtime], source=source)
+    built = compiled(all_names("float64"), *emulator.SANITIZERS[runtime], source=source)
     code = (
         f"import ctypes\nfrom test_cuda_kernels import *\nlibrary = {str(built)!r}\n"
         f"ctypes.c_int.in_dll(ctypes.CDLL(library), 'mutant_number').value = {mutant}\n{checks}"
@@ -519,6 +536,7 @@ def sanitized(checks, runtime="libasan.so", source=None, mutant=0) -> subprocess
     [
         "compare_everywhere(library)",
         "launch.WEIGHTS_AT_A_TIME = 1; compare_everywhere(library)",
+        "launch.BLOCKS_PER_MULTIPROCESSOR = 1; compare_everywhere(library)",
         "compare_everywhere(library, (wide_kernels, 1), (wide_kernels, MANY), (long_strides, 4))",
     ],
 )
@@ -612,7 +630,8 @@ def test_a_race_is_caught(race):
 @pytest.mark.parametrize("line", BARRIERS)
 def test_a_missing_barrier_is_a_race(line):
     """Whatever order threads run in: the sanitizer does not wait for results to be wrong."""
-    checks = f"launch.WEIGHTS_AT_A_TIME = 1; compare_everywhere(library, skipped={line})"
+    small = "launch.WEIGHTS_AT_A_TIME = launch.BLOCKS_PER_MULTIPROCESSOR = 1"
+    checks = f"{small}; compare_everywhere(library, skipped={line})"
     process = sanitized(checks, "libtsan.so")
     assert process.returncode != 0
     assert "SUMMARY: ThreadSanitizer: data race" in process.stderr, process.stderr

@@ -30,7 +30,8 @@ def an_engine(kind, device, *, model=None, examples=64, batch_size=32, **options
 def calls_of_a_step(emulated, engine) -> collections.Counter[str]:
     """The calls of two steps less the calls of one, by their first words."""
     order = np.arange(64)
-    list(engine.steps(order)), list(engine.steps(order[:32]))
+    for _ in range(3):  # until CuPy's pool has all the memory that is needed
+        list(engine.steps(order))
     counts = []
     for examples in (order, order[:32]):
         with emulated.calls() as calls:
@@ -58,7 +59,7 @@ def test_a_step_by_layers_takes_at_most_340_launches(emulated, cupy_backend):
 
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
 def test_a_step_by_the_engine_is_a_graph(momentum, emulated, cupy_backend):
-    """Its twelve kernels are captured, and nothing else is asked of the GPU."""
+    """Its ten kernels are captured, and nothing else is asked of the GPU."""
     engine = an_engine("fused", cupy_backend, momentum=momentum)
     order = np.arange(64)
     list(engine.steps(order))
@@ -66,7 +67,7 @@ def test_a_step_by_the_engine_is_a_graph(momentum, emulated, cupy_backend):
         list(engine.steps(order))
     counts = collections.Counter(kind_of(call) for call in calls)
     graphs = [call for call in calls if call.startswith("launch graph")]
-    assert [call.split(" stream ")[0] for call in graphs] == ["launch graph of 12"] * 2
+    assert [call.split(" stream ")[0] for call in graphs] == ["launch graph of 10"] * 2
     assert not counts["wait"] + counts["device to host"] + counts["allocate"] + counts["product"]
     assert counts["host to device"] <= 3  # order, rates, and the number of the first step
 
@@ -133,4 +134,4 @@ def test_parameters_have_the_sizes_that_nvidias_compiler_gives_them(
         for call in program.launches:
             values = [program.value(argument, engine._address) for argument in call.arguments]
             assert [value.nbytes for value in values] == sizes[call.kernel], call.kernel
-    assert len(names) >= 12
+    assert len(names) >= 10

@@ -36,8 +36,8 @@ def pointers(arguments) -> Iterator[Pointer]:
 
 def test_the_sequence_for_lenet():
     stages = plan(LeNet(), (1, 28, 28))
-    forward = ["conv_forward"] * 2 + ["linear_forward"] * 3 + ["cross_entropy"]
-    backward = ["linear_backward"] * 3 + ["conv_backward"] * 2
+    forward = ["conv_forward"] * 2 + ["linear_forward"] * 2 + ["linear_cross_entropy"]
+    backward = ["linear_backward"] * 2 + ["conv_backward"] * 2
     assert names(launch.training(stages, 256, examples=1000)) == [*forward, *backward, "sgd"]
     assert names(launch.evaluation(stages, 256, examples=600)) == forward * 3
 

@@ -80,7 +80,7 @@ class CpuEngine:
         )
         self._views = self._find_views()
         settings = int(self.net.stages[0]["settings"])
-        self._settings = self.net.values[settings : settings + 4]
+        self._settings = self.net.values[settings : settings + 3]
         self.training_program = launches.training_program(len(self.stages))
         self.prediction_program = launches.prediction_program()
         self._splits = {id(split): _arrays(split) for split in (train, test)}
@@ -180,7 +180,6 @@ class CpuEngine:
             optimizer.lr,
             optimizer.momentum,
             optimizer.weight_decay,
-            optimizer.weight_decay if optimizer.decay_all else 0,
         )
 
 

@@ -269,7 +269,6 @@ def update(net: Any, k: int, first: int, chunks: int) -> None:
         for i in range(begin, begin + SIX * row):
             put(values, i, 0)
         affine_backward_weight(net, k, first, last, chunks, stage.partials)
-    decay, others = values[stage.settings + 2], values[stage.settings + 3]
     for o in range(first, last):
         place, to = stage.partials + o * row, stage.weight + o * stage.taps
         for part in range(1, parts):
@@ -278,22 +277,24 @@ def update(net: Any, k: int, first: int, chunks: int) -> None:
                 put(values, place + r, at(values, place + r) + at(values, other + r))
         for r in range(stage.taps):
             put(values, to + stage.gradient + r, at(values, place + r))
-        move(net, to, stage.taps, decay)
+        move(net, to, stage.taps, True)
     if stage.bias >= 0:
-        move(net, stage.bias + first, last - first, others)
+        move(net, stage.bias + first, last - first, False)
     if stage.norm != NO_NORM:
-        move(net, stage.gamma + first, last - first, others)
-        move(net, stage.beta + first, last - first, others)
+        move(net, stage.gamma + first, last - first, False)
+        move(net, stage.beta + first, last - first, False)
 
 
 @njit(**OPTIONS)
-def move(net: Any, first: int, count: int, decay: Any) -> None:
+def move(net: Any, first: int, count: int, decays: bool) -> None:
     """Take a step of `npbn.optim.SGD` for ``count`` numbers: v ← m v + (g + λ w), w ← w - η v."""
     stage, values = net.stages[0], net.values
     rate, momentum = values[stage.settings], values[stage.settings + 1]
     gradient, velocity = stage.gradient, stage.velocity
     for w in range(first, first + count):
-        v = at(values, w + gradient) + decay * at(values, w)
+        v = at(values, w + gradient)
+        if decays:
+            v += values[stage.settings + 2] * at(values, w)
         if momentum > 0:
             v += momentum * at(values, w + velocity)
             put(values, w + velocity, v)

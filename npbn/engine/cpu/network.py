@@ -89,8 +89,7 @@ The parameters, and the numbers that the optimizer uses:
   layer without a bias.
 - ``gradient``, ``velocity``: the distances from a parameter to its gradient and to its velocity.
 - ``moving``: the place of the moving means of all maps, which the moving variances follow.
-- ``settings``: the place of four numbers: the learning rate, the momentum, the decay of weights and
-  the decay of other parameters.
+- ``settings``: the place of three numbers: the learning rate, the momentum and the weight decay.
 
 The layers that follow in the stage; see `npbn.engine.cpu.normalization`:
 
@@ -234,7 +233,7 @@ def build(plan: Sequence[StagePlan], dtype: Any, *, batch: int, test: int, threa
     sizes.numbers(end - start)
     stages["gradient"] = sizes.numbers(end - start) - start
     stages["velocity"] = sizes.numbers(end - start) - start
-    stages["settings"] = sizes.numbers(4)
+    stages["settings"] = sizes.numbers(3)
     stages["table"] = sizes.numbers(256)
     stages["masks"] = sizes.vectors(2)
     rows = stages["window_h"] * stages["columns"]

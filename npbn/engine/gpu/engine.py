@@ -176,7 +176,6 @@ class GpuEngine:
                 stride=self.batch_size,
                 momentum=self.optimizer.momentum,
                 weight_decay=self.optimizer.weight_decay,
-                decay_all=self.optimizer.decay_all,
                 fixed=True,
                 multiprocessors=multiprocessors,
             )

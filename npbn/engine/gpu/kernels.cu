@@ -163,8 +163,8 @@ __device__ __forceinline__ void batched_load_store(int count, Load load, Store s
 }
 
 // All-reduce within groups of `group_size` consecutive threads: each thread gets the sums of the
-// values of its group. `group_size` is a power of two and at most 32, so a group lies in a warp. All
-// threads of the block must call this function together. It does not synchronize shared memory.
+// values of its group. `group_size` is a power of two and at most 32, so a group lies in a warp.
+// All threads of the block must call this function together. It does not synchronize shared memory.
 template <int COUNT, typename T>
 __device__ void group_sums(T (&values)[COUNT], int group_size) {
     for (int distance = group_size / 2; distance > 0; distance /= 2) {
@@ -994,6 +994,152 @@ __global__ void conv_backward(P p, S s, int n, int input_blocks, int examples_pe
 
 // -------------------------------------------------------------------------- loss and optimization
 
+// Softmax cross-entropy of one example (`functional.softmax_cross_entropy`), by one thread. Returns
+// the loss, NaN if the label is out of range. Replaces the logits z by the gradient of the mean
+// loss of n examples, and sets *right to whether the largest logit (the first of equal ones) is the
+// label's:
+//   dlogits[k] = (p[k] - [k = label]) / n
+template <typename real>
+__device__ real softmax_loss(real* z, int classes, int label, int n, int* right) {
+    int largest = 0;
+    for (int k = 1; k < classes; ++k) {
+        if (z[k] > z[largest]) {
+            largest = k;
+        }
+    }
+    const real top = z[largest];
+    const bool known = 0 <= label && label < classes;
+    const real at_label = known ? z[label] : real(nan(""));
+    *right = largest == label;
+    real sum = 0;
+    for (int k = 0; k < classes; ++k) {
+        z[k] = exp(z[k] - top);
+        sum += z[k];
+    }
+    for (int k = 0; k < classes; ++k) {
+        z[k] = (z[k] / sum - (k == label ? 1 : 0)) / n;
+    }
+    return top - at_label + log(sum);
+}
+
+// Returns the label of an example of the batch.
+__device__ inline int label_of(const Batch& batch, int e) {
+    const int place = *batch.step * batch.stride + e;
+    return batch.labels[batch.order == nullptr ? place : batch.order[place]];
+}
+
+// Writes the block's parts of the rows losses[*step, :] and correct[*step, :] from the sums of each
+// thread. The sum of a row of losses is the mean loss of the n examples, and the sum of a row of
+// correct is the number of right predictions.
+template <typename real>
+__device__ void store_results(int n, const Batch& batch, real loss, int right, real* losses,
+                              int* correct) {
+    loss = group_sum(loss, TILE);
+    right = group_sum(right, TILE);
+    if (threadIdx.x % TILE == 0) {
+        const int block = *batch.step * gridDim.x + blockIdx.x;
+        const int at = block * (THREADS / TILE) + threadIdx.x / TILE;
+        losses[at] = loss / n;
+        correct[at] = right;
+    }
+}
+
+// The last linear layer, the loss, and the backward passes of both, in one launch. The layer has no
+// batch norm, no activation and no pooling, and stage P before it is not the images:
+//   logits[n,o] = Σ_k x[n,k] w[o,k] + b[o]
+//   dx[n,k] = Σ_o dlogits[n,o] w[o,k],   dw[o,k] = Σ_n dlogits[n,o] x[n,k],   db[o] = Σ_n
+//   dlogits[n,o]
+// Writes the results of the step (`store_results`). If dz_before is not null, also writes the dz of
+// stage P, the sums for its batch norm, and the partial sums of dw and db, one part for each block
+// that has examples.
+//
+// Launch: grid (parts of `examples_per_block` examples; parts may be empty). A block computes TILE
+// examples at a time. Reads: P's y, w, b, labels. Writes: P's dz, partial sums, losses, correct.
+template <typename real, typename P, typename S>
+__global__ void linear_cross_entropy(P p, S s, int n, int examples_per_block, Batch batch,
+                                     Norm<real> norm_before, Sums<real> sums_before,
+                                     const real* __restrict__ before,
+                                     const real* __restrict__ weight, const real* __restrict__ bias,
+                                     real* __restrict__ dz_before, real* __restrict__ dw,
+                                     real* __restrict__ db, real* __restrict__ losses,
+                                     int* __restrict__ correct) {
+    Memory<real> memory;
+    const Normalization<real> normalized = normalization(p, n, norm_before, memory);
+    const Input<real, P> input = input_of(p, normalized, before, batch);
+    const int inputs = s.channels, classes = s.maps;
+    const int pitch = inputs | 1;                // odd: neighbouring rows begin in different banks
+    real* x = memory.allocate(TILE * pitch);     // (example, input)
+    real* w = memory.allocate(classes * pitch);  // (class, input)
+    real* logits = memory.allocate(TILE * classes);  // (example, class); later their gradients
+    const int begin = blockIdx.x * examples_per_block, end = min(begin + examples_per_block, n);
+    batched_load_store<8, real>(
+        classes * inputs, [&](int t) { return weight[t]; },
+        [&](int t, real result) { w[t / inputs * pitch + t % inputs] = result; });
+    real loss = 0;
+    int right = 0;
+    for (int first = begin; first < end; first += TILE) {
+        const int count = min(TILE, end - first);
+        const bool begun = first > begin;  // this block has added partial sums already
+        __syncthreads();  // the x and the logits of the examples before have been read
+        batched_load_store<4, real>(
+            count * inputs, [&](int t) { return input(first + t / inputs, t % inputs); },
+            [&](int t, real result) { x[t / inputs * pitch + t % inputs] = result; });
+        __syncthreads();
+        for (int t = threadIdx.x; t < count * classes; t += THREADS) {
+            const int e = t / classes, o = t % classes;
+            real sum = bias == nullptr ? real(0) : bias[o];
+            for (int k = 0; k < inputs; ++k) {
+                sum += x[e * pitch + k] * w[o * pitch + k];
+            }
+            logits[t] = sum;
+        }
+        __syncthreads();
+        if (threadIdx.x < count) {
+            int hit;
+            const int label = label_of(batch, first + threadIdx.x);
+            loss += softmax_loss(logits + threadIdx.x * classes, classes, label, n, &hit);
+            right += hit;
+        }
+        if (dz_before == nullptr) {
+            continue;
+        }
+        __syncthreads();
+        const int row = threadIdx.x % TILE;
+        for (int column = 0; column < inputs; column += THREADS / TILE) {
+            const int k = column + threadIdx.x / TILE;
+            real result[2] = {};
+            if (row < count && k < inputs) {
+                real g = 0;
+                for (int o = 0; o < classes; ++o) {
+                    g += logits[row * classes + o] * w[o * pitch + k];
+                }
+                input_backward(p, normalized, before, first + row, k, g, dz_before, result);
+            }
+            if (norm_before.gamma != nullptr) {
+                group_sums(result, TILE);
+                const int area = inputs / p.maps;  // each input of a channel is one of its parts
+                const int at = k / area * sums_before.parts + blockIdx.x * area + k % area;
+                for (int i = 0; i < 2 && row == 0 && k < inputs; ++i) {
+                    real* sum = sums_before.sums + i * p.maps * sums_before.parts + at;
+                    *sum = result[i] + (begun ? *sum : real(0));
+                }
+            }
+        }
+        const int columns = inputs + (db != nullptr);  // the bias is the weight of an input of 1
+        for (int t = threadIdx.x; t < classes * columns; t += THREADS) {
+            const int o = t / columns, k = t % columns;
+            real* place = k < inputs ? dw + (blockIdx.x * classes + o) * inputs + k
+                                     : db + blockIdx.x * classes + o;
+            real sum = begun ? *place : real(0);
+            for (int e = 0; e < count; ++e) {
+                sum += logits[e * classes + o] * (k < inputs ? x[e * pitch + k] : real(1));
+            }
+            *place = sum;
+        }
+    }
+    store_results(n, batch, loss, right, losses, correct);
+}
+
 // Softmax cross-entropy (`functional.softmax_cross_entropy`) of the last stage's output, its
 // backward pass, and the results of the step for the host: the sum of losses[*step, :] is the mean
 // loss, NaN if a label is out of range; the sum of correct[*step, :] is the number of right
@@ -1021,41 +1167,14 @@ __global__ void cross_entropy(P p, int n, int examples_per_block, Batch batch, N
     real loss = 0;
     int right = 0;
     if (threadIdx.x < count) {
-        real* z = logits + threadIdx.x * classes;
-        const int place = *batch.step * batch.stride + begin + threadIdx.x;
-        const int label = batch.labels[batch.order == nullptr ? place : batch.order[place]];
-        int largest = 0;
-        for (int k = 1; k < classes; ++k) {
-            if (z[k] > z[largest]) {
-                largest = k;
-            }
-        }
-        const real top = z[largest];
-        const bool known = 0 <= label && label < classes;
-        loss = known ? top - z[label] : real(nan(""));
-        right = largest == label;
-        real sum = 0;
-        for (int k = 0; k < classes; ++k) {
-            z[k] = exp(z[k] - top);
-            sum += z[k];
-        }
-        loss += log(sum);
-        for (int k = 0; k < classes; ++k) {
-            z[k] = (z[k] / sum - (k == label ? 1 : 0)) / n;
-        }
+        const int label = label_of(batch, begin + threadIdx.x);
+        loss = softmax_loss(logits + threadIdx.x * classes, classes, label, n, &right);
     }
-    __syncthreads();  // all gradients are in `logits` now
-    loss = group_sum(loss, TILE);
-    right = group_sum(right, TILE);
-    if (threadIdx.x % TILE == 0) {
-        const int block = *batch.step * gridDim.x + blockIdx.x;
-        const int at = block * (THREADS / TILE) + threadIdx.x / TILE;
-        losses[at] = loss / n;
-        correct[at] = right;
-    }
+    store_results(n, batch, loss, right, losses, correct);
     if (dz == nullptr) {
         return;
     }
+    __syncthreads();
     const int group_size = threads_per_channel(p.maps), member = threadIdx.x % group_size,
               items = classes / p.maps;
     for (int first = 0; first < p.maps; first += THREADS / group_size) {

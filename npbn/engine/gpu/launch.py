@@ -54,6 +54,10 @@ BLOCKS_PER_MULTIPROCESSOR = 4
 """The most blocks for each multiprocessor if a block processes several examples. More blocks would
 mean more parts of the batch, whose statistics must be merged."""
 
+MOST_OF_A_CLASSIFIER = 96 * 1024
+"""The most bytes of shared memory for the last linear layer and the loss in one launch. A larger
+layer is computed in tiles, in a launch of its own."""
+
 MOST_BLOCKS = 65_535
 """CUDA's limit for the second and third axis of a grid."""
 
@@ -93,7 +97,6 @@ def training(
     stride: int | None = None,
     momentum: float = 0.0,
     weight_decay: float = 0.0,
-    decay_all: bool = False,
     fixed: bool = False,
     multiprocessors: int = MULTIPROCESSORS,
 ) -> Program:
@@ -103,7 +106,7 @@ def training(
         stages: the plan.
         examples: of the data set, in the arrays ``train.images`` and ``train.labels``.
         stride: from one step's examples in ``order`` to those of the next; n unless given.
-        momentum, weight_decay, decay_all: as `npbn.optim.SGD` has them.
+        momentum, weight_decay: as `npbn.optim.SGD` has them.
         fixed: whether kernels are compiled for the sizes of this model; tests share one compilation
             among many models instead.
         multiprocessors: for how many the work is divided. The order of sums depends on it, so
@@ -111,7 +114,7 @@ def training(
     """
     stride = n if stride is None else stride
     writer = _Writer(stages, "train", examples, stride, fixed, multiprocessors)
-    return writer.training(n, momentum, weight_decay, decay_all)
+    return writer.training(n, momentum, weight_decay)
 
 
 def evaluation(
@@ -168,16 +171,16 @@ class _Writer:
         self._array(f"{data}.images", (examples, first.inputs), np.uint8)
         self._array(f"{data}.labels", (examples,), np.int32)
 
-    def training(self, n: int, momentum: float, weight_decay: float, decay_all: bool) -> Program:
+    def training(self, n: int, momentum: float, weight_decay: float) -> Program:
         self.n = n
         order = self._array("order", (self.examples,), np.int32)
         batch = self._batch(order, self._array("step", (1,), np.int32, 0))
-        for before, stage in self.pairs:
-            self._forward(before, stage, batch)
-        self._cross_entropy(batch)
-        tensors: list[tuple[int, ...]] = []
-        for before, stage in reversed(self.pairs):
-            tensors += self._backward(before, stage, decay_all)
+        backward = list(reversed(self.pairs))
+        tensors = self._forward_and_loss(batch)
+        if tensors:  # the last stage's backward pass is among the launches already
+            del backward[0]
+        for before, stage in backward:
+            tensors += self._backward(before, stage)
         self._array("partials", (self.partials,))
         self._sgd(tensors, momentum, weight_decay)
         return self._program()
@@ -187,13 +190,66 @@ class _Writer:
         numbers = self._array("steps", counting.shape, np.int32, counting)
         for step in range(self.steps):
             self.n = min(self.stride, self.examples - step * self.stride)
-            batch = self._batch(NULL, Pointer(numbers.array, step))
-            for before, stage in self.pairs:
-                self._forward(before, stage, batch)
-            self._cross_entropy(batch)
+            self._forward_and_loss(self._batch(NULL, Pointer(numbers.array, step)))
         return self._program()
 
     # The launches.
+
+    def _forward_and_loss(self, batch: Structure) -> list[tuple[int, ...]]:
+        """Append the launches of the forward pass and the loss.
+
+        If the last stage is a linear layer and nothing else, its backward pass is in the launch of
+        the loss. Then, in training, return its parameter tensors for `_sgd`; else nothing.
+        """
+        before, last = self.pairs[-1]
+        memory = [*normalization(before), *last.classifier]
+        fused = (
+            *(last.linear, before.plan is not None, last.norm is None, last.outputs == last.values),
+            *(last.sizes["activation"] == 0, self._bytes(memory) <= MOST_OF_A_CLASSIFIER),
+        )
+        whole = all(fused)
+        for pair in self.pairs[: -1 if whole else None]:
+            self._forward(*pair, batch)
+        if whole:
+            return self._linear_cross_entropy(batch, memory)
+        self._cross_entropy(batch)
+        return []
+
+    def _linear_cross_entropy(
+        self, batch: Structure, memory: Sequence[int]
+    ) -> list[tuple[int, ...]]:
+        before, last = self.pairs[-1]
+        most = max(1, BLOCKS_PER_MULTIPROCESSOR * self.multiprocessors)
+        examples_per_block = over(over(self.stride, TILE), most) * TILE
+        # Whatever n: a row of losses is that long.
+        rows = self.steps, over(self.stride, examples_per_block) * THREADS // TILE
+        parts = over(self.n, examples_per_block)
+        bias = self._parameter(last, "bias")
+        dz = NULL
+        if self.train:
+            dz = self._array(f"dz{before.name}", (self.n * before.values,))
+        dw = self._partial_sums(parts * last.weights)
+        db = NULL if bias is NULL else self._partial_sums(parts * last.maps)
+        self._launch(
+            "linear_cross_entropy",
+            (before, last),
+            (over(self.stride, examples_per_block), 1, 1),
+            memory,
+            np.int32(self.n),
+            np.int32(examples_per_block),
+            batch,
+            self._norm(before, merging=True),
+            self._sums_of(before, parts * (before.outputs // before.maps)),
+            self._output(before),
+            self._parameter(last, "weight"),
+            bias,
+            dz,
+            dw if self.train else NULL,
+            db if self.train else NULL,
+            self._array(f"{self.data}.losses", rows),
+            self._array(f"{self.data}.correct", rows, np.int32),
+        )
+        return self._tensors(last, dw, db, parts) if self.train else []
 
     def _forward(self, before: KernelStage, stage: KernelStage, batch: Structure) -> None:
         name = stage.name
@@ -255,9 +311,7 @@ class _Writer:
             self._array(f"{self.data}.correct", rows, np.int32),
         )
 
-    def _backward(
-        self, before: KernelStage, stage: KernelStage, decay_all: bool
-    ) -> list[tuple[int, ...]]:
+    def _backward(self, before: KernelStage, stage: KernelStage) -> list[tuple[int, ...]]:
         """Append the backward launch; return the parameter tensors for `_sgd`."""
         assert stage.plan is not None
         name = stage.name
@@ -310,18 +364,28 @@ class _Writer:
             db,
             Pointer("step") if first else NULL,
         )
+        return self._tensors(stage, dw, db, weight_blocks)
+
+    def _tensors(
+        self, stage: KernelStage, dw: Pointer, db: Pointer | None, parts: int
+    ) -> list[tuple[int, ...]]:
+        """Return the table of a stage's parameters: rows of the fields of ``Tensor``.
+
+        Args:
+            stage: the stage.
+            dw, db: the partial sums of the gradients of weight and bias; db is null if the stage
+                has no bias, or if its gradient is 0 because batch norm follows.
+            parts: the number of partial sums of each gradient.
+        """
+        assert stage.plan is not None
         tensors: list[tuple[int, ...]] = []
         for parameter, array in stage.plan.state().items():
-            if not isinstance(array, Parameter):
-                continue
-            offset, _ = self.offsets[f"{name}.{parameter}"]
-            place, count = 0, 0  # the gradient is there; a bias's before batch norm stays 0
-            if parameter == "weight":
-                place, count = dw.offset, weight_blocks
-            elif parameter == "bias" and db is not NULL:
-                place, count = db.offset, weight_blocks
-            decays = int(decay_all or parameter == "weight")
-            tensors.append((offset, array.data.size, place, count, decays))
+            if isinstance(array, Parameter):
+                offset, _ = self.offsets[f"{stage.name}.{parameter}"]
+                partial = {"weight": dw, "bias": db}.get(parameter)
+                place, count = (0, 0) if partial is None else (partial.offset, parts)
+                decays = int(parameter == "weight")
+                tensors.append((offset, array.data.size, place, count, decays))
         return tensors
 
     def _sgd(self, tensors: list[tuple[int, ...]], momentum: float, weight_decay: float) -> None:

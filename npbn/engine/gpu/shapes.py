@@ -42,6 +42,8 @@ class KernelStage:
         planes, summed: numbers of an example's padded x in shared memory, forward and backward.
         wide: the same of dy, with zeros around and between.
         gradients: of dy as it is.
+        classifier: of a tile of inputs, of the weights and of a tile of logits, if the stage is
+            the last one and computed together with the loss.
     """
 
     def __init__(self, name: str, plan: StagePlan | None, sizes: Sequence[int]) -> None:
@@ -63,6 +65,8 @@ class KernelStage:
         self.wide = self.maps * _plane_read(
             (s["height"], 1, s["kernel_h"]), (s["width"], 1, s["kernel_w"])
         )
+        pitch = self.inputs | 1
+        self.classifier = TILE * pitch, self.maps * pitch, TILE * self.maps
         self.gradients = (
             over(self.maps, MAPS_PER_THREAD) * MAPS_PER_THREAD * s["rows"] * (s["columns"] | 1)
         )

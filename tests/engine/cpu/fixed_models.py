@@ -56,7 +56,7 @@ def without_norm() -> Fixed:
         Linear(7, 3, generator=generator),
     )
     disturb(model)
-    sizes = {"batch_size": 34, "weight_decay": 0.1, "decay_all": True}
+    sizes = {"batch_size": 34, "weight_decay": 0.1}
     return Fixed(model, (a_split((1, 5, 5), 40, 4), a_split((1, 5, 5), 9, 5)), sizes)
 
 

@@ -43,7 +43,6 @@ def test_vectors_of_float32_stay_float32(make):
     threads=st.integers(1, 3),
     momentum=st.sampled_from([0.0, 0.9]),
     weight_decay=st.sampled_from([0.0, 0.1]),
-    decay_all=st.booleans(),
 )
 @settings(max_examples=8)
 def test_drawn_models_equal_the_layers(drawn, **options):
