@@ -487,6 +487,24 @@ def check_all(
         yield name, {"status": finding.status, "text": finding.text, **finding.numbers}
 
 
+def check_apart(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Run a check in a process of its own, and return its result.
+
+    After an illegal access to the GPU's memory, every later call of the same process fails.
+    """
+    with tempfile.TemporaryDirectory(prefix="npbn-") as folder:
+        file = Path(folder, "check.json")
+        options = ("--epochs", str(arguments.epochs), "--seed", str(arguments.seed))
+        try:
+            for line in lines("check_gpu.py", "--alone", name, *options, "--json", str(file)):
+                say(line.rstrip("\n"))
+            result: dict[str, Any] = json.loads(file.read_text())["results"][name]
+        except NpbnError as error:
+            say(f"FAILED   {name}: {error}")
+            return {"status": "FAILED", "text": str(error)}
+    return result
+
+
 def write_report(path: str, results: Mapping[str, Any]) -> None:
     report = {"date": datetime.date.today().isoformat(), "results": results}
     try:
@@ -518,24 +536,27 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--json", metavar="FILE", help="write every number there as well, after each check"
     )
+    parser.add_argument("--alone", choices=tuple(checks(NETWORKS)), help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
 def main() -> None:
     arguments = parse_arguments()
     device = backend.get_backend("cupy")
-    setting = Setting(device, epochs=arguments.epochs, seed=arguments.seed)
-    chosen = {
-        name: check
-        for name, check in checks(setting.networks).items()
-        if name == "card" or arguments.only is None or name in arguments.only
-    }
+    known = checks(NETWORKS)
+    if arguments.alone is not None:
+        setting = Setting(device, epochs=arguments.epochs, seed=arguments.seed)
+        found = check_all(setting, {arguments.alone: known[arguments.alone]})
+        write_report(arguments.json, dict(found))
+        return
     results: dict[str, Any] = {}
     if arguments.json is not None:
         # This shows before the checks, which take minutes, whether the file can be written.
         write_report(arguments.json, results)
-    for name, result in check_all(setting, chosen):
-        results[name] = result
+    for name in known:
+        if not (name == "card" or arguments.only is None or name in arguments.only):
+            continue
+        results[name] = check_apart(name, arguments)
         if arguments.json is not None:
             write_report(arguments.json, results)
     if any(result["status"] == "FAILED" for result in results.values()):

@@ -104,6 +104,13 @@ def test_a_check_that_breaks_off_fails_and_the_others_go_on(capsys):
     assert [result["status"] for result in results.values()] == ["FAILED", "ok"]
 
 
+def check_here(name, arguments):
+    """In place of a process of its own."""
+    setting = dataclasses.replace(SETTING, epochs=arguments.epochs, examples=60_000)
+    known = CHECK_GPU.checks(CHECK_GPU.NETWORKS)
+    return dict(CHECK_GPU.check_all(setting, {name: known[name]}))[name]
+
+
 @pytest.fixture
 def check(monkeypatch, tmp_path):
     """Runs main with these options, as if there were a GPU, and what it found, by the file."""
@@ -112,6 +119,7 @@ def check(monkeypatch, tmp_path):
         file = tmp_path / "out.json"
         monkeypatch.setattr("sys.argv", ["check_gpu.py", *options, "--json", str(file)])
         monkeypatch.setattr(backend, "get_backend", lambda name: NUMPY)
+        monkeypatch.setattr(CHECK_GPU, "check_apart", check_here)
         try:
             CHECK_GPU.main()
             code = 0
@@ -364,6 +372,15 @@ def test_the_benchmark_measures_the_same_by_engine_and_layers(cupy_backend, monk
         if worker == "engine":
             assert "kernel launches a step" in contestant.description
     assert np.allclose(*found, rtol=1e-5)
+
+
+@without_gpu
+def test_a_process_that_fails_is_a_check_that_failed(capsys):
+    arguments = argparse.Namespace(epochs=1, seed=0)
+    result = CHECK_GPU.check_apart("card", arguments)
+    assert result["status"] == "FAILED"
+    assert result["text"].startswith("check_gpu.py: error: CuPy")
+    assert capsys.readouterr().out.startswith("FAILED   card: check_gpu.py: error: CuPy")
 
 
 @without_gpu
