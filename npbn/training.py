@@ -5,6 +5,7 @@ Nothing here prints or writes files: `npbn.commands.train` does.
 
 from __future__ import annotations
 
+import functools
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -77,6 +78,14 @@ def steps_per_epoch(examples: int, batch_size: int) -> int:
 
 def _batches(examples: int, batch_size: int) -> int:
     return -(-examples // batch_size)  # rounded up
+
+
+@functools.lru_cache(maxsize=2)  # of the current epoch and of the next one
+def _permutation(seed: int, epoch: int, examples: int) -> np.ndarray:
+    """Return the order of the examples in an epoch."""
+    order = np.random.default_rng((seed, epoch)).permutation(examples)
+    order.flags.writeable = False
+    return order
 
 
 class _Totals:
@@ -272,6 +281,8 @@ class Training:
             self.batch += _batches(result.examples, self.batch_size)
             if on_batch is not None:
                 on_batch(result.examples)
+        # While a GPU computes: the metrics wait for it.
+        _permutation(self.seed, self.epoch + 1, len(self.train))
         metrics = self._totals.metrics()
         self.epoch, self.batch, self._totals = self.epoch + 1, 0, None
         return metrics
@@ -285,7 +296,7 @@ class Training:
 
     def _order(self) -> np.ndarray:
         """Return the examples of the current epoch's remaining batches, in their order."""
-        order = np.random.default_rng((self.seed, self.epoch)).permutation(len(self.train))
+        order = _permutation(self.seed, self.epoch, len(self.train))
         end = len(order) - left_out(len(order), self.batch_size)
         return order[self.batch * self.batch_size : end]
 

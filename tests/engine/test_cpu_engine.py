@@ -93,7 +93,7 @@ def compare(
             for name, parameter in model.parameters().items():
                 right = expected.parameters()[name]
                 error = np.abs(parameter.gradient - right.gradient).max()
-                assert error <= bound * scale, (name, error / scale)
+                assert error <= bound * scale, (name, error, scale)
             assert_same(model, expected, bound)
         assert_close(evaluate(fused), evaluate(layers), bound)
     assert fused.optimizer.steps == layers.optimizer.steps
@@ -111,7 +111,8 @@ def test_equal_to_the_layers(drawn, batch_size, examples, **options):
     model, shape = drawn
     if examples % batch_size == 1:
         examples -= 1  # a batch norm over one example: see Training
-    sizes = {"batch_size": batch_size, "examples": examples}
+    # A larger rate would let some models diverge, and roundings grow without bound.
+    sizes = {"batch_size": batch_size, "examples": examples, "lr": 1e-3}
     compare(model, shape, "float64", bound=1e-10, **sizes, **options)
 
 

@@ -161,7 +161,7 @@ def check_parameters(arrays, stages, expected, bound) -> None:
         assert offsets[name][0] == offset
         part = slice(offset, offset + parameter.data.size)
         error = np.abs(arrays["gradients"][part] - parameter.gradient.ravel()).max()
-        assert error <= bound * scale, (name, error / scale)
+        assert error <= bound * scale, (name, error, scale)
         error = np.abs(arrays["parameters"][part] - parameter.data.ravel()).max()
         assert error <= bound * max(1, np.abs(parameter.data).max()), name
     for i, stage in enumerate(expected):
