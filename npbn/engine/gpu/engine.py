@@ -114,7 +114,9 @@ class GpuEngine:
             self._find_views()
             self._launches = 0
             self._copies: dict[str, tuple[int, np.ndarray]] = {}
-            self._graphs = {key: self._captured(*key) for key in self._needed_graphs(len(train))}
+            self._graphs: dict[tuple[str, int], Any] = {}
+            for key in self._needed_graphs(len(train)):
+                self._graphs[key] = self._captured(*key)
         self.stream.synchronize()
 
     def steps(self, order: np.ndarray) -> Iterator[Result]:

@@ -1,68 +1,73 @@
-// The kernels of a training step and of an evaluation; `launch.py` has their order.
+// The CUDA kernels of the fused engine: a training step, and an evaluation.
 //
-// `npbn/functional` has the formulas that they compute, with derivations; the names are the same
-// here. `real` is float or double. NVRTC compiles this file for the GPU; g++ compiles it for tests
-// without a GPU, behind `tests/engine/cuda_shim.h`.
+// `launch.py` decides which kernels run in which order. `npbn/functional` contains the formulas and
+// their derivations; the names of variables are the same here. The type `real` is float or double.
+// NVRTC compiles this file for GPUs. In tests without a GPU, g++ compiles it for the CPU: see
+// `tests/emulated_gpu`.
 //
-// Stages. A stage of the plan is an affine map (convolution or linear), y = A x + b, followed by
-// batch norm, activation and pooling, each of which may be missing. A launch costs about as much
-// time as the arithmetic of a stage, so a step has few launches. A kernel ends only where a sum
-// over the whole batch is needed (at the end of each stage), before and after the loss, and before
-// SGD. These boundaries are not those of the layers:
+// Stages. The network is divided into stages. A stage is an affine map (a convolution or a linear
+// layer), y = A x + b, followed by batch norm, an activation and pooling, each of which may be
+// missing. Batch norm needs sums over the whole batch, and the sums are complete only when the
+// launch has ended that computes y. So a launch does not compute a stage, but the end of one stage
+// and the beginning of the next:
 //
-// - A forward kernel reads the y of the stage *before* it. It merges the batch statistics of that
-//   y, normalizes, activates and pools while it reads, and writes the y of its own stage.
-// - A backward kernel reads the gradient with respect to the output of batch norm, dz, and writes
-//   the dz of the stage before.
+// - A forward kernel reads the y of the stage before. It applies batch norm, activation and pooling
+//   to the numbers that it reads, and it writes the y of its own stage.
+// - A backward kernel reads dz, the gradient with respect to the output of batch norm of its own
+//   stage. It writes the dz of the stage before.
 //
 //     y0 → [ norm, activation, pooling · affine map ] → y1 → [ ... ] → y2 → ... → loss
 //     dz0 ← [ pooling', activation' · affine map' · norm' ] ← dz1 ← [ ... ] ← dz2 ← ... ← dlogits
 //
-// Below, S is the stage whose affine map a kernel computes, and P is the stage before it. For the
-// first stage, P is the images: a stage with nothing in it.
+// In the comments below, S is the stage whose affine map a kernel computes, and P is the stage
+// before S. If S is the first stage, P stands for the images: a stage without any operation.
 //
-// Launches. "Block" is CUDA's word: THREADS threads in one dimension. Convolutions are divided by
-// examples: a block has the maps of one example in shared memory at a time, and processes
-// `examples_per_block` examples. Linear layers are divided into tiles of TILE × TILE numbers. No
-// kernel allocates memory, waits for the host, or needs a number that the host must read first. So
-// a sequence of launches can be captured in a CUDA graph and replayed. Only a counter in memory
-// changes from step to step.
+// Kernels, and how a launch is divided among blocks (of THREADS threads, in one dimension):
 //
-// Reproducibility. The launch fixes the order of every sum: first the terms of a thread, then the
-// threads of a block by number, then the blocks by number. There are no atomics.
+//   conv_forward          convolution           a few examples in a block
+//   conv_backward         its backward pass     two kinds of blocks: for dx, and for dw and db
+//   linear_forward        linear layer          tiles of TILE examples × TILE outputs
+//   linear_backward       its backward pass     two kinds of blocks: for dx, and for dw and db
+//   linear_cross_entropy  last linear layer, loss, and their backward passes   TILE examples
+//   cross_entropy         loss and its backward pass, for other last stages    a few examples
+//   sgd                   sums of the parts of gradients, step of SGD          32 parameters
 //
-// Bytes. "Moves" in the comments below lists what must be read from memory, or written to it, at
-// least once. Numbers between two kernels stay in the second-level cache unless the batch is very
-// large.
+// No kernel allocates memory, waits for the host, or needs a number from the host that changes from
+// step to step. So the launches of a step can be captured in a CUDA graph, and the graph can be
+// launched again and again. A counter in the GPU's memory, *step, is the number of the step.
+//
+// Reproducibility. The order of all sums is fixed: first within a thread, then over the threads of
+// a block, then over the blocks. There are no atomic additions. So two runs give the same bits.
 
 constexpr int THREADS = 256;
-constexpr int TILE = 16;            // rows and columns of a product that a block computes at a time
-constexpr int TILE_K = 128;         // terms of a product's sums in shared memory at a time
-constexpr int VECTOR = 4;           // numbers that a thread reads from shared memory at once
-constexpr int ROWS_PER_THREAD = 4;  // rows of a convolution's output that a thread computes
-constexpr int MAPS_PER_THREAD = 2;  // maps of which it computes these rows
-constexpr int TAPS_PER_THREAD = 5;  // weights of a kernel's row whose gradients a thread computes
-constexpr int BANKS = 32;           // of shared memory; neighbours lie in neighbouring banks
-constexpr int PARAMETERS_PER_BLOCK = 32;  // that a block of `sgd` updates
+constexpr int TILE = 16;            // the rows and the columns of a tile of a matrix product
+constexpr int TILE_K = 128;         // the terms of a product's sums in shared memory at a time
+constexpr int VECTOR = 4;           // the numbers that a thread reads from shared memory at once
+constexpr int ROWS_PER_THREAD = 4;  // the rows of a convolution's output that a thread computes
+constexpr int MAPS_PER_THREAD = 2;  // the output maps for which a thread computes these rows
+constexpr int TAPS_PER_THREAD = 5;  // the weights in a row for which a thread computes gradients
+constexpr int BANKS = 32;           // the banks of shared memory; neighbours are in different banks
+constexpr int PARAMETERS_PER_BLOCK = 32;  // the parameters that a block of `sgd` updates
 
-// __launch_bounds__ of the forward kernels: the least number of blocks that a multiprocessor must
-// have room for. It is low, so that each thread gets many registers and can have many loads in
-// flight.
+// The number of blocks for which a multiprocessor must have room, in __launch_bounds__ of the
+// forward kernels. A low number allows each thread many registers, so a thread can wait for many
+// loads at the same time.
 template <typename real>
 constexpr int MIN_BLOCKS = sizeof(real) == 4 ? 2 : 1;
 
-// The sizes of a stage, known at run time.
+// The sizes of a stage, as values that are known only at run time.
 struct Shape {
     int channels, height, width;                                       // of x: (C, H, W)
     int maps, rows, columns;                                           // of y: (O, H', W')
-    int kernel_h, kernel_w, stride_h, stride_w, padding_h, padding_w;  // from x to y
-    int window_h, window_w;  // pooling windows, which do not overlap
+    int kernel_h, kernel_w, stride_h, stride_w, padding_h, padding_w;  // of the convolution
+    int window_h, window_w;  // of the pooling, whose windows do not overlap
     int maximum;             // 1: maximum pooling; 0: average pooling
-    int activation;          // SIGMOID, RELU or 0
+    int activation;          // SIGMOID, RELU, or 0 if there is none
 };
 
-// The sizes of a stage, known at compile time: divisions by them become multiplications, and loops
-// over them are unrolled. Kernels take either kind for S and P.
+// The sizes of a stage, as constants that the compiler knows. The compiler replaces divisions by
+// these sizes by multiplications and unrolls loops over them. As S and P, every kernel accepts
+// either a Fixed or a Shape.
 template <int C, int H, int W, int O, int P, int Q, int KH, int KW, int SH, int SW, int PH, int PW,
           int A, int B, int MAXIMUM, int ACTIVATION>
 struct Fixed {
@@ -74,26 +79,27 @@ struct Fixed {
     static constexpr int maximum = MAXIMUM, activation = ACTIVATION;
 };
 
-constexpr int SIGMOID = 1, RELU = 2;  // values of `activation`; 0: none
+constexpr int SIGMOID = 1, RELU = 2;  // the values of `activation`; 0 means none
 
-// The batch. Its example e is example order[i] of the data set, or i if order is null, where
-// i = *step · stride + e.
+// The examples of a batch. Example e of the batch is example order[*step · stride + e] of the data
+// set. If `order` is null, it is example *step · stride + e of the data set.
 struct Batch {
     const unsigned char* images;
     const int *labels, *order, *step;
     int stride;
 };
 
-// Batch norm of a stage; gamma is null if the stage has none.
+// The batch norm of a stage. The pointer `gamma` is null if the stage has no batch norm.
 //
-// In a forward kernel in training, `means` and `squares` hold the statistics of each part of the
-// batch, as the kernel that computed y left them: means[o, part] is the mean of channel o over the
-// part's examples (`examples_per_part`; the last part may have fewer), squares[o, part] the sum of
-// squared distances from it. In the backward pass and in prediction, `means` is null, and `mean`
-// and `var` are given.
+// Statistics of the batch exist in two forms. The kernel that computes y divides the batch into
+// parts and writes the statistics of each part: means[o, part] is the mean of channel o over the
+// examples of the part, and squares[o, part] is the sum of the squared distances from this mean. A
+// part has `examples_per_part` examples; the last part may have fewer. The next forward kernel
+// merges the parts and writes the statistics of the whole batch, `mean` and `var`. Backward
+// kernels, and all kernels in prediction, use `mean` and `var`; there, `means` is null.
 //
-// The mean is stored as an unevaluated sum, mean + rest, to survive large means: see "Rounding" in
-// `functional/batch_norm.py`. In prediction, rest is null.
+// The mean is stored as a sum of two numbers, mean + rest, because one float is not accurate enough
+// for a large mean: see "Rounding" in `functional/batch_norm.py`. In prediction, `rest` is null.
 template <typename real>
 struct Norm {
     const real *gamma, *beta;
@@ -104,8 +110,9 @@ struct Norm {
     real eps, momentum;
 };
 
-// What the backward pass of batch norm needs as well. For each channel o and part of the batch:
-// sums[0, o, part] = Σ dz, the terms of dβ, and sums[1, o, part] = Σ dz (y - μ), the terms of s·dγ.
+// The sums that the backward pass of batch norm needs, for each channel o and each part of the
+// batch: sums[0, o, part] = Σ dz and sums[1, o, part] = Σ dz (y - μ). Over all parts, the first sum
+// is dβ and the second is s·dγ, where s is the standard deviation.
 template <typename real>
 struct Sums {
     real* sums;
@@ -113,25 +120,26 @@ struct Sums {
     real *dgamma, *dbeta;
 };
 
-// A parameter tensor, for `sgd`: its offset and size in the arrays of all parameters; the offset
-// and number of the partial sums of its gradient (0: the gradient is complete already); whether
-// weight decay applies to it.
+// The place of a parameter tensor in the arrays of all parameters, for `sgd`. `offset` and `size`
+// are the place of the tensor. `partial_offset` and `partials` are the place and the number of the
+// partial sums of its gradient; if the number is 0, the gradient is complete already. `decays` is 1
+// if weight decay applies to the tensor.
 struct Tensor {
     int offset, size, partial_offset, partials, decays;
 };
 
-// ------------------------------------------------------------------ what the kernels are made of
+// -------------------------------------------------------------- functions that all kernels use
 
 alignas(32) extern __shared__ double shared_memory[];
 
-// The shared memory of a block, which `allocate` divides among arrays.
+// Divides the shared memory of a block among arrays. Each call of `allocate` returns a new array.
 template <typename real>
 struct Memory {
     real* free = reinterpret_cast<real*>(shared_memory);
 
     __device__ real* allocate(int count) {
         real* allocated = free;
-        free += (count + VECTOR - 1) / VECTOR * VECTOR;  // keep vectors aligned
+        free += (count + VECTOR - 1) / VECTOR * VECTOR;  // The next array begins at a whole vector.
         return allocated;
     }
 };
@@ -141,10 +149,11 @@ struct alignas(COUNT * sizeof(real)) Vector {
     real v[COUNT];
 };
 
-// Calls store(t, load(t)) for 0 <= t < count, divided among the threads of the block. A load from
-// global memory takes hundreds of cycles, and the compiler must assume that a store changes what
-// later loads read. So each thread starts IN_FLIGHT loads before it stores anything. Out-of-range
-// threads reload the last element, because a branch would serialize the loads.
+// Calls store(t, load(t)) for each t from 0 to count - 1; the threads of the block share the work.
+// A load from global memory takes hundreds of cycles, and the compiler must assume that a store
+// changes what later loads read. So each thread starts IN_FLIGHT loads before its first store. A
+// thread whose t is out of range loads the last element again, because a branch would delay the
+// other loads.
 template <int IN_FLIGHT, typename real, typename Load, typename Store>
 __device__ __forceinline__ void batched_load_store(int count, Load load, Store store) {
     for (int start = threadIdx.x; start < count; start += IN_FLIGHT * THREADS) {
@@ -162,9 +171,9 @@ __device__ __forceinline__ void batched_load_store(int count, Load load, Store s
     }
 }
 
-// All-reduce within groups of `group_size` consecutive threads: each thread gets the sums of the
-// values of its group. `group_size` is a power of two and at most 32, so a group lies in a warp.
-// All threads of the block must call this function together. It does not synchronize shared memory.
+// Replaces the values of each thread by their sums over a group of `group_size` consecutive
+// threads. `group_size` is a power of two and at most 32, so a group lies within a warp. All
+// threads of the block must call this function together. It is not a barrier for shared memory.
 template <int COUNT, typename T>
 __device__ void group_sums(T (&values)[COUNT], int group_size) {
     for (int distance = group_size / 2; distance > 0; distance /= 2) {
@@ -181,7 +190,7 @@ __device__ T group_sum(T value, int group_size) {
     return values[0];
 }
 
-// The number of consecutive threads that work on each channel when a block's threads are divided
+// Returns the number of consecutive threads for each channel, if the threads of a block are divided
 // among all channels.
 __device__ constexpr int threads_per_channel(int channels) {
     int group_size = 32;
@@ -199,7 +208,7 @@ __device__ real activated(int activation, real z) {
     return activation == RELU && z <= 0 ? real(0) : z;
 }
 
-// The derivative of the activation, as a function of its output a.
+// Returns the derivative of the activation, computed from the activation's output a.
 template <typename real>
 __device__ real activation_derivative(int activation, real a) {
     if (activation == SIGMOID) {
@@ -208,7 +217,8 @@ __device__ real activation_derivative(int activation, real a) {
     return activation == RELU && a == 0 ? real(0) : real(1);
 }
 
-// Batch norm of each channel, in shared memory: z = (y - mean - rest) · scale + beta.
+// The constants of the batch norm of each channel, as arrays in shared memory. The function call
+// operator returns z = (y - mean - rest) · scale + beta.
 template <typename real>
 struct Normalization {
     real *mean, *rest, *scale, *beta;
@@ -217,13 +227,15 @@ struct Normalization {
     __device__ real operator()(int o, real y) const { return centred(o, y) * scale[o] + beta[o]; }
 };
 
-// Returns the normalization of stage P. In training, it first merges the statistics of the parts:
+// Returns the normalization of stage P. In training, the function first merges the statistics of
+// the parts of the batch. Part t has m_t values, the mean μ_t and the sum of squares q_t:
 //   μ = Σ_t m_t μ_t / m,   m v = Σ_t (q_t + m_t (μ_t - μ)²)
 // (Chan, Golub and LeVeque, "Updating formulae and a pairwise algorithm for computing sample
-// variances", 1979, (2.1b) for several parts). One pass is enough, in double precision and with the
-// first part's mean μ_0 as pivot: the last sum is Σ_t (q_t + m_t (μ_t - μ_0)²) - m (μ - μ_0)².
-// Every block merges, which costs less than another launch. The first block writes μ and v to
-// `mean`, `rest` and `var`, and updates the moving averages.
+// variances", 1979, equation 2.1b for several parts). Both sums are computed in one pass, relative
+// to the mean μ_0 of the first part: the last sum is Σ_t (q_t + m_t (μ_t - μ_0)²) - m (μ - μ_0)².
+// In double precision, this subtraction is accurate enough. Every block merges all parts, which
+// takes less time than a launch. The first block also writes μ and v to `mean`, `rest` and `var`,
+// and updates the moving averages.
 template <typename real, typename P>
 __device__ Normalization<real> normalization(P p, int n, const Norm<real>& norm,
                                              Memory<real>& memory) {
@@ -239,7 +251,7 @@ __device__ Normalization<real> normalization(P p, int n, const Norm<real>& norm,
             const double* means = norm.means + o * norm.parts;
             const double pivot = end > 0 ? means[0] : 0;
             double sums[2] = {};  // Σ m_t (μ_t - pivot), and Σ (q_t + m_t (μ_t - pivot)²)
-#pragma unroll 8  // so many loads under way at a time; what they load_tile is still added in order
+#pragma unroll 8  // Eight loads are started together; the sums keep their order.
             for (int t = member; t < end; t += group_size) {
                 const double m =
                     double(area) * min(norm.examples_per_part, n - t * norm.examples_per_part);
@@ -277,8 +289,8 @@ __device__ Normalization<real> normalization(P p, int n, const Norm<real>& norm,
     return result;
 }
 
-// Returns where in y the pooling window of output `item` begins; `item` counts the numbers of an
-// example's output (C, H, W) after pooling. Sets *channel to its channel.
+// Returns the place in y where the pooling window of an output begins, and sets *channel to the
+// channel of the output. `item` is the index of the output in the example after pooling, (C, H, W).
 template <typename P>
 __device__ int window_of(P p, int e, int item, int* channel) {
     const int columns = p.columns / p.window_w, rows = p.rows / p.window_h;
@@ -287,8 +299,8 @@ __device__ int window_of(P p, int e, int item, int* channel) {
     return ((e * p.maps + *channel) * p.rows + r * p.window_h) * p.columns + q * p.window_w;
 }
 
-// Returns the largest activation in a pooling window, and sets *chosen to its place: the first of
-// equal ones. NaN counts as larger than any number.
+// Returns the largest activation in a pooling window, and sets *chosen to its place in y. If
+// several activations are equal, the first one is chosen. NaN counts as larger than any number.
 template <typename real, typename P>
 __device__ real largest_in(P p, const Normalization<real>& normalized, const real* y, int channel,
                            int first, int* chosen) {
@@ -306,15 +318,15 @@ __device__ real largest_in(P p, const Normalization<real>& normalized, const rea
     return largest;
 }
 
-// The input of a stage, as a function: (e, item) → number `item` of example e, computed from the y
-// of stage P. If y is null, P is the images: a pixel / 255.
+// The input of stage S as a function: input(e, item) is number `item` of example e. It is computed
+// from the y of stage P. If y is null, P is the images, and the number is a pixel / 255.
 template <typename real, typename P>
 struct Input {
     P p;
     Normalization<real> normalized;
     const real* y;
     Batch batch;
-    int first;  // index in `order` of the first example
+    int first;  // the index in `order` of the first example of the batch
 
     __device__ real operator()(int e, int item) const {
         if (y == nullptr) {
@@ -343,9 +355,10 @@ __device__ Input<real, P> input_of(P p, const Normalization<real>& normalized, c
     return {p, normalized, y, batch, y == nullptr ? *batch.step * batch.stride : 0};
 }
 
-// Backward through pooling and activation: from g, the gradient with respect to an output of
-// `Input`, to dz, the gradient with respect to the output of batch norm. Recomputes activations
-// from y. Adds dz and dz (y - μ) to the sums that the backward pass of batch norm needs.
+// Computes the backward pass of pooling and activation for one output of `Input`. g is the gradient
+// with respect to this output. The function writes dz, the gradient with respect to the output of
+// batch norm, and adds dz and dz (y - μ) to `sums` for the backward pass of batch norm. It computes
+// the activations again from y.
 template <typename real, typename P>
 __device__ void input_backward(P p, const Normalization<real>& normalized, const real* y, int e,
                                int item, real g, real* dz, real (&sums)[2]) {
@@ -369,10 +382,11 @@ __device__ void input_backward(P p, const Normalization<real>& normalized, const
     }
 }
 
-// The gradient with respect to y, through batch norm (`functional.batch_norm_backward`), as a
-// function of channel o and place in y. m is the number of values of a channel.
+// The gradient with respect to y, computed from dz by the backward pass of batch norm
+// (`functional.batch_norm_backward`). It is a function of the channel o and the place in y. A
+// channel has m values in the batch:
 //   dy = γ/s (dz - dβ/m - (y - μ) dγ/(s m)),   dβ = Σ dz,   dγ = Σ dz (y - μ) / s
-// Without batch norm, dy = dz.
+// If the stage has no batch norm, dy = dz.
 template <typename real>
 struct Gradient {
     const real *y, *dz;
@@ -388,8 +402,8 @@ struct Gradient {
     }
 };
 
-// Returns the gradient of stage S; the caller must synchronize before it is used. The first block
-// writes dβ and dγ.
+// Returns the gradient of stage S as a function. The caller must call __syncthreads before it uses
+// this function. The first block writes dβ and dγ.
 template <typename real, typename S>
 __device__ Gradient<real> gradient_of(S s, int n, const Norm<real>& norm, const Sums<real>& sums,
                                       const real* y, const real* dz, Memory<real>& memory) {
@@ -420,10 +434,10 @@ __device__ Gradient<real> gradient_of(S s, int n, const Norm<real>& norm, const 
     return result;
 }
 
-// Merges `count` new values of a channel into the statistics of its part of the batch, which cover
-// `had` values (Chan et al., (2.1)). `mean` is the mean of the new values, up to rounding; `sums`
-// are the sums of their distances from it and of the squared distances, which correct for that
-// rounding.
+// Adds `count` new values of a channel to the statistics of its part of the batch, which already
+// contain `had` values (Chan, Golub and LeVeque, equation 2.1). `mean` is the rounded mean of the
+// new values. `sums` contains the sum of their distances from this rounded mean, which corrects the
+// rounding, and the sum of the squared distances.
 template <typename real>
 __device__ void merge(int had, int count, real mean, const real (&sums)[2], double* part_mean,
                       real* part_squares) {
@@ -436,23 +450,26 @@ __device__ void merge(int had, int count, real mean, const real (&sums)[2], doub
 
 // ------------------------------------------------------------------------------- matrix products
 
-// Computes one tile of a matrix product in a block: Σ_k left(row, k) right(column, k), begin <= k <
-// end, for TILE rows and TILE columns. Thread t returns row t % TILE, column t / TILE. TILE_K terms
-// at a time are loaded into shared memory, where TILE threads read each number; outside of the
-// matrices it is 0. `left_along_k` and `right_along_k` say which numbers are neighbours in memory,
-// those with neighbouring k or those of neighbouring rows, so that neighbouring threads load
-// neighbours. Calls on_loaded(row, k, number) once for each number of the left matrix.
+// Computes one tile of a matrix product: Σ_k left(row, k) right(column, k) for begin <= k < end,
+// TILE rows and TILE columns. Thread t returns the sum for row t % TILE and column t / TILE.
+//
+// The block loads TILE_K terms of both matrices into shared memory at a time, and TILE threads read
+// each number there. Beyond the edges of the matrices, the numbers in shared memory are 0.
+// `left_along_k` is true if numbers of `left` with neighbouring k are neighbours in global memory,
+// and false if those of neighbouring rows are; likewise `right_along_k`. So neighbouring threads
+// can load neighbouring numbers. The function calls on_loaded(row, k, number) once for each number
+// of the left matrix.
 template <typename real, typename Left, typename Right, typename OnLoaded>
 __device__ real tile_of_product(int rows, int columns, int begin, int end, Left left,
                                 bool left_along_k, Right right, bool right_along_k, real* tiles,
                                 OnLoaded on_loaded) {
     using Four = Vector<real, VECTOR>;
-    constexpr int PITCH = TILE_K + VECTOR;  // neighbouring rows begin in different banks
+    constexpr int PITCH = TILE_K + VECTOR;  // Neighbouring rows begin in different banks.
     real *lefts = tiles, *rights = tiles + TILE * PITCH;
     real sums[VECTOR] = {};
     for (int start = begin; start < end; start += TILE_K) {
         const int depth = min(TILE_K, end - start);
-        // Out-of-range loads read a number at the edge, which is then stored as 0.
+        // A load beyond the edge reads a number at the edge, and 0 is stored instead of it.
         const auto load_tile = [&](int count, auto matrix, bool along_k, real* tile,
                                    auto on_loaded) {
             batched_load_store<TILE * TILE_K / THREADS, real>(
@@ -472,7 +489,7 @@ __device__ real tile_of_product(int rows, int columns, int begin, int end, Left 
                     }
                 });
         };
-        __syncthreads();  // the last tile has been read
+        __syncthreads();  // All threads have read the tiles before.
         load_tile(rows, left, left_along_k, lefts, on_loaded);
         load_tile(columns, right, right_along_k, rights, [](int, int, real) {});
         __syncthreads();
@@ -488,12 +505,13 @@ __device__ real tile_of_product(int rows, int columns, int begin, int end, Left 
     return (sums[0] + sums[1]) + (sums[2] + sums[3]);
 }
 
-// A linear layer (`functional.linear`): y[n,o] = Σ_k x[n,k] w[o,k] + b, where x is the output of
-// stage P. Writes y and the statistics of this part of the batch; also x, for the backward pass,
-// unless it is null.
+// The forward pass of a linear layer (`functional.linear`). x is the output of stage P:
+//   y[n,o] = Σ_k x[n,k] w[o,k] + b[o]
+// Writes y, and the statistics of this part of the batch for batch norm. If the pointer x is not
+// null, also writes x, for the backward pass.
 //
-// Launch: grid (parts of `examples_per_block` examples, tiles of TILE outputs). Moves P's y and w
-// in, y and x out.
+// Grid: (parts of `examples_per_block` examples, tiles of TILE outputs). Reads: P's y, w, b.
+// Writes: y, x, statistics.
 template <typename real, typename P, typename S>
 __global__ void __launch_bounds__(THREADS, MIN_BLOCKS<real>)
     linear_forward(P p, S s, int n, int examples_per_block, Batch batch, Norm<real> norm,
@@ -533,21 +551,22 @@ __global__ void __launch_bounds__(THREADS, MIN_BLOCKS<real>)
     }
 }
 
-// The backward pass of a linear layer (`functional.linear_backward`), from its dz to the dz of
-// stage P.
+// The backward pass of a linear layer (`functional.linear_backward`).
 //
-// The first `input_blocks` blocks (none, if P is the images) compute the gradient with respect to
-// the input, then P's dz and the sums for its batch norm:
+// The first `input_blocks` blocks compute the gradient with respect to the input. From it they
+// compute the dz of stage P and the sums for the batch norm of P:
 //   dx[n,k] = Σ_o dy[n,o] w[o,k]
-// The others compute the gradients with respect to the parameters, in parts of
-// `examples_per_weight_block` examples, which `sgd` adds up. The bias is treated as the weight of
-// an input that is always 1:
+// If P is the images, `input_blocks` is 0.
+//
+// The other blocks compute the gradients with respect to the weight and the bias. Each block
+// computes a partial sum over `examples_per_weight_block` examples, and `sgd` adds the partial
+// sums. The bias is treated as the weight of an additional input that is always 1:
 //   dw[o,k] = Σ_n dy[n,o] x[n,k]
 //
-// Launch: a grid of the input blocks (tiles of TILE inputs by parts of `examples_per_block`
-// examples), then the others (tiles of outputs × inputs by parts of the batch). Moves x, y, dz, w
-// and P's y in; P's dz and the partial sums out. Increments *step unless it is null; no other
-// thread reads it in this launch.
+// Grid: first the input blocks (tiles of TILE inputs × parts of `examples_per_block` examples),
+// then the other blocks (tiles of outputs × inputs, × parts of the batch). Reads: x, y, dz, w, P's
+// y. Writes: P's dz, partial sums. If `step` is not null, the kernel increments *step; no thread of
+// this launch reads it.
 template <typename real, typename P, typename S>
 __global__ void linear_backward(P p, S s, int n, int input_blocks, int examples_per_block,
                                 int examples_per_weight_block, Norm<real> norm, Sums<real> sums,
@@ -579,7 +598,7 @@ __global__ void linear_backward(P p, S s, int n, int input_blocks, int examples_
         if (norm_before.gamma != nullptr) {
             group_sums(result, TILE);
             if (row == 0 && k < inputs) {
-                const int area = inputs / p.maps;  // each input of a channel is one of its parts
+                const int area = inputs / p.maps;  // Each input of a channel has a part of its own.
                 const int at = k / area * sums_before.parts + part * area + k % area;
                 sums_before.sums[at] = result[0];
                 sums_before.sums[p.maps * sums_before.parts + at] = result[1];
@@ -611,20 +630,22 @@ __global__ void linear_backward(P p, S s, int n, int input_blocks, int examples_
 
 // ---------------------------------------------------------------------------------- convolutions
 
-// The layout of an example's maps in shared memory, "planes". Rows and planes are padded so that
-// what neighbouring threads read at the same time lies in different banks where possible.
+// The layout of the maps of an example in shared memory. A map is stored as a "plane": rows of
+// `pitch` numbers, `area` numbers in all. The padding of rows and planes is chosen so that numbers
+// which neighbouring threads read at the same time lie in different banks where possible.
 struct Planes {
     int height, width, pitch, area;
 };
 
-// The smallest n >= number with n ≡ like (mod divisor); divisor is a power of two.
+// Returns the smallest n >= number for which n - like is a multiple of the divisor. The divisor is
+// a power of two.
 __device__ constexpr int raised(int number, int like, int divisor) {
     return number + ((like - number) & (divisor - 1));
 }
 
-// The planes that a convolution with outputs of rows × columns reads. A thread computes
-// ROWS_PER_THREAD rows: the banks that the threads of one group of rows read end where those of the
-// next group begin.
+// Returns the layout of the planes that a convolution reads, if its output has rows × columns
+// numbers. A thread computes ROWS_PER_THREAD rows of the output. The pitch is chosen so that the
+// threads of one group of rows read from other banks than the threads of the next group.
 __device__ constexpr Planes planes_read(int rows, int columns, int kernel_h, int kernel_w,
                                         int stride_h, int stride_w) {
     const int height =
@@ -636,9 +657,9 @@ __device__ constexpr Planes planes_read(int rows, int columns, int kernel_h, int
     return {height, width, pitch, height * pitch};
 }
 
-// The planes that the gradient with respect to the weights reads, with threads for each row of the
-// kernel and each channel: the banks that the rows of one channel occupy end where those of the
-// next begin.
+// Returns the layout of the planes from which the gradient with respect to the weights is computed.
+// There are threads for each row of the kernel and each channel. The area is chosen so that the
+// threads of one channel read from other banks than the threads of the next channel.
 __device__ constexpr Planes planes_summed(int rows, int columns, int kernel_h, int kernel_w,
                                           int stride_h, int stride_w) {
     const int height = (rows - 1) * stride_h + kernel_h;
@@ -650,7 +671,7 @@ __device__ constexpr Planes planes_of_maps(int rows, int columns) {
     return {rows, columns, columns | 1, rows * (columns | 1)};
 }
 
-// Fills with zeros. What is not written afterwards, the padding, keeps them.
+// Sets all planes to 0. The padding of the planes is not written afterwards, so it stays 0.
 template <typename real>
 __device__ void clear(real* planes, int count) {
     for (int t = threadIdx.x; t < count; t += THREADS) {
@@ -659,9 +680,9 @@ __device__ void clear(real* planes, int count) {
     __syncthreads();
 }
 
-// Stores an example's maps in planes: number t, load(t), at (i, j) of its map goes to
-// (i · stride_h + above, j · stride_w + left), unless that is outside of the plane. Then calls
-// on_loaded(t, load(t)).
+// Stores the maps of an example in planes. Number t of the example is load(t), at row i and column
+// j of its map. It is stored at row i · stride_h + above and column j · stride_w + left of the
+// plane, unless this place is outside of the plane. Then on_loaded(t, load(t)) is called.
 template <int IN_FLIGHT, typename real, typename Load, typename OnLoaded>
 __device__ __forceinline__ void scatter(int maps, int rows, int columns, Planes layout,
                                         int stride_h, int stride_w, int above, int left,
@@ -676,11 +697,12 @@ __device__ __forceinline__ void scatter(int maps, int rows, int columns, Planes 
     });
 }
 
-// The sum in convolution and in its gradient with respect to the input:
+// Computes the sum of a convolution. The gradient with respect to the input is such a sum, too:
 //   out[o,p,q] = bias(o) + Σ_cij w(o,c,i,j) in[c, p·stride_h + i, q·stride_w + j]
-// `in` and `out` are in shared memory, and so are the weights of `weight_channels` channels at a
-// time, with the weights of neighbouring maps next to one another. A thread computes
-// ROWS_PER_THREAD rows of MAPS_PER_THREAD maps, so that it uses each number it reads several times.
+// The arrays `in` and `out` are in shared memory. The weights of `weight_channels` channels at a
+// time are also in shared memory, where weights of neighbouring output maps are neighbours. A
+// thread computes ROWS_PER_THREAD rows of MAPS_PER_THREAD maps, so it uses each number that it
+// reads several times.
 template <typename real, typename Bias, typename Weight>
 __device__ __forceinline__ void correlate(int channels, const real* in, int maps, int rows,
                                           int columns, int kernel_h, int kernel_w, int stride_h,
@@ -694,14 +716,14 @@ __device__ __forceinline__ void correlate(int channels, const real* in, int maps
     const int taps = kernel_h * kernel_w;
     for (int first = 0; first < channels; first += weight_channels) {
         const int count = min(weight_channels, channels - first);
-        __syncthreads();  // the weights before have been read
+        __syncthreads();  // All threads have read the weights before.
         batched_load_store<8, real>(
             count * taps * groups * MAPS_PER_THREAD,
             [&](int t) {
                 const int o = t % (groups * MAPS_PER_THREAD),
                           tap = t / (groups * MAPS_PER_THREAD) % taps;
                 const int c = first + t / (groups * MAPS_PER_THREAD * taps);
-                // Column by column of the kernel, the order in which they are used.
+                // The weights are stored column by column of the kernel: the order of their use.
                 return o < maps ? weight(o, c, tap % kernel_h, tap / kernel_h) : real(0);
             },
             [&](int t, real result) { weights[t] = result; });
@@ -747,13 +769,14 @@ __device__ __forceinline__ void correlate(int channels, const real* in, int maps
     __syncthreads();
 }
 
-// A convolution (`functional.conv2d`), where x is the output of stage P:
+// The forward pass of a convolution (`functional.conv2d`). x is the output of stage P:
 //   y[n,o,p,q] = b[o] + Σ_cij w[o,c,i,j] x[n, c, p·s+i-pad, q·s+j-pad]
-// Writes y and the statistics of this part of the batch; also x, for the backward pass, unless it
-// is null.
+// Writes y, and the statistics of this part of the batch for batch norm. If the pointer x is not
+// null, also writes x, for the backward pass. A block has the maps of one example at a time in
+// shared memory.
 //
-// Launch: grid (parts of `examples_per_block` examples). Moves P's y (or the images) and w in, y
-// and x out.
+// Grid: parts of `examples_per_block` examples. Reads: P's y or the images, w, b. Writes: y, x,
+// statistics.
 template <typename real, typename P, typename S>
 __global__ void __launch_bounds__(THREADS, MIN_BLOCKS<real>)
     conv_forward(P p, S s, int n, int examples_per_block, int weight_channels, Batch batch,
@@ -770,7 +793,7 @@ __global__ void __launch_bounds__(THREADS, MIN_BLOCKS<real>)
     clear(planes, s.channels * layout.area);
     const int begin = blockIdx.x * examples_per_block, end = min(begin + examples_per_block, n);
     for (int e = begin; e < end; ++e) {
-        scatter<4>(  // not more: each number takes long to compute
+        scatter<4>(  // More loads in flight would not help: each number takes long to compute.
             s.channels, s.height, s.width, layout, 1, 1, s.padding_h, s.padding_w, planes,
             [&](int t) { return input(e, t); },
             [&](int t, real result) {
@@ -814,11 +837,13 @@ __global__ void __launch_bounds__(THREADS, MIN_BLOCKS<real>)
     }
 }
 
-// Adds one example's gradient with respect to the weights (`functional.conv2d_backward`):
-//   dw[o,c,i,j] += Σ_pq dy[o,p,q] x[c, p·s+i, q·s+j]   (x padded; = for the first example)
-// A thread computes TAPS_PER_THREAD neighbours in j of MAPS_PER_THREAD maps, so that it uses each
-// number it reads several times. If there are more threads than such groups of weights,
-// `group_size` threads share the rows of each.
+// Adds the gradient of one example with respect to the weights (`functional.conv2d_backward`) to
+// dw:
+//   dw[o,c,i,j] += Σ_pq dy[o,p,q] x[c, p·s+i, q·s+j]   (x is padded)
+// For the first example, the gradient is stored instead of added. A thread computes TAPS_PER_THREAD
+// weights of a row for MAPS_PER_THREAD maps, so it uses each number that it reads several times. If
+// there are more threads than such groups of weights, `group_size` threads share the work of a
+// group: each thread adds up some rows p.
 template <typename real, typename S>
 __device__ __forceinline__ void add_weight_gradient(S s, bool first, Planes layout,
                                                     const real* planes, Planes map_layout,
@@ -851,7 +876,7 @@ __device__ __forceinline__ void add_weight_gradient(S s, bool first, Planes layo
                 }
             }
         }
-        __syncthreads();  // the last sums have been read
+        __syncthreads();  // All threads have read the sums before.
         for (int m = 0; m < MAPS_PER_THREAD; ++m) {
             for (int t = 0; t < TAPS_PER_THREAD; ++t) {
                 sums[(m * TAPS_PER_THREAD + t) * THREADS + threadIdx.x] = result[m][t];
@@ -880,20 +905,24 @@ __device__ __forceinline__ void add_weight_gradient(S s, bool first, Planes layo
     }
 }
 
-// The backward pass of a convolution (`functional.conv2d_backward`), from its dz to the dz of stage
-// P.
+// The backward pass of a convolution (`functional.conv2d_backward`).
 //
-// The first `input_blocks` blocks (none, if P is the images), with `examples_per_block` examples
-// each, compute the gradient with respect to the input, then P's dz and the sums for its batch
-// norm:
+// The first `input_blocks` blocks compute the gradient with respect to the input, each for
+// `examples_per_block` examples. From it they compute the dz of stage P and the sums for the batch
+// norm of P:
 //   dx[n,c,h,w] = Σ_oij w[o,c,i,j] dy[n, o, (h+pad-i)/s, (w+pad-j)/s]
-// over the i and j for which the quotients are integers and in range. That is a convolution with
-// stride 1 by the kernel rotated by 180°, of dy with zeros around it and, if the stride is larger,
-// between its numbers. The other blocks compute the gradients with respect to the parameters, in
-// parts of `examples_per_weight_block` examples, which `sgd` adds up.
+// where the sum is over those i and j for which both quotients are integers and in range. This is a
+// convolution with stride 1. Its kernel is the kernel rotated by 180°. Its input is dy with zeros
+// around it and, if the stride s is larger than 1, with s - 1 zeros between its numbers. If P is
+// the images, `input_blocks` is 0.
 //
-// Launch: a grid of both kinds of blocks. Moves x, y, dz, w and P's y in; P's dz and the partial
-// sums out. Increments *step unless it is null; no other thread reads it in this launch.
+// The other blocks compute the gradients with respect to the weight and the bias. Each block
+// computes a partial sum over `examples_per_weight_block` examples, and `sgd` adds the partial
+// sums.
+//
+// Grid: first the input blocks, then the other blocks. Reads: x, y, dz, w, P's y. Writes: P's dz,
+// partial sums. If `step` is not null, the kernel increments *step; no thread of this launch reads
+// it.
 template <typename real, typename P, typename S>
 __global__ void conv_backward(P p, S s, int n, int input_blocks, int examples_per_block,
                               int examples_per_weight_block, int weight_channels, Norm<real> norm,
@@ -926,7 +955,7 @@ __global__ void conv_backward(P p, S s, int n, int input_blocks, int examples_pe
                 },
                 weight_channels, memory.free, dx);
             const int group_size = threads_per_channel(p.maps), member = threadIdx.x % group_size;
-            const int items = s.channels * seen / p.maps;  // of a channel of P
+            const int items = s.channels * seen / p.maps;  // the inputs of S in a channel of P
             for (int first = 0; first < p.maps; first += THREADS / group_size) {
                 const int o = first + threadIdx.x / group_size, last = o < p.maps ? items : 0;
                 real result[2] = {};
@@ -950,7 +979,7 @@ __global__ void conv_backward(P p, S s, int n, int input_blocks, int examples_pe
         const Planes map_layout = planes_of_maps(s.rows, s.columns);
         const Planes layout =
             planes_summed(s.rows, s.columns, s.kernel_h, s.kernel_w, s.stride_h, s.stride_w);
-        // TAPS_PER_THREAD more, which are read behind the last one and not used.
+        // Threads also read TAPS_PER_THREAD numbers behind the last plane, but do not use them.
         real* planes = memory.allocate(s.channels * layout.area + TAPS_PER_THREAD);
         real* gradients = memory.allocate((s.maps + MAPS_PER_THREAD - 1) / MAPS_PER_THREAD *
                                           MAPS_PER_THREAD * map_layout.area);
@@ -983,7 +1012,7 @@ __global__ void conv_backward(P p, S s, int n, int input_blocks, int examples_pe
                 }
             }
             if (db != nullptr) {
-                __syncthreads();  // `gradients` has been read
+                __syncthreads();  // All threads have read `gradients`.
             }
         }
     }
@@ -994,11 +1023,12 @@ __global__ void conv_backward(P p, S s, int n, int input_blocks, int examples_pe
 
 // -------------------------------------------------------------------------- loss and optimization
 
-// Softmax cross-entropy of one example (`functional.softmax_cross_entropy`), by one thread. Returns
-// the loss, NaN if the label is out of range. Replaces the logits z by the gradient of the mean
-// loss of n examples, and sets *right to whether the largest logit (the first of equal ones) is the
-// label's:
+// Computes softmax cross-entropy of one example in one thread (`functional.softmax_cross_entropy`).
+// Returns the loss, which is NaN if the label is out of range. Replaces the logits z by the
+// gradient of the mean loss of the n examples of the batch:
 //   dlogits[k] = (p[k] - [k = label]) / n
+// Sets *right to 1 if the largest logit is at the label, else to 0. If several logits are equal,
+// the first one counts as the largest.
 template <typename real>
 __device__ real softmax_loss(real* z, int classes, int label, int n, int* right) {
     int largest = 0;
@@ -1022,15 +1052,16 @@ __device__ real softmax_loss(real* z, int classes, int label, int n, int* right)
     return top - at_label + log(sum);
 }
 
-// Returns the label of an example of the batch.
+// Returns the label of example e of the batch.
 __device__ inline int label_of(const Batch& batch, int e) {
     const int place = *batch.step * batch.stride + e;
     return batch.labels[batch.order == nullptr ? place : batch.order[place]];
 }
 
-// Writes the block's parts of the rows losses[*step, :] and correct[*step, :] from the sums of each
-// thread. The sum of a row of losses is the mean loss of the n examples, and the sum of a row of
-// correct is the number of right predictions.
+// Adds up the losses and the numbers of right predictions of groups of TILE threads, and writes the
+// sums to the rows losses[*step, :] and correct[*step, :]. The sum of a row of losses is the mean
+// loss of the n examples of the batch. The sum of a row of correct is the number of right
+// predictions.
 template <typename real>
 __device__ void store_results(int n, const Batch& batch, real loss, int right, real* losses,
                               int* correct) {
@@ -1044,17 +1075,17 @@ __device__ void store_results(int n, const Batch& batch, real loss, int right, r
     }
 }
 
-// The last linear layer, the loss, and the backward passes of both, in one launch. The layer has no
-// batch norm, no activation and no pooling, and stage P before it is not the images:
+// The last linear layer, the loss, and the backward passes of both. The layer must have no batch
+// norm, no activation and no pooling, and stage P must not be the images. x is the output of P:
 //   logits[n,o] = Σ_k x[n,k] w[o,k] + b[o]
-//   dx[n,k] = Σ_o dlogits[n,o] w[o,k],   dw[o,k] = Σ_n dlogits[n,o] x[n,k],   db[o] = Σ_n
-//   dlogits[n,o]
-// Writes the results of the step (`store_results`). If dz_before is not null, also writes the dz of
-// stage P, the sums for its batch norm, and the partial sums of dw and db, one part for each block
-// that has examples.
+//   dx[n,k] = Σ_o dlogits[n,o] w[o,k]
+//   dw[o,k] = Σ_n dlogits[n,o] x[n,k],   db[o] = Σ_n dlogits[n,o]
+// Writes the losses and the numbers of right predictions (`store_results`). If `dz_before` is not
+// null, also writes the dz of stage P, the sums for the batch norm of P, and the partial sums of dw
+// and db: one part for each block that has examples.
 //
-// Launch: grid (parts of `examples_per_block` examples; parts may be empty). A block computes TILE
-// examples at a time. Reads: P's y, w, b, labels. Writes: P's dz, partial sums, losses, correct.
+// Grid: parts of `examples_per_block` examples; parts may be empty. A block computes TILE examples
+// at a time. Reads: P's y, w, b, labels. Writes: losses, correct, P's dz, partial sums.
 template <typename real, typename P, typename S>
 __global__ void linear_cross_entropy(P p, S s, int n, int examples_per_block, Batch batch,
                                      Norm<real> norm_before, Sums<real> sums_before,
@@ -1067,9 +1098,9 @@ __global__ void linear_cross_entropy(P p, S s, int n, int examples_per_block, Ba
     const Normalization<real> normalized = normalization(p, n, norm_before, memory);
     const Input<real, P> input = input_of(p, normalized, before, batch);
     const int inputs = s.channels, classes = s.maps;
-    const int pitch = inputs | 1;                // odd: neighbouring rows begin in different banks
-    real* x = memory.allocate(TILE * pitch);     // (example, input)
-    real* w = memory.allocate(classes * pitch);  // (class, input)
+    const int pitch = inputs | 1;  // Neighbouring rows begin in different banks if it is odd.
+    real* x = memory.allocate(TILE * pitch);         // (example, input)
+    real* w = memory.allocate(classes * pitch);      // (class, input)
     real* logits = memory.allocate(TILE * classes);  // (example, class); later their gradients
     const int begin = blockIdx.x * examples_per_block, end = min(begin + examples_per_block, n);
     batched_load_store<8, real>(
@@ -1079,8 +1110,8 @@ __global__ void linear_cross_entropy(P p, S s, int n, int examples_per_block, Ba
     int right = 0;
     for (int first = begin; first < end; first += TILE) {
         const int count = min(TILE, end - first);
-        const bool begun = first > begin;  // this block has added partial sums already
-        __syncthreads();  // the x and the logits of the examples before have been read
+        const bool begun = first > begin;  // whether this block has written partial sums already
+        __syncthreads();  // All threads have read `x` and `logits` of the examples before.
         batched_load_store<4, real>(
             count * inputs, [&](int t) { return input(first + t / inputs, t % inputs); },
             [&](int t, real result) { x[t / inputs * pitch + t % inputs] = result; });
@@ -1117,7 +1148,7 @@ __global__ void linear_cross_entropy(P p, S s, int n, int examples_per_block, Ba
             }
             if (norm_before.gamma != nullptr) {
                 group_sums(result, TILE);
-                const int area = inputs / p.maps;  // each input of a channel is one of its parts
+                const int area = inputs / p.maps;  // Each input of a channel has a part of its own.
                 const int at = k / area * sums_before.parts + blockIdx.x * area + k % area;
                 for (int i = 0; i < 2 && row == 0 && k < inputs; ++i) {
                     real* sum = sums_before.sums + i * p.maps * sums_before.parts + at;
@@ -1125,7 +1156,7 @@ __global__ void linear_cross_entropy(P p, S s, int n, int examples_per_block, Ba
                 }
             }
         }
-        const int columns = inputs + (db != nullptr);  // the bias is the weight of an input of 1
+        const int columns = inputs + (db != nullptr);  // The last column is the bias.
         for (int t = threadIdx.x; t < classes * columns; t += THREADS) {
             const int o = t / columns, k = t % columns;
             real* place = k < inputs ? dw + (blockIdx.x * classes + o) * inputs + k
@@ -1140,15 +1171,12 @@ __global__ void linear_cross_entropy(P p, S s, int n, int examples_per_block, Ba
     store_results(n, batch, loss, right, losses, correct);
 }
 
-// Softmax cross-entropy (`functional.softmax_cross_entropy`) of the last stage's output, its
-// backward pass, and the results of the step for the host: the sum of losses[*step, :] is the mean
-// loss, NaN if a label is out of range; the sum of correct[*step, :] is the number of right
-// predictions (the largest logit, the first of equal ones). In training, dz is not null: writes dz
-// of the last stage, and the sums for its batch norm, from
-//   dlogits[n,k] = (p[n,k] - [k = label]) / n
+// Softmax cross-entropy (`functional.softmax_cross_entropy`) of the output of the last stage, P,
+// and its backward pass. Writes the losses and the numbers of right predictions (`store_results`).
+// If dz is not null, as in training, also writes the dz of stage P and the sums for its batch norm.
 //
-// Launch: grid (parts of `examples_per_block` <= THREADS examples; parts may be empty). A thread
-// computes the loss of one example. Moves y and labels in; dz, losses and correct out.
+// Grid: parts of `examples_per_block` examples, at most THREADS; parts may be empty. A thread
+// computes the loss of one example. Reads: y, labels. Writes: losses, correct, dz.
 template <typename real, typename P>
 __global__ void cross_entropy(P p, int n, int examples_per_block, Batch batch, Norm<real> norm,
                               Sums<real> sums, const real* __restrict__ y, real* __restrict__ dz,
@@ -1194,14 +1222,15 @@ __global__ void cross_entropy(P p, int n, int examples_per_block, Batch batch, N
     }
 }
 
-// Adds up the partial sums of all gradients, and does a step of `optim.SGD` for all parameters:
+// Adds the partial sums of all gradients, and does a step of `optim.SGD` for all parameters:
 //   v ← momentum · v + (g + weight_decay · w),   w ← w - rate · v
-// rates[i] is the learning rate of step i; *step has been incremented already. The `tensors` lie
-// one after the other and have `size` parameters in all.
+// rates[i] is the learning rate of step i. *step has been incremented already, so the rate of this
+// step is rates[*step - 1]. `tensors` is the table of the parameter tensors, which lie one after
+// the other and have `size` parameters in all.
 //
-// Launch: a block updates PARAMETERS_PER_BLOCK neighbouring parameters; THREADS_PER_PARAMETER of
-// its threads add up the partial sums of one. Moves parameters, velocities and partial sums in;
-// parameters, velocities and gradients out.
+// Grid: a block updates PARAMETERS_PER_BLOCK neighbouring parameters. THREADS_PER_PARAMETER threads
+// add the partial sums of one parameter. Reads: parameters, velocities, partial sums. Writes:
+// parameters, velocities, gradients.
 template <typename real>
 __global__ void sgd(const Tensor* __restrict__ tensors, int size, const real* __restrict__ partials,
                     const int* step, const real* rates, real momentum, real weight_decay,
@@ -1218,7 +1247,7 @@ __global__ void sgd(const Tensor* __restrict__ tensors, int size, const real* __
     const Tensor t = *own;
     real sum = 0;
     if (at < size) {
-#pragma unroll 16  // so many loads under way at a time; what they load_tile is still added in order
+#pragma unroll 16  // Sixteen loads are started together; the sums keep their order.
         for (int b = member; b < t.partials; b += THREADS_PER_PARAMETER) {
             sum += partials[t.partial_offset + b * t.size + at - t.offset];
         }
