@@ -251,7 +251,8 @@ __device__ Normalization<real> normalization(P p, int n, const Norm<real>& norm,
             const double* means = norm.means + o * norm.parts;
             const double pivot = end > 0 ? means[0] : 0;
             double sums[2] = {};  // Σ m_t (μ_t - pivot), and Σ (q_t + m_t (μ_t - pivot)²)
-#pragma unroll 8  // Eight loads are started together; the sums keep their order.
+            // Eight loads are started together; the sums keep their order.
+#pragma unroll 8
             for (int t = member; t < end; t += group_size) {
                 const double m =
                     double(area) * min(norm.examples_per_part, n - t * norm.examples_per_part);
@@ -1247,7 +1248,8 @@ __global__ void sgd(const Tensor* __restrict__ tensors, int size, const real* __
     const Tensor t = *own;
     real sum = 0;
     if (at < size) {
-#pragma unroll 16  // Sixteen loads are started together; the sums keep their order.
+        // Sixteen loads are started together; the sums keep their order.
+#pragma unroll 16
         for (int b = member; b < t.partials; b += THREADS_PER_PARAMETER) {
             sum += partials[t.partial_offset + b * t.size + at - t.offset];
         }
