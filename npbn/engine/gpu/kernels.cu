@@ -250,7 +250,8 @@ __device__ Normalization<real> normalization(P p, int n, const Norm<real>& norm,
             const int end = o < p.maps ? norm.parts : 0;
             const double* means = norm.means + o * norm.parts;
             const double pivot = end > 0 ? means[0] : 0;
-            double sums[2] = {};  // Σ m_t (μ_t - pivot), and Σ (q_t + m_t (μ_t - pivot)²)
+            // Σ m_t (μ_t - pivot), and Σ (q_t + m_t (μ_t - pivot)²)
+            double sums[2] = {};
             // Eight loads are started together; the sums keep their order.
 #pragma unroll 8
             for (int t = member; t < end; t += group_size) {
