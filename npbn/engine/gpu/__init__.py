@@ -1,7 +1,8 @@
-"""The fused engine on a GPU, with CuPy.
+"""Train and evaluate by the fused engine on a GPU, with CuPy.
 
-`launch` turns a plan into a `program`: arrays and launches of the kernels in ``kernels.cu``, with
-the sizes in `shapes`. None of them knows a device; `GpuEngine` runs programs with CuPy.
+`launch` turns the plan of a model into a `program`, a list of arrays and of launches of the kernels
+in ``kernels.cu``. `shapes` computes the sizes that the kernels need. These modules need no GPU.
+`GpuEngine` runs the programs with CuPy.
 """
 
 from npbn.engine.gpu.engine import GpuEngine

@@ -35,10 +35,11 @@ EVALUATED_AT_ONCE = 2048
 
 
 class DeviceSum:
-    """A weighted sum of numbers in the GPU's memory, which the host computes when it is read.
+    """A weighted sum of numbers in the GPU's memory, which is computed on the host when needed.
 
-    ``float(x)`` and ``int(x)`` wait for the GPU and copy the numbers. So a step needs no kernels of
-    CuPy's for its sums. The numbers must be read before the engine's next pass overwrites them.
+    ``float(x)`` and ``int(x)`` wait for the GPU, copy the numbers and add them up. So a training
+    step launches no kernels for these sums. The sum must be read before the engine's next pass,
+    which overwrites the numbers.
 
     Args:
         read: a function that returns the array of the numbers, (R, P), on the host.
@@ -58,23 +59,24 @@ class DeviceSum:
 
 
 class GpuEngine:
-    """A model with its optimizer and its data on a GPU, planned for one batch size.
+    """An engine that trains and evaluates a model on a GPU with batches of one size.
 
-    Parameters, gradients, velocities and moving averages are those of the layers and the optimizer:
-    these get views of the engine's arrays, when it first trains or evaluates.
+    The engine keeps parameters, gradients, velocities and moving averages in arrays of its own.
+    When it first trains or evaluates, the layers and the optimizer get views of these arrays in
+    place of their own arrays.
 
     Args:
-        model: on CuPy.
-        optimizer: of its parameters.
-        train, test: the data; of one image size.
-        batch_size: a last batch may be smaller.
+        model: the model, on CuPy.
+        optimizer: the optimizer of the model's parameters.
+        train, test: the training split and the test split, with images of the same size.
+        batch_size: the number of examples in a batch. The last batch may be smaller.
         report: a function that is called with a line to show to the user if the kernels are being
             compiled. CuPy keeps compiled kernels in a cache on disk.
 
     Raises:
-        UnsupportedError: there is no stage for a layer, a batch norm is frozen, a stage or a batch
-            is too large for the GPU, or the kernels do not compile.
-        ValueError, TypeError: what the model's own forward pass would raise.
+        UnsupportedError: a layer does not fit into any stage, a batch norm is frozen, a stage or a
+            batch is too large for the GPU, or the kernels do not compile.
+        ValueError, TypeError: the model's own forward pass would raise this error.
         BackendError: the GPU has too little memory.
     """
 
@@ -96,12 +98,12 @@ class GpuEngine:
         self.cupy, self.model, self.optimizer = cupy, model, optimizer
         self.batch_size = min(batch_size, len(train))
         self.stages = plan(model, tuple(train.images.shape[1:]))
-        if model.training:  # else training will switch all of it to training mode
+        if model.training:  # Otherwise, training switches every layer to training mode first.
             self._refuse_frozen()
         self.test_size = len(test)
         self.test_batch = min(EVALUATED_AT_ONCE, self.test_size)
         self.programs = self._write_programs(len(train))
-        # A stream for the engine: CUDA's default stream, which layers use, cannot be captured.
+        # The engine needs a stream of its own, because CUDA's default stream cannot be captured.
         self.stream = cupy.cuda.Stream(non_blocking=True)
         with self._computing():
             self.arrays = self._allocate()
@@ -120,9 +122,10 @@ class GpuEngine:
         self.stream.synchronize()
 
     def steps(self, order: np.ndarray) -> Iterator[Result]:
-        """Launch the steps asynchronously, up to STEPS_PER_GRAPH of them for each `Result`.
+        """Launch the training steps without waiting for the GPU; see `npbn.engine.Engine`.
 
-        See `npbn.engine.Engine`. The mean loss of each single step is in ``losses`` afterwards.
+        Each `Result` stands for up to STEPS_PER_GRAPH steps. Afterwards, `losses` returns the mean
+        loss of each single step.
 
         Raises:
             UnsupportedError: a batch norm has been frozen.
@@ -149,7 +152,7 @@ class GpuEngine:
             yield self._launch(rest, batches, steps)
 
     def losses(self, steps: int) -> np.ndarray:
-        """Return the mean loss of each of the first steps of the last pass; waits for the GPU."""
+        """Wait for the GPU, and return the mean losses of the first steps of the last pass."""
         with self._computing():
             rows = self.arrays["train.losses"][:steps]
             found: np.ndarray = rows.get().sum(axis=1, dtype=np.float64)
@@ -163,10 +166,10 @@ class GpuEngine:
             self._launches += 1
         yield self._result("test", self.test_size, slice(None), self._test_shares)
 
-    # Set-up.
+    # Methods of the constructor.
 
     def _write_programs(self, examples: int) -> dict[str, Program]:
-        """Return the programs of training, for each batch size, and of an evaluation, by name."""
+        """Return the programs by name: a training step for each batch size, and an evaluation."""
         device = self.cupy.cuda.Device()
         multiprocessors = int(device.attributes["MultiProcessorCount"])
         programs = {}
@@ -225,12 +228,12 @@ class GpuEngine:
             message = str(error).strip().split("\n")[0]
             raise UnsupportedError(f"the GPU engine's kernels do not compile: {message}") from None
         for kernel in kernels.values():
-            # This also loads the kernel, which is not allowed while a graph is captured.
+            # This also loads the kernel. CUDA does not allow loading while a graph is captured.
             kernel.max_dynamic_shared_size_bytes = shared
         return kernels
 
     def _find_views(self) -> None:
-        """Find the views of the engine's arrays that layers and optimizer are to have."""
+        """Make the views of the engine's arrays that layers and optimizer will get."""
         names = {id(parameter): name for name, parameter in self.optimizer.parameters.items()}
         self._values: list[tuple[Buffer, Any]] = []
         self._gradients: list[tuple[Parameter, Any]] = []
@@ -256,9 +259,11 @@ class GpuEngine:
 
     @contextlib.contextmanager
     def _computing(self) -> Iterator[None]:
-        """Run on the engine's stream, ordered after and before the current one by events.
+        """Run the code inside on the engine's stream.
 
-        CUDA does not order non-blocking streams by itself, not even with the default one.
+        The engine's stream first waits for the current stream, and afterwards the current stream
+        waits for the engine's stream. CUDA itself does not order a non-blocking stream relative to
+        other streams, not even relative to the default stream.
         """
         outside = self.cupy.cuda.get_current_stream()
         self.stream.wait_event(outside.record())
@@ -266,7 +271,7 @@ class GpuEngine:
             yield
         outside.wait_event(self.stream.record())
 
-    # Every call, on the engine's stream.
+    # Methods of `steps` and `evaluate`, which run on the engine's stream.
 
     def _adopt(self) -> None:
         """Copy arrays that were replaced in the layers or the optimizer to the engine's arrays."""
@@ -276,8 +281,8 @@ class GpuEngine:
                 array.data = view
         for parameter, view in self._gradients:
             if parameter.gradient is not view:
-                # The layers' gradients are not used: every step computes all of them, except those
-                # of biases before a batch norm, which are 0 here and rounding errors there.
+                # The values of the layers' gradients are not needed, because a step computes all
+                # gradients. The exception is a bias before batch norm: its gradient stays 0 here.
                 view[...] = 0
                 parameter.gradient = view
         velocities = self.optimizer.velocity
@@ -301,7 +306,7 @@ class GpuEngine:
         array[: len(values)] = self.cupy.asarray(np.asarray(values, array.dtype))
 
     def _launch(self, size: int, start: int, end: int) -> Result:
-        """Launch these steps, on batches of this size."""
+        """Launch the steps from ``start`` to ``end`` - 1 on batches of ``size`` examples."""
         with self._computing():
             many, single = divmod(end - start, STEPS_PER_GRAPH)
             for repeats, count in ((STEPS_PER_GRAPH, many), (1, single)):
@@ -313,10 +318,17 @@ class GpuEngine:
         return self._result("train", size * (end - start), steps, 1 / (end - start))
 
     def _result(self, data: str, examples: int, rows: slice, weights: Any) -> Result:
-        """Return the result of these rows of losses and counts; the weights are for the losses."""
+        """Return the result of some rows of the arrays of losses and of right predictions.
+
+        Args:
+            data: "train" or "test", the beginning of the names of the arrays.
+            examples: the number of examples.
+            rows: the rows that are added up.
+            weights: the weights of the rows of losses.
+        """
 
         def read(name: str) -> np.ndarray:
-            """Return a copy of an array on the host; until the next launch, it is copied once."""
+            """Return a copy of an array on the host. The copy is used until the next launch."""
             if self._copies.get(name, (0, None))[0] != self._launches:
                 self._copies[name] = self._launches, self.arrays[name].get()
             return self._copies[name][1]
@@ -326,7 +338,7 @@ class GpuEngine:
         return Result(examples, loss, correct)
 
     def _needed_graphs(self, examples: int) -> list[tuple[str, int]]:
-        """Return the graphs of an epoch and of an evaluation: names of programs with repeats."""
+        """Return the graphs that an epoch and an evaluation need: (program, repeats)."""
         batches, rest = divmod(examples, self.batch_size)
         needed = [("test", 1), (f"train{self.batch_size}", 1)]
         if batches >= STEPS_PER_GRAPH:
@@ -334,7 +346,7 @@ class GpuEngine:
         return [*needed, (f"train{rest}", 1)] if rest else needed
 
     def _captured(self, name: str, repeats: int) -> Any:
-        """Return a graph on the GPU with the launches of a program, ``repeats`` times."""
+        """Return a CUDA graph that runs the launches of a program ``repeats`` times."""
         program = self.programs[name]
         calls = [
             (call, tuple(program.value(argument, self._address) for argument in call.arguments))

@@ -1,15 +1,17 @@
-"""Turn a plan into a sequence of kernel launches and the arrays they work on, without a device.
+"""Turn a plan into a program: the arrays and the kernel launches of a training step.
 
-A training step's launches are the same in every step: where the batch begins, and the learning
-rate, the kernels find by a counter in the GPU's memory. So one sequence can be run again and again,
-or captured in a graph.
+This module needs no GPU. The launches are the same in every step. A counter in the GPU's memory,
+``step``, tells the kernels where the batch begins and which learning rate applies. So the launches
+can be captured in a CUDA graph, and the graph can be launched again and again.
 
-Programs for several batch sizes, and for evaluation, share arrays: those of the same name are the
-same array, as large as the largest of them asks for.
+A model has several programs: one for each batch size, and one for evaluation. Arrays of the same
+name are one array in all programs. This array has the largest size that any of the programs needs.
 
-What the host does: it writes images and labels once, parameters and moving averages at first,
-``order`` and ``rates`` once an epoch, and 0 to ``step``; after the epoch it reads ``train.losses``
-and ``train.correct``, a row of each a step, to be added up; after an evaluation, those of ``test``.
+The host writes the images, the labels, the parameters and the moving averages before the first
+step. Before each epoch, it writes ``order`` and ``rates``, and 0 to ``step``. After the epoch, it
+reads ``train.losses`` and ``train.correct``: each step writes one row, whose sum is the mean loss
+or the number of right predictions. After an evaluation, it reads ``test.losses`` and
+``test.correct``.
 """
 
 from __future__ import annotations
@@ -78,7 +80,10 @@ LONG = 256
 
 
 def parameter_offsets(stages: Sequence[StagePlan]) -> dict[str, tuple[int, Parameter]]:
-    """Return, by name ("0.weight"), each parameter's offset in the arrays of all, and itself."""
+    """Return the parameters by name, such as "0.weight", as pairs (offset, parameter).
+
+    The offset is the place of the parameter's first number in the array of all parameters.
+    """
     found: dict[str, tuple[int, Parameter]] = {}
     end = 0
     for i, stage in enumerate(stages):
@@ -100,17 +105,19 @@ def training(
     fixed: bool = False,
     multiprocessors: int = MULTIPROCESSORS,
 ) -> Program:
-    """A step of the optimizer on n examples.
+    """Return the program of a training step on n examples.
 
     Args:
-        stages: the plan.
-        examples: of the data set, in the arrays ``train.images`` and ``train.labels``.
-        stride: from one step's examples in ``order`` to those of the next; n unless given.
-        momentum, weight_decay: as `npbn.optim.SGD` has them.
-        fixed: whether kernels are compiled for the sizes of this model; tests share one compilation
-            among many models instead.
-        multiprocessors: for how many the work is divided. The order of sums depends on it, so
-            results do, in their last bits.
+        stages: the plan of the model.
+        n: the number of examples in the batch.
+        examples: the number of examples in the data set, in ``train.images`` and ``train.labels``.
+        stride: the distance in ``order`` between the first examples of two neighbouring batches. By
+            default, this is n.
+        momentum, weight_decay: as in `npbn.optim.SGD`.
+        fixed: whether the kernels are compiled for the sizes of this model. If not, the kernels
+            read the sizes at run time, so that tests can use the same kernels for many models.
+        multiprocessors: the number of multiprocessors among which the work is divided. The order of
+            sums depends on this number, so the last bits of the results do, too.
     """
     stride = n if stride is None else stride
     writer = _Writer(stages, "train", examples, stride, fixed, multiprocessors)
@@ -125,22 +132,24 @@ def evaluation(
     fixed: bool = False,
     multiprocessors: int = MULTIPROCESSORS,
 ) -> Program:
-    """Evaluate the data set ``test`` in prediction mode, n examples at a time.
+    """Return the program that evaluates the test split in prediction mode, n examples at a time.
 
-    A batch's row of ``test.losses``, added up, is its mean loss. The last batch may be smaller.
+    Each batch writes one row of ``test.losses``, whose sum is the mean loss of the batch. The last
+    batch may be smaller. The arguments are those of `training`.
     """
     return _Writer(stages, "test", examples, n, fixed, multiprocessors).evaluation()
 
 
 class _Writer:
-    """Writes one program.
+    """A program that is being written.
 
     Attributes:
-        n: examples in a batch.
-        steps: batches in the data set.
-        partition: for the statistics of each stage, examples per block and number of blocks.
-        sums: for each stage, the ``Sums`` of kernels.cu.
-        partials: the numbers that are allocated in the array of partial sums.
+        n: the number of examples in a batch.
+        steps: the number of batches in the data set.
+        partition: for each stage, how the batch is divided into parts for the statistics: the
+            number of examples in a part, and the number of parts.
+        sums: for each stage, the arguments of the type ``Sums`` of kernels.cu.
+        partials: the number of elements that are in use in the array of partial sums.
     """
 
     def __init__(
@@ -177,7 +186,7 @@ class _Writer:
         batch = self._batch(order, self._array("step", (1,), np.int32, 0))
         backward = list(reversed(self.pairs))
         tensors = self._forward_and_loss(batch)
-        if tensors:  # the last stage's backward pass is among the launches already
+        if tensors:  # The backward pass of the last stage is among the launches already.
             del backward[0]
         for before, stage in backward:
             tensors += self._backward(before, stage)
@@ -196,10 +205,11 @@ class _Writer:
     # The launches.
 
     def _forward_and_loss(self, batch: Structure) -> list[tuple[int, ...]]:
-        """Append the launches of the forward pass and the loss.
+        """Append the launches of the forward pass and of the loss.
 
-        If the last stage is a linear layer and nothing else, its backward pass is in the launch of
-        the loss. Then, in training, return its parameter tensors for `_sgd`; else nothing.
+        If the last stage consists of a linear layer only, one launch computes this layer, the loss
+        and the backward passes of both. In this case, in training, return the parameter tensors of
+        the layer for `_sgd`. Otherwise, return an empty list.
         """
         before, last = self.pairs[-1]
         memory = [*normalization(before), *last.classifier]
@@ -221,7 +231,7 @@ class _Writer:
         before, last = self.pairs[-1]
         most = max(1, BLOCKS_PER_MULTIPROCESSOR * self.multiprocessors)
         examples_per_block = over(over(self.stride, TILE), most) * TILE
-        # Whatever n: a row of losses is that long.
+        # The length of a row of losses must not depend on n, because batch sizes share the array.
         rows = self.steps, over(self.stride, examples_per_block) * THREADS // TILE
         parts = over(self.n, examples_per_block)
         bias = self._parameter(last, "bias")
@@ -291,7 +301,7 @@ class _Writer:
         last = self.last
         most = LOGITS_AT_A_TIME // (last.outputs * self.dtype.itemsize)
         examples_per_block = min(EXAMPLES_OF_A_LOSS, max(1, most))
-        # Whatever n: a row of losses is that long.
+        # The length of a row of losses must not depend on n, because batch sizes share the array.
         num_blocks = over(self.stride, examples_per_block)
         rows = self.steps, num_blocks * THREADS // TILE
         dz = self._array(f"dz{last.name}", (self.n * last.values,)) if self.train else NULL
@@ -312,10 +322,10 @@ class _Writer:
         )
 
     def _backward(self, before: KernelStage, stage: KernelStage) -> list[tuple[int, ...]]:
-        """Append the backward launch; return the parameter tensors for `_sgd`."""
+        """Append the launch of a stage's backward pass. Return its parameter tensors for `_sgd`."""
         assert stage.plan is not None
         name = stage.name
-        first = before.plan is None  # the gradient with respect to the images is not needed
+        first = before.plan is None  # The gradient with respect to the images is not needed.
         bias = stage.norm is None and self._parameter(stage, "bias") is not NULL
         across = over(stage.inputs, TILE) if stage.linear else 1
         examples_per_block, num_blocks = self._divided(across, TILE if stage.linear else 1)
@@ -369,12 +379,12 @@ class _Writer:
     def _tensors(
         self, stage: KernelStage, dw: Pointer, db: Pointer | None, parts: int
     ) -> list[tuple[int, ...]]:
-        """Return the table of a stage's parameters: rows of the fields of ``Tensor``.
+        """Return the parameter tensors of a stage, as rows of the fields of ``Tensor``.
 
         Args:
             stage: the stage.
-            dw, db: the partial sums of the gradients of weight and bias; db is null if the stage
-                has no bias, or if its gradient is 0 because batch norm follows.
+            dw, db: the partial sums of the gradients of weight and bias. ``db`` is null if the
+                stage has no bias, or if the gradient of the bias is 0 because batch norm follows.
             parts: the number of partial sums of each gradient.
         """
         assert stage.plan is not None
@@ -396,7 +406,7 @@ class _Writer:
             (),
             (over(shape[0], PARAMETERS_PER_BLOCK), 1, 1),
             [THREADS],
-            # The partial sums of other batch sizes are elsewhere.
+            # Each batch size has a table of its own, because its partial sums have other places.
             self._array(f"tensors{self.n}", table.shape, np.int32, table),
             np.int32(shape[0]),
             *map(Pointer, ("partials", "step")),
@@ -408,7 +418,7 @@ class _Writer:
             self._array("velocities", shape, value=0),
         )
 
-    # Their parts.
+    # The arguments of the launches.
 
     def _program(self) -> Program:
         for name, array in self.arrays.items():
@@ -445,20 +455,25 @@ class _Writer:
         memory: Sequence[int],
         *arguments: Argument,
     ) -> None:
-        """Append the launch of a kernel that is compiled for these stages.
+        """Append the launch of a kernel.
 
-        ``memory``: the numbers in each piece of shared memory that it allocates.
+        Args:
+            kernel: the name of the kernel.
+            stages: the stages for whose sizes the kernel is compiled.
+            grid: the number of blocks along each axis.
+            memory: the length of each array that the kernel allocates in shared memory.
+            arguments: the arguments after the sizes.
         """
         shapes = [", ".join(map(str, stage.sizes.values())) for stage in stages]
         types = [f"Fixed<{sizes}>" if self.fixed else "Shape" for sizes in shapes]
-        # An empty class takes one byte.
+        # If the sizes are fixed, they are passed as an empty class, which takes one byte.
         values = [np.uint8(0) if self.fixed else Structure("Shape", s.sizes) for s in stages]
         name = f"{kernel}<{', '.join([self.real, *types])}>"
         shared = self._bytes(memory)
         self.launches.append(Launch(name, grid, shared, (*values, *arguments)))
 
     def _bytes(self, memory: Iterable[int]) -> int:
-        """Return the bytes of these pieces of shared memory, each rounded up to whole vectors."""
+        """Return the bytes of arrays of these lengths, each rounded up to whole vectors."""
         return sum(over(count, VECTOR) * VECTOR * self.dtype.itemsize for count in memory)
 
     def _real(self, value: float) -> np.generic:
@@ -472,7 +487,7 @@ class _Writer:
         return NULL if found is None else Pointer(array, found[0])
 
     def _output(self, stage: KernelStage) -> Pointer | None:
-        """Return the output of a stage's affine map; null for the images."""
+        """Return the array of the output of a stage's affine map, or null for the images."""
         return NULL if stage.plan is None else Pointer(f"y{stage.name}")
 
     def _batch(self, order: Pointer | None, step: Pointer) -> Structure:
@@ -481,7 +496,10 @@ class _Writer:
         return Structure("Batch", values | {"stride": self.stride})
 
     def _norm(self, stage: KernelStage, merging: bool = False) -> Structure:
-        """Batch norm of a stage; whether the kernel is to merge its statistics, in training."""
+        """Return the argument ``Norm`` for the batch norm of a stage.
+
+        If ``merging`` is true and in training, the kernel merges the statistics of the parts.
+        """
         name, norm = stage.name, stage.norm
         if norm is None:
             return Structure("Norm", {})
@@ -501,7 +519,7 @@ class _Writer:
         return Structure("Norm", values)
 
     def _sums_of(self, stage: KernelStage, num_blocks: int) -> Structure:
-        """Reserve the sums of a stage's batch norm, which its backward needs."""
+        """Reserve an array for the sums that the backward pass of a stage's batch norm needs."""
         found = Structure("Sums", {})
         if self.train and stage.norm is not None:
             values = {
@@ -515,18 +533,26 @@ class _Writer:
         return found
 
     def _partial_sums(self, count: int) -> Pointer:
-        """Reserve ``count`` elements of the partial sums' array."""
+        """Reserve ``count`` elements in the array of partial sums, and return the first one."""
         self.partials += count
         return Pointer("partials", self.partials - count)
 
     def _divided(self, across: int, unit: int) -> tuple[int, int]:
-        """Return the examples per block, in whole units, and how many blocks the batch needs."""
+        """Return the number of examples in a block, and the number of blocks of a batch.
+
+        Args:
+            across: the number of blocks that process the same examples.
+            unit: the number of examples in a block is a multiple of this number.
+        """
         most = max(1, BLOCKS_PER_MULTIPROCESSOR * self.multiprocessors // across)
         examples_per_block = over(over(self.n, unit), most) * unit
         return examples_per_block, over(self.n, examples_per_block)
 
     def _weight_passes(self, stage: KernelStage, channels: int, maps: int) -> tuple[int, int]:
-        """Return how many channels' weights are in shared memory at a time, and their numbers."""
+        """Return the number of channels whose weights are in shared memory at the same time.
+
+        The second result is the number of elements that these weights occupy.
+        """
         taps = stage.sizes["kernel_h"] * stage.sizes["kernel_w"]
         one = taps * over(maps, MAPS_PER_THREAD) * MAPS_PER_THREAD
         channels_per_pass = min(channels, max(1, WEIGHTS_AT_A_TIME // (one * self.dtype.itemsize)))

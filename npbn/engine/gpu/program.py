@@ -1,7 +1,7 @@
-"""A training step, or an evaluation, on a GPU, as data: arrays and launches, without a device.
+"""Describe a training step or an evaluation on a GPU as data.
 
-A `Program` says which arrays there have to be, and which kernels of ``kernels.cu`` are launched on
-them, one after the other. `npbn.engine.gpu.launch` writes programs.
+A `Program` lists the arrays that must exist on the GPU, and the launches of kernels of
+``kernels.cu`` in their order. `npbn.engine.gpu.launch` writes programs. Nothing here needs a GPU.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ OPTIONS = ("--std=c++17", "--prec-div=false", "--prec-sqrt=false")
 THREADS = 256
 """Threads of a block, as in kernels.cu."""
 
-# The structures of kernels.cu.
+# The fields of the structures of kernels.cu, with their types.
 SHAPE_FIELDS = (
     *("channels", "height", "width", "maps", "rows", "columns"),
     *("kernel_h", "kernel_w", "stride_h", "stride_w", "padding_h", "padding_w"),
@@ -40,7 +40,7 @@ STRUCTURES = {
 
 
 class Pointer(NamedTuple):
-    """The address of a number in an array of a program."""
+    """A pointer to a number in an array of a program: the name of the array, and the index."""
 
     array: str
     offset: int = 0
@@ -51,11 +51,11 @@ NULL = None
 
 @dataclass(frozen=True)
 class Structure:
-    """A structure of kernels.cu, passed by value.
+    """An argument that is a structure of kernels.cu, passed by value.
 
     Attributes:
-        name: of `STRUCTURES`.
-        values: by field; what is not there is 0, or null.
+        name: the name of the structure in `STRUCTURES`.
+        values: the values by the names of their fields. A field without a value is 0 or null.
     """
 
     name: str
@@ -67,10 +67,12 @@ Argument = Pointer | Structure | np.generic | None
 
 @dataclass(frozen=True)
 class ArraySpec:
-    """An array on the device.
+    """The description of an array on the GPU.
 
     Attributes:
-        value: what is in it at first; None: anything.
+        shape, dtype: the shape and the dtype of the array.
+        value: the initial value of all elements, or an array of initial values. None means that the
+            array need not be initialized.
     """
 
     shape: tuple[int, ...]
@@ -84,11 +86,14 @@ class ArraySpec:
 
 @dataclass(frozen=True)
 class Launch:
-    """A kernel, by its C++ name with its template arguments, in a grid of blocks of `THREADS`.
+    """A launch of a kernel.
 
     Attributes:
-        shared: bytes of shared memory of a block.
-        arguments: in the kernel's order; NumPy scalars have the C++ type's size.
+        kernel: the C++ name of the kernel, with its template arguments.
+        grid: the number of blocks along each axis. A block has `THREADS` threads.
+        shared: the number of bytes of shared memory of a block.
+        arguments: the arguments in the order of the kernel's parameters. A NumPy scalar has the
+            size of the parameter's C++ type.
     """
 
     kernel: str
@@ -99,12 +104,12 @@ class Launch:
 
 @dataclass(frozen=True)
 class Program:
-    """The arrays and launches of a training step, or of an evaluation.
+    """The arrays and the launches of a training step or of an evaluation.
 
     Attributes:
-        arrays: by name.
-        launches: in their order.
-        dtype: of the numbers that the kernels call real.
+        arrays: the arrays by name.
+        launches: the launches in their order.
+        dtype: the dtype of the C++ type ``real`` of the kernels, float32 or float64.
     """
 
     arrays: dict[str, ArraySpec]
@@ -112,7 +117,12 @@ class Program:
     dtype: Any
 
     def value(self, argument: Argument, address: Callable[[Pointer], int]) -> np.ndarray:
-        """An argument's bytes as the kernel gets them, in an array without axes."""
+        """Return the bytes that are passed for an argument, as a NumPy array without axes.
+
+        Args:
+            argument: the argument.
+            address: a function that returns the address of a pointer in the GPU's memory.
+        """
         if isinstance(argument, Structure):
             types = {"int": np.int32, "real": self.dtype, "pointer": np.uint64}
             fields = STRUCTURES[argument.name]
@@ -129,7 +139,7 @@ class Program:
 
 
 def largest(programs: Iterable[Program]) -> dict[str, ArraySpec]:
-    """Return the arrays of all programs, each as large as the largest of them needs it."""
+    """Return the arrays of several programs by name, each with the largest size of all programs."""
     found: dict[str, ArraySpec] = {}
     for program in programs:
         for name, spec in program.arrays.items():

@@ -1,6 +1,7 @@
-"""The stages of a plan as the kernels see them: sizes as numbers, and the shared memory they need.
+"""Compute the sizes of stages that the kernels need, and the lengths of their arrays.
 
-The kernels compute the sizes of their shared memory as well; tests hold both equal.
+The kernels compute the lengths of their arrays in shared memory by themselves. The functions here
+must give the same lengths; tests compare them.
 """
 
 from __future__ import annotations
@@ -26,24 +27,28 @@ def normalization(stage: KernelStage) -> tuple[int, ...]:
 
 
 def over(number: int, by: int) -> int:
-    """Return the quotient, rounded up."""
+    """Return number / by, rounded up."""
     return -(-number // by)
 
 
 class KernelStage:
-    """A stage of the plan, or the images, with its sizes as numbers.
+    """A stage of the plan with its sizes, or the images as a stage without operations.
 
     Attributes:
-        plan: None for the images.
-        sizes: as the kernels' ``Shape`` has them.
-        linear, norm: whether it is a linear layer; its batch norm.
-        values: how many numbers an example's y has.
-        inputs, outputs: how many come in, and how many come out after pooling.
-        planes, summed: numbers of an example's padded x in shared memory, forward and backward.
-        wide: the same of dy, with zeros around and between.
-        gradients: of dy as it is.
-        classifier: of a tile of inputs, of the weights and of a tile of logits, if the stage is
-            the last one and computed together with the loss.
+        plan: the stage of the plan; None for the images.
+        sizes: the values of the fields of the kernels' ``Shape``.
+        linear: whether the affine map is a linear layer.
+        norm: the batch norm of the stage, or None.
+        inputs: the number of elements of an example's input x.
+        values: the number of elements of an example's y, the output of the affine map.
+        outputs: the number of elements of an example's output after pooling.
+        weights: the number of elements of the weight.
+        planes: the length of the array of an example's padded x in the forward pass.
+        summed: the length of the array of an example's padded x in the backward pass.
+        wide: the length of the array of an example's dy with zeros around and between its elements.
+        gradients: the length of the array of an example's dy without such zeros.
+        classifier: the lengths of the arrays of ``linear_cross_entropy``: a tile of inputs, the
+            weights, and a tile of logits.
     """
 
     def __init__(self, name: str, plan: StagePlan | None, sizes: Sequence[int]) -> None:
@@ -77,7 +82,7 @@ _Axis = tuple[int, int, int]
 
 
 def _plane_read(down: _Axis, across: _Axis) -> int:
-    """The area of ``planes_read``."""
+    """Return the area of a plane by ``planes_read`` in kernels.cu."""
     rows, stride, kernel = down
     columns, stride_w, kernel_w = across
     height = (over(rows, ROWS_PER_THREAD) * ROWS_PER_THREAD - 1) * stride + kernel
@@ -86,18 +91,18 @@ def _plane_read(down: _Axis, across: _Axis) -> int:
 
 
 def _plane_summed(down: _Axis, across: _Axis) -> int:
-    """The area of ``planes_summed``."""
+    """Return the area of a plane by ``planes_summed`` in kernels.cu."""
     height, width = ((outputs - 1) * stride + kernel for outputs, stride, kernel in (down, across))
     return _raised(height * (width | 1), down[2] * (width | 1), BANKS)
 
 
 def _raised(number: int, like: int, divisor: int) -> int:
-    """Return the smallest n >= number with n ≡ like (mod divisor), against bank conflicts."""
+    """Return the smallest n >= number for which n - like is a multiple of the divisor."""
     return number + (like - number) % divisor
 
 
 def images_of(channels: int, height: int, width: int) -> KernelStage:
-    """Return a stage that computes nothing: what comes before the first one."""
+    """Return the images as a stage without operations. It comes before the first stage."""
     shape = channels, height, width
     return KernelStage("images", None, (*shape, *shape, *(1, 1), *(1, 1), *(0, 0), *(1, 1), 0, 0))
 
