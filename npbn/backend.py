@@ -1,7 +1,8 @@
-"""Array libraries and the devices they compute on.
+"""Choose an array library and the device on which it computes.
 
-A `Backend` is what the loop above the mathematics needs of a library beyond the array API:
-arrays from and to the host, waiting for the device, and a line that says what it runs on.
+The mathematics needs only the array API of a library. A `Backend` adds what the training needs
+beside it: copies of arrays to and from the host, a method that waits for the device, and a
+description of library and device.
 """
 
 from __future__ import annotations
@@ -31,13 +32,13 @@ _WHEELS = "pip install 'cupy-cuda13x[ctk]' or, for a driver with CUDA 12, 'cupy-
 
 @dataclass(frozen=True)
 class Backend:
-    """An array library, ready to use.
+    """An array library that can be used on this machine.
 
     Attributes:
         name: "numpy" or "cupy".
-        xp: its array-API namespace.
-        description: library, version and device, in one line.
-        note: why "auto" did not choose a GPU, where it did not.
+        xp: the array-API namespace of the library.
+        description: the library, its version and the device, in one line.
+        note: the reason why "auto" did not choose a GPU. Otherwise, it is empty.
     """
 
     name: str
@@ -46,15 +47,17 @@ class Backend:
     note: str = ""
 
     def asarray(self, array: np.ndarray, dtype: Any = None) -> Any:
-        """A host array on this backend's device, as ``dtype`` (a NumPy dtype) if given.
+        """Return an array of the host as an array on the backend's device.
 
-        A host backend returns the array itself where nothing has to change.
+        Args:
+            array: the array. NumPy's backend returns it without copying if its dtype is right.
+            dtype: a NumPy dtype. By default, the dtype stays.
         """
         dtype = None if dtype is None else getattr(self.xp, np.dtype(dtype).name)
         return self.xp.asarray(array, dtype=dtype)
 
     def synchronize(self) -> None:
-        """Wait until the device has finished all that was asked of it."""
+        """Wait until the device has finished all work."""
         if self.name == "cupy":
             import cupy
 
@@ -62,10 +65,10 @@ class Backend:
 
     @contextlib.contextmanager
     def explaining_failures(self) -> Iterator[None]:
-        """Inside, an error of the GPU's own becomes a `BackendError`.
+        """Run the code inside; turn an error of the GPU or its libraries into a `BackendError`.
 
-        Kernels run asynchronously, so an error may surface at a later launch, or where
-        somebody waits for a result.
+        Kernels run asynchronously. So an error may appear at a later launch, or when a result is
+        read.
         """
         if self.name != "cupy":
             yield
@@ -92,12 +95,15 @@ class Backend:
 
 
 def get_backend(name: str = "auto") -> Backend:
-    """The backend called ``name``; "auto" is CuPy where it works, else NumPy.
+    """Return the backend of this name.
+
+    Args:
+        name: "numpy", "cupy" or "auto". "auto" is CuPy if CuPy can be used, and NumPy otherwise.
 
     Raises:
-        ValueError: no such backend.
-        BackendError: CuPy was asked for and cannot be used. The message tells three cases apart:
-            not installed, no driver or device, libraries that cannot be loaded.
+        ValueError: there is no backend of this name.
+        BackendError: ``name`` is "cupy", and CuPy cannot be used. The message says which of three
+            things is missing: CuPy, a driver or a GPU, or a CUDA library.
     """
     if name not in NAMES:
         raise ValueError(f"expected a backend of {', '.join(NAMES)}, got {name!r}")
@@ -112,7 +118,7 @@ def get_backend(name: str = "auto") -> Backend:
 
 
 def to_numpy(array: Any) -> np.ndarray:
-    """A host copy of an array of any backend."""
+    """Return a copy of an array of any backend as an array of NumPy."""
     if array_api_compat.is_cupy_array(array):
         return np.asarray(array.get())
     return np.array(array)
@@ -121,11 +127,11 @@ def to_numpy(array: Any) -> np.ndarray:
 def keep_freed_memory() -> None:
     """Ask the C library to keep freed memory for the next array instead of returning it.
 
-    A training step allocates and frees the same few large arrays over and over. By default glibc
-    hands such memory back to the operating system, which then has to map and clear every page of
-    it anew: about a third of a training step of LeNet. (CuPy has its own memory pool.) The
-    setting holds for the whole process, so it is for programs to make, not for libraries. Where
-    the C library is not glibc, this does nothing.
+    A training step by layers allocates and frees the same few large arrays again and again. By
+    default, glibc returns such memory to the operating system, which must map and clear every page
+    again. This takes about a third of the time of a training step of LeNet. (CuPy has a memory pool
+    of its own.) The setting applies to the whole process, so programs should call this function, and
+    libraries should not. If the C library is not glibc, this function does nothing.
     """
     if platform.libc_ver()[0] != "glibc":
         return
@@ -137,19 +143,22 @@ def keep_freed_memory() -> None:
 
 
 def limit_blas_threads(threads: int) -> None:
-    """Let the CPU's matrix products compute with this many threads, in the whole process."""
-    largest = 2**31 - 1  # that the libraries can be told; they have limits of their own below it
+    """Set the number of threads of the CPU's matrix products, for the whole process."""
+    largest = 2**31 - 1  # the largest number that the libraries accept
     threadpoolctl.threadpool_limits(min(threads, largest), user_api="blas")
 
 
 def blas_threads() -> int | None:
-    """Return the number of threads of the CPU's matrix products; None if it is unknown."""
+    """Return the number of threads of the CPU's matrix products, or None if it is unknown."""
     pools = threadpoolctl.threadpool_info()
     return max((pool["num_threads"] for pool in pools if pool["user_api"] == "blas"), default=None)
 
 
 def usable_cpus() -> int:
-    """Return how many CPUs this process may use, by its affinity and its container's quota."""
+    """Return the number of CPUs that this process may use.
+
+    The affinity of the process and the quota of its container limit this number.
+    """
     if hasattr(os, "sched_getaffinity"):
         count = len(os.sched_getaffinity(0))
     else:
@@ -159,11 +168,13 @@ def usable_cpus() -> int:
 
 
 def cpu_quota(groups: Path, mounted: Path) -> float:
-    """Return the CPUs' worth of time that control groups grant this process; inf without a limit.
+    """Return the CPU time per second that control groups allow this process, in CPUs.
+
+    Without a limit, the result is infinite.
 
     Args:
-        groups: the file that names the groups of the process, by controller.
-        mounted: where the groups' hierarchies are mounted: version 2, or version 1's controllers.
+        groups: the file with the control groups of the process, such as /proc/self/cgroup.
+        mounted: the folder in which the control groups are mounted, of version 1 or 2.
     """
     try:
         lines = groups.read_text().splitlines()
@@ -179,7 +190,8 @@ def cpu_quota(groups: Path, mounted: Path) -> float:
         else:
             continue
         group = PurePosixPath(path.lstrip("/"))
-        # A group's limit holds for those inside. In a container, only its own may be mounted.
+        # The limit of a group also applies to the groups inside it. In a container, only the
+        # group of the container may be mounted.
         for each in (group, *group.parents):
             try:
                 texts = [(hierarchy / each / name).read_text() for name in files]
@@ -211,7 +223,7 @@ def _cupy_backend() -> Backend:
         if error.name != "cupy":
             raise BackendError(f"CuPy is installed but cannot be loaded: {error}") from None
         raise BackendError(f"CuPy is not installed: {_WHEELS}") from None
-    except Exception as error:  # a broken installation raises whatever its loader raises
+    except Exception as error:  # A broken installation may raise any error.
         raise BackendError(
             f"CuPy is installed but cannot be loaded: {_one_line(error)}; to reinstall it: "
             f"{_WHEELS}"
@@ -229,7 +241,7 @@ def _cupy_backend() -> Backend:
             raise RuntimeError("a 2 x 2 matrix product came out wrong")
         device = cupy.cuda.runtime.getDeviceProperties(cupy.cuda.Device().id)["name"].decode()
         cuda = cupy.cuda.runtime.runtimeGetVersion()
-    except Exception as error:  # every CUDA library has its own exceptions
+    except Exception as error:  # Each CUDA library has exceptions of its own.
         raise BackendError(
             "CuPy and a GPU are there, but a CUDA library cannot be loaded or does not work: "
             f"{_one_line(error)}; the extra [ctk] installs the libraries: {_WHEELS}"

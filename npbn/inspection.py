@@ -1,4 +1,4 @@
-"""Looking into a network: what its layers see, how batch norm stands, where numbers went astray."""
+"""Inspect a model: outputs of layers, statistics of batch norm, and the first NaN or infinity."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def batch_norms(model: Layer) -> list[BatchNorm]:
 
 
 def activations(model: Sequential, x: Array) -> list[Array]:
-    """The output of every layer of ``model`` on the batch x, in its present mode."""
+    """Return the output of every layer of a model for the batch x, in the model's current mode."""
     outputs = []
     for layer in model.layers:
         x = layer.forward(x)
@@ -41,7 +41,10 @@ def activations(model: Sequential, x: Array) -> list[Array]:
 def probabilities(
     model: Layer, split: Split, *, dtype: Any = "float32", batch_size: int = 256
 ) -> np.ndarray:
-    """Return the model's probability of each class, (N, K), in prediction mode."""
+    """Return the probability of each class for each example of a split, (N, K).
+
+    The model computes in prediction mode.
+    """
     found = []
     with modes_kept(model):
         model.eval()
@@ -52,10 +55,10 @@ def probabilities(
 
 
 def preactivations(model: Sequential, x: Array) -> dict[str, np.ndarray]:
-    """Return what enters each activation in training on the batch x, by the layer's name.
+    """Return the input of each activation layer for the batch x, by the name of the layer.
 
-    The model is in training mode for that, so batch norm uses the statistics of x, unless it is
-    frozen; its moving averages stay as they are.
+    The model computes in training mode: a batch norm that is not frozen uses the statistics of x.
+    The moving averages do not change.
     """
     with batch_norm_momentum(model, 1.0):
         outputs = activations(model, x)
@@ -70,9 +73,10 @@ HISTOGRAM_EDGES = np.linspace(-10, 10, 81)
 
 
 def histograms(model: Sequential, x: Array) -> dict[str, list[int]]:
-    """Return how many `preactivations` lie between neighbouring `HISTOGRAM_EDGES`, by layer.
+    """Return a histogram of the `preactivations` of each activation layer, by the layer's name.
 
-    What is beyond the edges counts in the first and the last of the bins.
+    The bins lie between neighbouring `HISTOGRAM_EDGES`. Values beyond the edges count in the first
+    or the last bin.
     """
     low, high = HISTOGRAM_EDGES[0], HISTOGRAM_EDGES[-1]
     return {
@@ -83,11 +87,12 @@ def histograms(model: Sequential, x: Array) -> dict[str, list[int]]:
 
 @contextlib.contextmanager
 def batch_norm_momentum(model: Layer, momentum: float) -> Iterator[None]:
-    """The model in training mode, its batch norms with another momentum, for a while.
+    """Run the code inside with the model in training mode and with another momentum of batch norm.
 
-    With 1, a forward pass does not change the moving averages; with 0, it sets them to the batch's
-    statistics. As in training, a batch norm in prediction mode within a model in training mode is
-    frozen: it stays in its mode.
+    With momentum 1, a forward pass does not change the moving averages. With momentum 0, it sets
+    them to the statistics of the batch. If the model is in training mode already, a batch norm in
+    prediction mode stays in prediction mode, because it is frozen. Afterwards, modes and momenta
+    are as before.
     """
     norms = batch_norms(model)
     before = [norm.momentum for norm in norms]
@@ -106,30 +111,29 @@ def batch_norm_momentum(model: Layer, momentum: float) -> Iterator[None]:
 def precise_statistics(
     model: Layer, split: Split, *, dtype: Any = "float32", batch_size: int = 256
 ) -> None:
-    r"""Replace the moving averages by the statistics of a whole split, for the weights as they are.
+    r"""Replace the moving averages by the statistics of a whole split for the current weights.
 
-    The moving averages lag behind: they mix statistics of weights that have moved on. Here all
-    batches (of $n_k$ values, mean $\mu_k$ and variance $v_k$) count alike, as one large batch:
+    Moving averages lag behind, because they contain statistics of earlier weights. Here, batch k
+    has $n_k$ values with mean $\mu_k$ and variance $v_k$ for the current weights. The statistics of all
+    n values together are
 
     $$\mu = \sum_k \frac{n_k}{n} \mu_k \qquad
       v = \sum_k \frac{n_k}{n} (v_k + (\mu_k - \mu)^2)$$
 
-    Each layer's $\mu_k$ and $v_k$ are those of what the layers before it make of the batch in
-    training mode, as in training. A last batch of a single example is left out, if there is
-    another. A batch norm in prediction mode within a model in training mode is frozen and keeps
-    its averages.
+    As in training, all layers compute in training mode, and a batch norm that is frozen keeps its
+    averages. If the last of several batches has only one example, it is left out.
 
     Source: Y. Wu and J. Johnson, "Rethinking 'Batch' in BatchNorm", 2021 (arXiv:2105.07576),
     section 3 ("precise BatchNorm").
 
     Args:
-        model: on the backend of ``split``; its mode is kept.
-        split: the training split; statistics of a test split would be a peek at it.
-        dtype: of the model's arrays.
-        batch_size: of the batches; as in training, for the same statistics.
+        model: the model, on the backend of ``split``. Its mode is kept.
+        split: the training split. Statistics of the test split would use test data for training.
+        dtype: the dtype of the model's arrays.
+        batch_size: the number of examples in a batch, as in training.
     """
     counts: list[int] = []
-    found: list[list[tuple[Array, Array]]] = []  # left on the device until the end
+    found: list[list[tuple[Array, Array]]] = []  # They stay on the device until the end.
     with batch_norm_momentum(model, 0.0):
         norms = [norm for norm in batch_norms(model) if norm.training]
         for x, _ in split.batches(batch_size, dtype):
@@ -152,11 +156,11 @@ def precise_statistics(
 
 
 def first_non_finite(model: Sequential, x: Array, labels: Array) -> tuple[str, float]:
-    """Return where the first NaN or infinity appears in a training step, and the loss.
+    """Return in words where the first NaN or infinity appears in a training step, and the loss.
 
-    The parameters, the forward pass layer by layer, the loss, the backward pass layer by layer. The
-    words are empty if there is none; then the gradients are left in the parameters, for a step of
-    the optimizer. The moving averages stay as they are.
+    The function looks at the parameters, the outputs of the layers, the loss, and the gradients, in
+    this order. If no number is NaN or infinite, the text is empty, and the parameters have their
+    gradients for a step of the optimizer. The moving averages do not change.
     """
 
     def bad(array: Array) -> str:

@@ -1,7 +1,7 @@
-"""Layers: the state (parameters, moving statistics, mode, cache) around the operations.
+"""Define the layers, which hold the state around the operations of `npbn.functional`.
 
-A layer owns its parameters and moving statistics, knows whether it is training or predicting, and
-keeps the cache of its last forward pass. The mathematics is in `npbn.functional`.
+The state of a layer is its parameters, its moving statistics, its mode (training or prediction) and
+the cache of its last forward pass. The mathematics is in `npbn.functional`.
 
 Layers start on the host in float32, with NumPy; `Layer.to` moves them to another backend or dtype.
 """
@@ -24,11 +24,11 @@ from npbn.functional.windows import check_pooling_padding, pair
 
 
 class Buffer:
-    """An array that is part of a layer's state but not trained: a moving average.
+    """An array of a layer's state that is not trained, such as a moving average.
 
     Attributes:
-        name: its role in the layer: "moving_mean" or "moving_var".
-        data: the value.
+        name: the role of the array in the layer: "moving_mean" or "moving_var".
+        data: the array.
     """
 
     def __init__(self, name: str, data: Array) -> None:
@@ -41,12 +41,13 @@ class Buffer:
 
 
 class Parameter(Buffer):
-    """An array that is trained, and the gradient of the loss with respect to it.
+    """An array of a layer's state that is trained, with its gradient.
 
     Attributes:
-        name: its role in the layer: "weight", "bias", "gamma" or "beta".
-        data: the value.
-        gradient: set by each backward pass (not added to); None before the first.
+        name: the role of the array in the layer: "weight", "bias", "gamma" or "beta".
+        data: the array.
+        gradient: the gradient of the loss with respect to the array. Each backward pass replaces
+            it. It is None before the first backward pass.
     """
 
     def __init__(self, name: str, data: Array) -> None:
@@ -55,51 +56,55 @@ class Parameter(Buffer):
 
 
 class Layer(ABC):
-    """The base of all layers.
+    """The base class of all layers.
 
-    A layer of your own needs ``forward`` and ``backward``, and ``super().__init__()`` first. The
-    parameters, buffers and layers that it keeps in attributes are found there, and named after
-    them.
+    To write a layer of your own, define ``forward`` and ``backward``. If the layer has its own
+    ``__init__``, it must call ``super().__init__()`` first. Parameters, buffers and layers in
+    attributes of the layer belong to its state, under the names of the attributes.
     """
 
     def __init__(self) -> None:
         self.training = True
-        self._cache: Any = None  # of the last forward pass, for the backward pass
+        self._cache: Any = None  # the cache of the last forward pass
 
     @abstractmethod
     def forward(self, x: Array) -> Array:
-        """The layer's output for the batch x."""
+        """Return the output of the layer for the batch x."""
 
     @abstractmethod
     def backward(self, dy: Array) -> Array:
-        """The gradient with respect to x, given that with respect to the last output.
+        """Return the gradient with respect to x, and set the gradients of the parameters.
 
-        Sets the gradient of every parameter on the way.
+        Args:
+            dy: the gradient of the loss with respect to the output of the last forward pass.
         """
 
     def children(self) -> dict[str, Layer]:
-        """The layers that this one is made of, by name."""
+        """Return the layers inside this layer by name."""
         return {name: value for name, value in vars(self).items() if isinstance(value, Layer)}
 
     def parameters(self) -> dict[str, Parameter]:
-        """Return the parameters by name; names in a child begin with the child's name and a dot."""
+        """Return the parameters by name. The names are those of `state`."""
         return {n: array for n, array in self.state().items() if isinstance(array, Parameter)}
 
     def state(self) -> dict[str, Buffer]:
-        """Parameters and buffers by name; a child's have its name and a dot before theirs."""
+        """Return the parameters and buffers by name.
+
+        The name of an array in a child is the child's name, a dot, and the array's name there.
+        """
         found = {name: value for name, value in vars(self).items() if isinstance(value, Buffer)}
         for prefix, child in self.children().items():
             found |= {f"{prefix}.{name}": array for name, array in child.state().items()}
         return found
 
     def train(self) -> None:
-        """Switch to training mode: batch norm uses the batch's statistics."""
+        """Switch to training mode, in which batch norm uses the statistics of the batch."""
         self.training = True
         for child in self.children().values():
             child.train()
 
     def eval(self) -> None:
-        """Switch to prediction mode: batch norm uses its moving statistics."""
+        """Switch to prediction mode, in which batch norm uses its moving statistics."""
         self.training = False
         for child in self.children().values():
             child.eval()
@@ -108,8 +113,8 @@ class Layer(ABC):
         """Move parameters and statistics to ``backend``.
 
         Args:
-            backend: from `npbn.backend.get_backend`.
-            dtype: float32 or float64; as it is unless given.
+            backend: a backend from `npbn.backend.get_backend`.
+            dtype: float32 or float64. By default, the dtype stays.
         """
         if dtype is not None and np.dtype(dtype) not in (np.float32, np.float64):
             raise ValueError(f"expected dtype float32 or float64, got {dtype}")
@@ -119,16 +124,16 @@ class Layer(ABC):
             parameter.gradient = None
 
     def state_dict(self) -> dict[str, np.ndarray]:
-        """Parameters and moving statistics by name, as copies on the host."""
+        """Return copies of the parameters and moving statistics on the host, by name."""
         return {name: to_numpy(array.data) for name, array in self.state().items()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over the values of ``state``, keeping this layer's dtype and backend.
+        """Copy the values of ``state`` to this layer, which keeps its dtype and backend.
 
         Raises:
-            ValueError: a name is missing or unexpected, or a shape differs. Nothing is changed
-                then.
-            TypeError: complex numbers. Nothing is changed then.
+            ValueError: a name is missing or unexpected, or a shape differs. In this case, nothing
+                is changed.
+            TypeError: a value is complex. In this case, nothing is changed.
         """
         own = self.state()
         missing, unexpected = own.keys() - state.keys(), state.keys() - own.keys()
@@ -160,7 +165,7 @@ class Layer(ABC):
 
 
 class Sequential(Layer):
-    """Layers one after another; the names of the i-th one's parameters begin with "i."."""
+    """Layers that run one after another. The name of layer i is the text of the number i."""
 
     def __init__(self, *layers: Layer) -> None:
         super().__init__()
@@ -192,17 +197,17 @@ class Sequential(Layer):
 
 
 class Conv2d(Layer):
-    """`npbn.functional.conv2d` with its weight and bias.
+    """A convolution (`npbn.functional.conv2d`) with its weight and bias.
 
-    The weight starts Xavier-uniform, U(±√(6 / (fan_in + fan_out))) (Glorot and Bengio, AISTATS
-    2010, section 4.2), the bias U(±1/√fan_in); fan_in = in_channels·kH·kW, fan_out =
-    out_channels·kH·kW.
+    The initial weight is Xavier-uniform: uniform between ±√(6 / (fan_in + fan_out)), where fan_in =
+    in_channels·kH·kW and fan_out = out_channels·kH·kW (Glorot and Bengio, AISTATS 2010, section
+    4.2). The initial bias is uniform between ±1/√fan_in.
 
     Args:
-        in_channels, out_channels: channels of x and of y.
-        kernel_size, stride, padding: in pixels; an int or (vertical, horizontal).
-        bias: whether to add one; a batch norm that follows makes it superfluous.
-        generator: where the random numbers come from; a fresh one unless given.
+        in_channels, out_channels: the number of channels of x, and of y.
+        kernel_size, stride, padding: sizes in pixels, each an int or (vertical, horizontal).
+        bias: whether there is a bias. It has no effect if batch norm follows.
+        generator: the generator of the initial values. By default, this is a new generator.
     """
 
     def __init__(
@@ -251,14 +256,15 @@ class Conv2d(Layer):
 
 
 class Linear(Layer):
-    """`npbn.functional.linear` with its weight and bias.
+    """A linear layer (`npbn.functional.linear`) with its weight and bias.
 
-    They start as those of `Conv2d` do, with fan_in = in_features and fan_out = out_features.
+    The initial values have the distributions of `Conv2d`, with fan_in = in_features and fan_out =
+    out_features.
 
     Args:
-        in_features, out_features: features of x and of y.
-        bias: whether to add one.
-        generator: where the random numbers come from; a fresh one unless given.
+        in_features, out_features: the number of features of x, and of y.
+        bias: whether there is a bias. It has no effect if batch norm follows.
+        generator: the generator of the initial values. By default, this is a new generator.
     """
 
     def __init__(
@@ -291,18 +297,18 @@ class Linear(Layer):
 
 
 class BatchNorm(Layer):
-    """`npbn.functional.batch_norm` with γ, β and the moving statistics.
+    """Batch normalization (`npbn.functional.batch_norm`) with γ, β and the moving statistics.
 
-    γ starts at 1, β and the moving mean at 0.
+    The initial values are 1 for γ, and 0 for β and for the moving mean.
 
     Args:
-        num_features: D of an input (N, D), C of an input (N, C, H, W).
-        num_dims: 2 for (N, D), 4 for (N, C, H, W).
-        eps: added to the variance, in the units of x².
+        num_features: D for an input (N, D), or C for an input (N, C, H, W).
+        num_dims: 2 for an input (N, D), or 4 for an input (N, C, H, W).
+        eps: the number that is added to the variance, in the units of x².
         momentum: the fraction of the moving statistics that is *kept* at each step. (PyTorch's
             momentum is the fraction that is new.)
-        initial_moving_var: what the moving variance starts at. Predicting before the first
-            training step with 0 would scale by 1/√eps.
+        initial_moving_var: the initial moving variance. With 0, a prediction before the first
+            training step would multiply by 1/√eps.
     """
 
     def __init__(
@@ -370,7 +376,7 @@ class BatchNorm(Layer):
 
 
 class AvgPool2d(Layer):
-    """`npbn.functional.avg_pool2d`; the arguments are its own."""
+    """Average pooling (`npbn.functional.avg_pool2d`), with the arguments of this function."""
 
     def __init__(
         self,
@@ -399,7 +405,7 @@ class AvgPool2d(Layer):
 
 
 class MaxPool2d(AvgPool2d):
-    """`npbn.functional.max_pool2d`; the arguments are its own."""
+    """Maximum pooling (`npbn.functional.max_pool2d`), with the arguments of this function."""
 
     def forward(self, x: Array) -> Array:
         y, self._cache = F.max_pool2d(x, self.kernel_size, stride=self.stride, padding=self.padding)
@@ -410,7 +416,11 @@ class MaxPool2d(AvgPool2d):
 
 
 class Activation(Layer):
-    """An operation on each element by itself; ``operation`` is its forward and backward pass."""
+    """The base class of operations on single elements.
+
+    Attributes:
+        operation: the forward and the backward function of `npbn.functional`.
+    """
 
     operation: ClassVar[tuple[Callable[..., Any], Callable[..., Any]]]
 
@@ -423,23 +433,23 @@ class Activation(Layer):
 
 
 class Sigmoid(Activation):
-    """`npbn.functional.sigmoid`."""
+    """The sigmoid of each element (`npbn.functional.sigmoid`)."""
 
     operation = F.sigmoid, F.sigmoid_backward
 
 
 class ReLU(Activation):
-    """`npbn.functional.relu`."""
+    """The rectified linear unit of each element (`npbn.functional.relu`)."""
 
     operation = F.relu, F.relu_backward
 
 
 ACTIVATIONS: dict[str, type[Activation]] = {"sigmoid": Sigmoid, "relu": ReLU}
-"""The activations by name, for options."""
+"""The activations by the names that commands use."""
 
 
 class Flatten(Layer):
-    """(N, C, H, W) → (N, C·H·W), and back; a view where the memory order allows one."""
+    """Reshape (N, C, H, W) to (N, C·H·W). The result is a view if the memory order allows one."""
 
     def forward(self, x: Array) -> Array:
         self._cache = tuple(x.shape)
@@ -451,7 +461,7 @@ class Flatten(Layer):
 
 @contextlib.contextmanager
 def modes_kept(layer: Layer) -> Iterator[None]:
-    """Restore the mode, training or prediction, of every layer on exit."""
+    """Run the code inside; afterwards, restore the mode (training or prediction) of every layer."""
     modes = [(each, each.training) for each in self_and_descendants(layer)]
     try:
         yield
@@ -461,14 +471,17 @@ def modes_kept(layer: Layer) -> Iterator[None]:
 
 
 def self_and_descendants(layer: Layer) -> Iterator[Layer]:
-    """A layer, and all that it is made of."""
+    """Yield a layer and all layers inside it."""
     yield layer
     for child in layer.children().values():
         yield from self_and_descendants(child)
 
 
 def dtype_of(layer: Layer) -> str:
-    """Return the dtype, "float32" or "float64", of a layer's first array; float32 without any."""
+    """Return the dtype of a layer's first array, "float32" or "float64".
+
+    For a layer without arrays, this is "float32".
+    """
     for array in layer.state().values():
         xp = array_api_compat.array_namespace(array.data)
         return "float64" if array.data.dtype == xp.float64 else "float32"
@@ -486,14 +499,17 @@ def _positive(name: str, value: int) -> int:
 
 
 def _short(value: tuple[int, int]) -> str:
-    """A pair as a person would write it: one number where both are the same."""
+    """Return a pair as text: one number if both numbers are equal, otherwise the pair."""
     return str(value[0] if value[0] == value[1] else value)
 
 
 def _initial_weight_and_bias(
     shape: tuple[int, ...], bias: bool, generator: np.random.Generator | None
 ) -> tuple[Parameter, Parameter | None]:
-    """Xavier-uniform weight of shape (out, in, ...), and a bias U(±1/√fan_in) or None."""
+    """Return the initial weight of this shape, (out, in, ...), and the initial bias or None.
+
+    The distributions are those of `Conv2d`.
+    """
     generator = np.random.default_rng() if generator is None else generator
     receptive_field = math.prod(shape[2:])
     fan_out, fan_in = shape[0] * receptive_field, shape[1] * receptive_field

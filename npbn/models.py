@@ -1,6 +1,6 @@
-"""The two networks that npbn trains, both after LeNet-5 (LeCun et al. 1998) with batch norm added.
+"""Define the two networks of npbn: LeNet-5 (LeCun et al. 1998) with batch norm, in two sizes.
 
-Each is also there without batch norm, for comparison.
+Both networks can also be built without batch norm, for comparison.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from npbn.layers import AvgPool2d, BatchNorm, Conv2d, Flatten, Layer, Linear, Se
 class LeNet(Sequential):
     """Network A: LeNet with batch norm, for images of 1 × 28 × 28 and 10 classes.
 
-    Two blocks of convolution (5 × 5) · batch norm · sigmoid · average pooling (2 × 2), then three
-    linear layers with batch norm and sigmoid between them. The maps shrink 28 → 24 → 12 → 8 → 4.
-    44,878 parameters with batch norm.
+    The network has two blocks of convolution (5 × 5), batch norm, sigmoid and average pooling
+    (2 × 2). Three linear layers follow, with batch norm and sigmoid between them. The sides of the
+    maps are 28 → 24 → 12 → 8 → 4. With batch norm, there are 44,878 parameters.
 
     Args:
-        batch_norm: False leaves batch norm out.
-        activation: makes the layer after each batch norm: `npbn.layers.Sigmoid` or another.
-        generator: where the initial weights come from; a fresh one unless given.
+        batch_norm: whether the network has batch norm.
+        activation: a class of layers, one of which follows each batch norm.
+        generator: the generator of the initial weights. By default, this is a new generator.
     """
 
     def __init__(
@@ -36,18 +36,18 @@ class LeNet(Sequential):
 
 
 class BLeNet(Sequential):
-    """Network B: the same with padding 2 on the first convolution, for images of any size.
+    """Network B: LeNet with padding 2 in the first convolution, for square images of any size.
 
-    With side f, the maps shrink f → f → f/2 → f/2 - 4 → (f/2 - 4)/2 (halves rounded down): for 28,
-    28 → 28 → 14 → 10 → 5.
+    For images of side f, the sides of the maps are f → f → f/2 → f/2 - 4 → (f/2 - 4)/2, with halves
+    rounded down. For f = 28, these are 28 → 28 → 14 → 10 → 5.
 
     Args:
-        channels: of the images; 1 for grey ones.
-        fig_size: side of the images, in pixels; at least 12.
-        num_class: how many classes.
-        batch_norm: False leaves batch norm out.
-        activation: makes the layer after each batch norm: `npbn.layers.Sigmoid` or another.
-        generator: where the initial weights come from; a fresh one unless given.
+        channels: the number of channels of the images: 1 for grey images.
+        fig_size: the side of the images in pixels, at least 12.
+        num_class: the number of classes.
+        batch_norm: whether the network has batch norm.
+        activation: a class of layers, one of which follows each batch norm.
+        generator: the generator of the initial weights. By default, this is a new generator.
     """
 
     def __init__(

@@ -1,6 +1,7 @@
-"""Stochastic gradient descent and learning-rate schedules.
+"""Define stochastic gradient descent and schedules of the learning rate.
 
-A schedule is any function from the number of steps taken so far to a learning rate.
+A schedule is a function. Its argument is the number of steps so far, and its value is the learning
+rate of the next step.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ Schedule: TypeAlias = Callable[[int], float]
 
 @dataclass(frozen=True)
 class Constant:
-    """lr at every step."""
+    """A schedule with the same learning rate, ``lr``, at every step."""
 
     lr: float
 
@@ -28,7 +29,10 @@ class Constant:
 
 @dataclass(frozen=True)
 class StepDecay:
-    """lr · factor^⌊step / every⌋: multiplied by ``factor`` once in ``every`` steps."""
+    """A schedule that multiplies the learning rate by ``factor`` after every ``every`` steps.
+
+    The learning rate is lr · factor^⌊step / every⌋.
+    """
 
     lr: float
     every: int
@@ -44,7 +48,9 @@ class StepDecay:
 
 @dataclass(frozen=True)
 class Cosine:
-    """lr · (1 + cos(π · step / total)) / 2, from lr down to 0 at ``total`` and after.
+    """A schedule that decreases the learning rate from ``lr`` to 0 along a cosine.
+
+    The learning rate is lr · (1 + cos(π · step / total)) / 2. From step ``total`` on, it is 0.
 
     Source: I. Loshchilov and F. Hutter, "SGDR", ICLR 2017 (arXiv:1608.03983), equation 5, without
     restarts.
@@ -73,11 +79,11 @@ class SGD:
     in PyTorch.
 
     Args:
-        parameters: of a model, by name, as ``model.parameters()`` gives them.
-        lr: the learning rate η, or a schedule: a function from the steps taken to η.
+        parameters: the parameters of a model by name, from ``model.parameters()``.
+        lr: the learning rate η, or a schedule that returns η for the number of steps so far.
         momentum: m, the fraction of the velocity that is kept, in [0, 1).
-        weight_decay: λ, on weights only: pulling γ, β and biases towards 0 limits what a layer can
-            compute and regularizes nothing.
+        weight_decay: λ. It applies to weights only, because a decay of γ, β and biases would limit
+            what a layer can compute and would not regularize the model.
     """
 
     def __init__(
@@ -112,10 +118,10 @@ class SGD:
         return float(self.schedule(self.steps))
 
     def step(self) -> None:
-        """Apply one SGD update to every parameter, in place.
+        """Update every parameter in place, by one step.
 
         Raises:
-            RuntimeError: a parameter has no gradient yet. Nothing is changed then.
+            RuntimeError: a parameter has no gradient yet. In this case, nothing is changed.
         """
         gradients: dict[str, Array] = {}
         for name, parameter in self.parameters.items():

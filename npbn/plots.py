@@ -1,7 +1,7 @@
-"""Pictures of training runs and of what a network does: figures of matplotlib.
+"""Draw training runs and what a network computes, as figures of matplotlib.
 
-matplotlib is imported only when something is drawn: npbn trains without it. The figures belong to
-the caller (no pyplot, no window), so they can be drawn on machines without a screen.
+matplotlib is imported only when something is drawn, because npbn can train without it. The
+functions do not use pyplot and open no window. So they also work on machines without a screen.
 """
 
 from __future__ import annotations
@@ -20,14 +20,16 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Records = Sequence[Mapping[str, Any]]
-"""A run's metrics, an epoch each; see `npbn.runs`."""
+"""The records of the epochs of a run; see `npbn.runs`."""
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-"""The colours of Okabe and Ito, which colour-blind people can tell apart."""
+"""The colours of Okabe and Ito, which colour-blind people can distinguish."""
 
 
 def check_matplotlib() -> None:
-    """Raise an error if matplotlib is missing: before a long computation whose result is drawn.
+    """Raise an error if matplotlib cannot be used.
+
+    Call this function before a long computation whose result will be drawn.
 
     Raises:
         NpbnError: matplotlib is not installed, or does not work.
@@ -43,17 +45,17 @@ def check_matplotlib() -> None:
 
 
 def png(figure: Figure) -> bytes:
-    """The content of a PNG file."""
+    """Return a figure as the content of a PNG file."""
     file = io.BytesIO()
     figure.savefig(file, format="png", dpi=100)
     return file.getvalue()
 
 
 def curves(runs: Mapping[str, Records]) -> Figure:
-    """Loss and accuracy by epoch, of one run or several.
+    """Draw loss and accuracy of each epoch, for one run or several runs.
 
     Args:
-        runs: no more than there are `COLOURS`, by what the legend calls them.
+        runs: the records of the runs by the names in the legend; at most as many as `COLOURS`.
     """
     title = "Loss and accuracy by epoch (train: mean over the epoch; test: after it)"
     figure = _new_figure(10, 4.2 + 0.45 * len(runs), title)
@@ -79,7 +81,7 @@ def curves(runs: Mapping[str, Records]) -> Figure:
 
 
 def batch_norm_parameters(records: Records) -> Figure:
-    """Draw γ and β of every batch norm, epoch by epoch."""
+    """Draw γ and β of every batch norm as functions of the epoch."""
     layers = len(records[0]["batch_norm"])
     title = "γ and β of each batch norm: a line for each feature, dotted where all began"
     figure = _new_figure(3.2 * layers, 6, title)
@@ -101,11 +103,11 @@ def batch_norm_parameters(records: Records) -> Figure:
 
 
 def preactivation_histograms(runs: Mapping[str, Records]) -> Figure:
-    """Draw what enters each activation layer, at four epochs that all runs have.
+    """Draw histograms of the input of each activation layer, at four epochs that all runs have.
 
     Args:
-        runs: with equally many activation layers, no more than there are `COLOURS`, by what the
-            legend calls them.
+        runs: the records of the runs by the names in the legend; at most as many as `COLOURS`. All
+            runs have the same number of activation layers.
     """
     last = min(records[-1]["number"] for records in runs.values())
     epochs = sorted({0, 1, (last + 1) // 2, last})
@@ -135,7 +137,7 @@ def preactivation_histograms(runs: Mapping[str, Records]) -> Figure:
 
 
 def filters(weight: np.ndarray) -> Figure:
-    """The filters of a convolution, (F, C, K, K), a row for each input channel."""
+    """Draw the filters of a convolution, (F, C, K, K), with one row for each input channel."""
     count, channels, _, _ = weight.shape
     figure = _new_figure(1.5 * count + 1, 1.6 * channels + 0.8, "Filters of the first convolution")
     grid = figure.subplots(channels, count, squeeze=False)
@@ -155,10 +157,10 @@ def feature_maps(
     """Draw the output of each layer for one image.
 
     Args:
-        outputs: maps, (C, H, W), or vectors, (C,), by what to call them: first the image, last the
-            logits.
-        true_class: of the image.
-        classes: (K,), their names, in the order of the logits.
+        outputs: the outputs by their titles: maps, (C, H, W), or vectors, (C,). The first one is
+            the image, and the last one is the logits.
+        true_class: the class of the image.
+        classes: the names of the K classes, in the order of the logits.
     """
     strips = {name: _side_by_side(output) for name, output in outputs.items()}
     heights = [0.25 if s.shape[0] == 1 else 9 * s.shape[0] / s.shape[1] for s in strips.values()]
@@ -179,7 +181,7 @@ def feature_maps(
 
 
 def confusion_matrix(labels: np.ndarray, predictions: np.ndarray, classes: Sequence[str]) -> Figure:
-    """Draw how many examples of each class were predicted as which class."""
+    """Draw a confusion matrix: the number of examples for each true and each predicted class."""
     n = len(classes)
     counts = np.zeros((n, n), dtype=np.int64)
     np.add.at(counts, (labels, predictions), 1)
@@ -211,13 +213,13 @@ def confusion_matrix(labels: np.ndarray, predictions: np.ndarray, classes: Seque
 def mistakes(
     images: np.ndarray, labels: np.ndarray, probabilities: np.ndarray, classes: Sequence[str]
 ) -> Figure:
-    """The wrong predictions that the network was surest of, at most 15.
+    """Draw the wrong predictions with the highest probabilities, at most 15.
 
     Args:
-        images: (N, C, H, W), grey values or colours from 0 to 255.
-        labels: (N,).
-        probabilities: (N, K), of the classes.
-        classes: (K,), their names.
+        images: the images, (N, C, H, W), with values from 0 to 255.
+        labels: the labels, (N,).
+        probabilities: the predicted probabilities of the classes, (N, K).
+        classes: the names of the K classes.
     """
     predictions = np.argmax(probabilities, axis=1)
     certainty = np.max(probabilities, axis=1)
@@ -236,7 +238,7 @@ def mistakes(
 
 
 def _new_figure(width: float, height: float, title: str) -> Figure:
-    """An empty figure; its size is in inches."""
+    """Return an empty figure of this size in inches."""
     check_matplotlib()
     from matplotlib.figure import Figure
 
@@ -246,7 +248,7 @@ def _new_figure(width: float, height: float, title: str) -> Figure:
 
 
 def _side_by_side(output: np.ndarray) -> np.ndarray:
-    """Maps (C, H, W) as one image with gaps between them; a vector (C,) as a line."""
+    """Return maps (C, H, W) as one image with gaps between the maps, or a vector (C,) as a row."""
     if output.ndim == 1:
         return output[None, :]
     _, height, width = output.shape
@@ -274,7 +276,7 @@ def _hide_ticks(axes: Axes) -> None:
 
 
 def _add_legend(figure: Figure, axes: Axes) -> None:
-    """Write below the figure what ``axes`` show."""
+    """Add a legend for ``axes`` below the figure."""
     handles, labels = axes.get_legend_handles_labels()
     legend = figure.legend(handles, labels, loc="outside lower center", frameon=False)
     for text in legend.get_texts():
