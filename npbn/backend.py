@@ -130,8 +130,8 @@ def keep_freed_memory() -> None:
     A training step by layers allocates and frees the same few large arrays again and again. By
     default, glibc returns such memory to the operating system, which must map and clear every page
     again. This takes about a third of the time of a training step of LeNet. (CuPy has a memory pool
-    of its own.) The setting applies to the whole process, so programs should call this function, and
-    libraries should not. If the C library is not glibc, this function does nothing.
+    of its own.) The setting applies to the whole process. So programs should call this function,
+    and libraries should not. If the C library is not glibc, this function does nothing.
     """
     if platform.libc_ver()[0] != "glibc":
         return
@@ -196,9 +196,9 @@ def cpu_quota(groups: Path, mounted: Path) -> float:
             try:
                 texts = [(hierarchy / each / name).read_text() for name in files]
                 quota, period = map(int, " ".join(texts).split())
-            except (OSError, ValueError):  # no such group here, or "max"
+            except (OSError, ValueError):  # There is no such group, or its limit is "max".
                 continue
-            if quota > 0 and period > 0:  # -1: no limit
+            if quota > 0 and period > 0:  # -1 means that there is no limit.
                 quotas.append(quota / period)
     return min(quotas)
 
@@ -215,7 +215,7 @@ def _numpy_backend(note: str = "") -> Backend:
 
 
 def _cupy_backend() -> Backend:
-    # Without this, CuPy compiles kernels of CUB for sums: 6 s for each kind of sum, at first use.
+    # Without this, CuPy compiles CUB's kernels for sums. This takes 6 s for each kind of sum.
     os.environ.setdefault("CUPY_ACCELERATORS", "")
     try:
         import cupy

@@ -1,8 +1,8 @@
-"""State in, state out: checkpoints that are whole or not there, and files for PyTorch.
+"""Save and load checkpoints of training runs, and exchange models with PyTorch.
 
-A checkpoint is one file in the safetensors format (huggingface.co/docs/safetensors): named arrays,
-and with them a record, JSON in the file's metadata. Nothing in it can be executed. Its SHA-256 over
-the metadata also hold a checksum, so that a damaged file is recognized.
+A checkpoint is one file in the safetensors format (huggingface.co/docs/safetensors). The file
+contains named arrays. The metadata of the file contain a record in JSON and a SHA-256 checksum, by
+which a damaged file is recognized. Loading a checkpoint executes no code from the file.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from npbn.errors import CheckpointError
 from npbn.layers import BatchNorm, Layer, Sequential
 
 FORMAT = 1
-"""The version of the record's layout; files of a later one are refused."""
+"""The version of the format of checkpoints. Files of any other version are refused."""
 
 Arrays = dict[str, np.ndarray]
 Record = dict[str, Any]
@@ -30,12 +30,13 @@ PathLike = str | os.PathLike[str]
 
 
 def write_file(path: PathLike, content: bytes) -> None:
-    """Write a file whole or not at all, so that a crash leaves the old one or the new one.
+    """Write a file completely or not at all.
 
-    (If the process is killed, a hidden file next to it remains, which nothing reads.)
+    After a crash, the file has either the old content or the new content. (If the process is
+    killed, a hidden temporary file may remain in the same folder. Nothing reads that file.)
 
     Raises:
-        OSError: it cannot be written; an old file of that name is unchanged.
+        OSError: the file cannot be written. In this case, an old file of this name is unchanged.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}-{os.getpid()}")
@@ -43,20 +44,27 @@ def write_file(path: PathLike, content: bytes) -> None:
         with open(temporary, "wb") as file:
             file.write(content)
             file.flush()
-            os.fsync(file.fileno())  # before the rename, or a power cut could leave it empty
+            os.fsync(file.fileno())  # Without this, a power cut could leave the file empty.
         os.replace(temporary, path)
-    except BaseException:  # Ctrl-C must leave nothing behind either
+    except BaseException:  # The temporary file is also removed after Ctrl-C.
         temporary.unlink(missing_ok=True)
         raise
 
 
 def save_checkpoint(path: PathLike, arrays: Mapping[str, np.ndarray], record: Record) -> None:
-    """Write arrays and a record of what JSON can hold.
+    """Write a checkpoint with named arrays and a record.
+
+    Args:
+        path: the path of the file.
+        arrays: the arrays by name.
+        record: further values by name, all of which JSON can represent.
 
     Raises:
-        CheckpointError: the file cannot be written; an old one of that name is unchanged.
+        CheckpointError: the file cannot be written. In this case, an old file of this name is
+            unchanged.
     """
-    # Little-endian and contiguous, as in the file, so that the SHA-256 is that of the file.
+    # Arrays are little-endian and contiguous in the file. They are converted before the SHA-256 is
+    # computed, so that the SHA-256 after loading is equal.
     arrays = {
         name: np.array(array, array.dtype.newbyteorder("<"), order="C")
         for name, array in arrays.items()
@@ -70,10 +78,11 @@ def save_checkpoint(path: PathLike, arrays: Mapping[str, np.ndarray], record: Re
 
 
 def load_checkpoint(path: PathLike) -> tuple[Arrays, Record]:
-    """The arrays and the record of a checkpoint.
+    """Return the arrays and the record of a checkpoint.
 
     Raises:
-        CheckpointError: it cannot be read, is damaged, is none, or is of a later version.
+        CheckpointError: the file cannot be read, is damaged, is not a checkpoint, or has another
+            version than `FORMAT`.
     """
     arrays, metadata = _read(path)
     text = metadata.get("npbn")
@@ -97,17 +106,19 @@ def load_checkpoint(path: PathLike) -> tuple[Arrays, Record]:
 
 def _read(path: PathLike) -> tuple[Arrays, dict[str, str]]:
     try:
-        with open(path, "rb") as file:  # what safetensors says about a missing file is less clear
+        # For a missing file, the error message of open is clearer than that of safetensors.
+        with open(path, "rb") as file:
             empty = not file.read(1)
         if empty:
             raise CheckpointError(f"{path} is empty")
         with safetensors.safe_open(path, framework="numpy") as file:
-            # keys() has to be called: the file is no dict that could be iterated over.
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+            # keys() is needed, because this object cannot be iterated over as a dict can.
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  #  # noqa: SIM118
+            noqa: SIM118
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from None
     except (safetensors.SafetensorError, TypeError, ValueError, AttributeError) as error:
-        # TypeError and AttributeError: a dtype that NumPy does not have.
+        # TypeError and AttributeError mean that the file has a dtype that NumPy does not have.
         raise CheckpointError(f"{path} is damaged, or no safetensors file: {error}") from None
 
 
@@ -120,7 +131,8 @@ def _digest(text: str, arrays: Mapping[str, np.ndarray]) -> str:
     return digest.hexdigest()
 
 
-# PyTorch's names of the arrays of a batch norm. Other layers have its names, weight and bias.
+# PyTorch's names of the arrays of a batch norm. The arrays of other layers are named weight and
+# bias, in PyTorch and in npbn.
 _TORCH_NAMES = {
     "gamma": "weight",
     "beta": "bias",
@@ -131,16 +143,18 @@ _COUNT = "num_batches_tracked"
 
 
 def export_torch(model: Sequential, path: PathLike) -> None:
-    """Write the state of a model as PyTorch's modules have it, for ``load_state_dict``.
+    """Write the state of a model to a safetensors file with PyTorch's names.
 
-    With the equivalent ``nn.Sequential``, one module a layer in the same order (a batch norm is
-    ``nn.BatchNorm1d`` or ``nn.BatchNorm2d``), in PyTorch:
+    The equivalent model in PyTorch is an ``nn.Sequential`` with one module for each layer, in the
+    same order. The module of a batch norm is an ``nn.BatchNorm1d`` or an ``nn.BatchNorm2d``. In
+    PyTorch, this line loads the file into such a model:
 
         model.load_state_dict(safetensors.torch.load_file(path))
 
-    γ, β and the moving statistics become (C,); no value is changed. What the file does not hold,
-    and the modules have to be given: eps, and PyTorch's momentum, which is 1 - npbn's. In later
-    training the statistics will differ, for PyTorch's running variance is the unbiased one.
+    γ, β and the moving statistics get the shape (C,). No value changes. The file contains neither
+    eps nor the momentum. So the PyTorch modules must be created with eps and with PyTorch's
+    momentum, which is 1 minus npbn's. In a later training with PyTorch, the moving variance will
+    differ from npbn's, because PyTorch averages the unbiased variance.
 
     Raises:
         CheckpointError: the file cannot be written.
@@ -162,12 +176,14 @@ def export_torch(model: Sequential, path: PathLike) -> None:
 
 
 def import_torch(model: Sequential, path: PathLike) -> None:
-    """Take over the state of the equivalent PyTorch model, written by safetensors.
+    """Load the state of the equivalent PyTorch model from a safetensors file.
 
-    That is, ``safetensors.torch.save_file(model.state_dict(), path)``; see `export_torch`.
+    In PyTorch, ``safetensors.torch.save_file(model.state_dict(), path)`` writes such a file. The
+    docstring of `export_torch` describes the equivalent model.
 
     Raises:
-        CheckpointError: the file cannot be read, or is of another model. Nothing is changed then.
+        CheckpointError: the file cannot be read, or belongs to another model. In this case, nothing
+            is changed.
     """
     arrays, _ = _read(path)
     norms = _batch_norms(model)
@@ -191,7 +207,7 @@ def import_torch(model: Sequential, path: PathLike) -> None:
 
 
 def _batch_norms(layer: Layer, prefix: str = "") -> dict[str, BatchNorm]:
-    """Return every batch norm of a model, by name."""
+    """Return the batch norms of a model by name."""
     found: dict[str, BatchNorm] = {}
     for name, child in layer.children().items():
         if isinstance(child, BatchNorm):

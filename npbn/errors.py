@@ -1,31 +1,31 @@
-"""The errors that a caller would want to catch; everything else is a ValueError or TypeError."""
+"""Define the errors that a caller may want to catch. Other errors are ValueError or TypeError."""
 
 from __future__ import annotations
 
 
 class NpbnError(Exception):
-    """Something outside the program is not as needed; the message says what, and what to do."""
+    """Something outside of the program is missing or wrong. The message says what to do."""
 
 
 class BackendError(NpbnError):
-    """The array library asked for cannot be used on this machine, or its device failed."""
+    """The chosen array library cannot be used on this machine, or its device failed."""
 
 
 class DataError(NpbnError):
-    """A data set cannot be found, or is not what it should be."""
+    """A data set is missing, or its files are damaged, wrong or in another format."""
 
 
 class CheckpointError(NpbnError):
-    """A checkpoint or a run cannot be read or written, or is not what it should be."""
+    """A checkpoint or a run cannot be read or written, is damaged, or is another than expected."""
 
 
 class SubmissionError(NpbnError):
-    """A submission could not be examined because of the request: a wrong file or function name."""
+    """A submission could not be examined, because the request names a wrong file or function."""
 
 
 class NonFiniteError(NpbnError):
-    """Training came to NaN or infinite numbers."""
+    """A number became NaN or infinite during training."""
 
 
 class UnsupportedError(NpbnError):
-    """A fused engine cannot train a model, or cannot run on this machine; layers can."""
+    """A fused engine cannot train this model or cannot run on this machine. The layers can."""

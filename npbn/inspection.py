@@ -113,9 +113,9 @@ def precise_statistics(
 ) -> None:
     r"""Replace the moving averages by the statistics of a whole split for the current weights.
 
-    Moving averages lag behind, because they contain statistics of earlier weights. Here, batch k
-    has $n_k$ values with mean $\mu_k$ and variance $v_k$ for the current weights. The statistics of all
-    n values together are
+    Moving averages lag behind, because they contain statistics of earlier weights. This function
+    computes the mean $\mu_k$ and the variance $v_k$ of each batch k, which has $n_k$ examples, for
+    the current weights. The statistics of all n examples together are
 
     $$\mu = \sum_k \frac{n_k}{n} \mu_k \qquad
       v = \sum_k \frac{n_k}{n} (v_k + (\mu_k - \mu)^2)$$
@@ -156,7 +156,7 @@ def precise_statistics(
 
 
 def first_non_finite(model: Sequential, x: Array, labels: Array) -> tuple[str, float]:
-    """Return in words where the first NaN or infinity appears in a training step, and the loss.
+    """Return a text that says where a training step has the first NaN or infinity, and the loss.
 
     The function looks at the parameters, the outputs of the layers, the loss, and the gradients, in
     this order. If no number is NaN or infinite, the text is empty, and the parameters have their

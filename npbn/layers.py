@@ -354,7 +354,7 @@ class BatchNorm(Layer):
             eps=self.eps,
             momentum=self.momentum,
         )
-        # Drop the imaginary part of a complex step: it belongs to this forward pass only.
+        # Drop the imaginary part of a complex step, which belongs to this forward pass only.
         xp = array_api_compat.array_namespace(x)
         self.moving_mean.data, self.moving_var.data = (real_part(m, xp) for m in moving)
         return y
@@ -449,7 +449,7 @@ ACTIVATIONS: dict[str, type[Activation]] = {"sigmoid": Sigmoid, "relu": ReLU}
 
 
 class Flatten(Layer):
-    """Reshape (N, C, H, W) to (N, C·H·W). The result is a view if the memory order allows one."""
+    """A layer that reshapes (N, C, H, W) to (N, C·H·W), as a view if the memory order allows one."""
 
     def forward(self, x: Array) -> Array:
         self._cache = tuple(x.shape)

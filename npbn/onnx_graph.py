@@ -1,4 +1,4 @@
-"""A model as an ONNX graph, in prediction mode, for ONNX Runtime. Needs the onnx package."""
+"""Convert a model to an ONNX graph for prediction. This module needs the onnx package."""
 
 from __future__ import annotations
 
@@ -10,20 +10,23 @@ from onnx import NodeProto, TensorProto, ValueInfoProto, checker, helper, numpy_
 from npbn.backend import to_numpy
 from npbn.layers import Activation, AvgPool2d, BatchNorm, Conv2d, Flatten, Linear, Sequential
 
-OPSET = 13  # of 2020: every operator here is in it, and every runtime of today reads it
+OPSET = 13  # This version, of 2020, has all needed operators, and every current runtime reads it.
 IR_VERSION = 8
 
 
 def onnx_graph(model: Sequential, image: tuple[int, int, int]) -> bytes:
-    """Return the serialized graph: "images" (N, C, H, W) → "logits" (N, classes), "classes" (N,).
+    """Return the ONNX graph of a model in prediction mode, serialized.
 
-    Batch norm is folded into the convolution or linear layer before it: with moving mean μ, moving
-    variance v and scale γ/√(v + eps) per feature, weight·scale and (bias − μ)·scale + β. The batch
-    axis is dynamic. "images" are floats, pixels / 255.
+    The input "images" has the shape (N, C, H, W) for any N, and contains floats, pixels / 255. The
+    outputs are "logits", (N, classes), and "classes", (N,), which are the predicted classes.
+
+    Each batch norm is merged into the convolution or linear layer before it. For a feature with the
+    moving mean μ and the moving variance v, scale is γ/√(v + eps). The merged weight is
+    weight·scale, and the merged bias is (bias − μ)·scale + β.
 
     Args:
-        model: layers in a row, each batch norm right after a convolution or linear layer.
-        image: (C, H, W) of an image.
+        model: the model. Each batch norm must directly follow a convolution or a linear layer.
+        image: the shape (C, H, W) of an image.
     """
     state = {key: to_numpy(value).astype(np.float64) for key, value in model.state_dict().items()}
     nodes: list[NodeProto] = []
@@ -62,7 +65,7 @@ def onnx_graph(model: Sequential, image: tuple[int, int, int]) -> bytes:
                 x = node("Gemm", inputs, y, transB=1)
                 classes = len(bias)
         elif isinstance(layer, Activation):
-            x = node(type(layer).__name__.capitalize(), [x], y)  # ONNX says Relu
+            x = node(type(layer).__name__.capitalize(), [x], y)  # ONNX spells ReLU as Relu.
         elif type(layer) is AvgPool2d and layer.padding == (0, 0):
             size, stride = [*layer.kernel_size], [*layer.stride]
             x = node("AveragePool", [x], y, kernel_shape=size, strides=stride)

@@ -107,7 +107,7 @@ class SGD:
             raise ValueError(f"expected weight_decay >= 0, got {weight_decay}")
         self.parameters = dict(parameters)
         self.schedule = lr if callable(lr) else Constant(lr)
-        self.momentum = float(momentum)  # a NumPy scalar would impose its dtype
+        self.momentum = float(momentum)  # A NumPy scalar would impose its dtype on the arrays.
         self.weight_decay = float(weight_decay)
         self.steps = 0
         self.velocity: dict[str, Array] = {}
@@ -134,7 +134,7 @@ class SGD:
             if self.weight_decay and parameter.name == "weight":
                 v = v + self.weight_decay * parameter.data
             if self.momentum:
-                v = v + self.momentum * self.velocity.get(name, 0.0)  # a new array, ours
+                v = v + self.momentum * self.velocity.get(name, 0.0)  # This creates a new array.
                 self.velocity[name] = v
             parameter.data -= lr * v
         self.steps += 1

@@ -1,15 +1,17 @@
-"""A run's folder: what was asked for, on what it ran, what each epoch found, and checkpoints.
+"""Create, read and write the folders of training runs.
 
     config.json        the options
     environment.json   versions, device, threads, commit, command line
-    metrics.jsonl      one JSON object a line: epoch 0 (before training), epoch 1, ...
-    last.safetensors   the state to go on from
-    best.safetensors   the state with the best test accuracy
+    metrics.jsonl      one JSON object in each line: epoch 0 (before training), epoch 1, ...
+    last.safetensors   the last checkpoint, from which the run can be resumed
+    best.safetensors   the checkpoint with the best test accuracy
 
-The folder is created atomically: built in a hidden sibling, then renamed (the sibling stays if the
-process is killed before, and nothing reads it). From then on every file in it is replaced in one
-step but metrics.jsonl, which grows: lines beyond the last checkpoint's epoch, whole or not, are of
-an epoch that was cut short, and go when the run goes on.
+The folder is created in a hidden folder next to it and then renamed, so that a run exists
+completely or not at all. (If the process is killed before the renaming, the hidden folder remains.
+Nothing reads the hidden folder.) Later, each file is replaced in one step, except for
+metrics.jsonl, to which lines are appended. If a run is interrupted before it saves the checkpoint
+of an epoch, metrics.jsonl may have a line, or a part of a line, after that of the last checkpoint.
+Such lines are removed when the run is resumed.
 """
 
 from __future__ import annotations
@@ -29,11 +31,11 @@ CHECKPOINTS = ("last", "best")
 
 
 class Run:
-    """The folder of one run.
+    """The folder of a training run.
 
     Attributes:
-        path: the folder.
-        config: the options, by name.
+        path: the path of the folder.
+        config: the options of the run by name.
     """
 
     def __init__(self, path: str | os.PathLike[str], config: Mapping[str, Any]) -> None:
@@ -50,17 +52,18 @@ class Run:
         *,
         overwrite: bool = False,
     ) -> Run:
-        """A new folder.
+        """Create the folder of a new run, and return the run.
 
         Args:
-            path: of the folder; those above it are made if need be.
-            config, environment: what JSON can hold.
-            start: the metrics' first line, and arrays and record of the first checkpoint.
-            overwrite: replace a run that is there.
+            path: the path of the folder. Missing parent folders are created as well.
+            config, environment: the contents of config.json and environment.json.
+            start: the first line of the metrics, and the arrays and the record of the first
+                checkpoint.
+            overwrite: whether to replace an existing run of this name.
 
         Raises:
-            CheckpointError: there is something of that name already, and ``overwrite`` is false or
-                it is no run; or the folder cannot be written.
+            CheckpointError: the folder cannot be written; a file or folder of this name exists and
+                ``overwrite`` is false; or it exists and is not a run.
         """
         path = Path(path)
         cls.check_name(path, overwrite=overwrite)
@@ -84,10 +87,10 @@ class Run:
 
     @staticmethod
     def check_name(path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
-        """Whether `create` may make a folder of that name.
+        """Raise an error if `create` would not create a folder of this name.
 
         Raises:
-            CheckpointError: there is something already that may not be overwritten.
+            CheckpointError: a file or folder of this name exists and may not be overwritten.
         """
         if os.path.lexists(path):
             if not overwrite:
@@ -98,19 +101,19 @@ class Run:
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> Run:
-        """The run in a folder.
+        """Return the run in a folder.
 
         Raises:
-            CheckpointError: it is no run, or its configuration is damaged.
+            CheckpointError: the folder is not the folder of a run, or config.json is damaged.
         """
         path = Path(path)
-        if not os.path.isdir(path):  # where Path.is_dir may raise
+        if not os.path.isdir(path):  # Path.is_dir may raise an error.
             raise CheckpointError(f"{path} is not a directory; expected the folder of a run")
         config = _read_json(path / "config.json")
         return cls(path, config)
 
     def environment(self) -> dict[str, Any]:
-        """Versions, device and threads when the run started.
+        """Return the versions, the device and the other facts in environment.json.
 
         Raises:
             CheckpointError: the file is missing or damaged.
@@ -118,10 +121,10 @@ class Run:
         return _read_json(self.path / "environment.json")
 
     def load(self, which: str = "last") -> tuple[Arrays, Record]:
-        """A checkpoint of this run.
+        """Return the arrays and the record of a checkpoint of this run, "last" or "best".
 
         Raises:
-            CheckpointError: it is not there, damaged, or of another run.
+            CheckpointError: the checkpoint is missing, is damaged, or belongs to another run.
         """
         path = self.path / f"{which}.safetensors"
         arrays, record = load_checkpoint(path)
@@ -130,20 +133,21 @@ class Run:
         return arrays, record
 
     def save(self, arrays: Arrays, record: Record, *, best: bool = False) -> None:
-        """Replace the last checkpoint, and the best one before it if asked to.
+        """Replace the last checkpoint. If ``best`` is true, replace the best checkpoint first.
 
         Raises:
-            CheckpointError: it cannot be written; the earlier one is intact then.
+            CheckpointError: a checkpoint cannot be written. In this case, the earlier checkpoint is
+                unchanged.
         """
         record = {**record, "config": self.config, "metrics_sha256": _digest(self._metrics())}
         for which in ("best", "last") if best else ("last",):
             save_checkpoint(self.path / f"{which}.safetensors", arrays, record)
 
     def append(self, record: Mapping[str, Any]) -> None:
-        """Add an epoch to the metrics.
+        """Append the record of an epoch to the metrics.
 
         Raises:
-            CheckpointError: it cannot be written.
+            CheckpointError: the file cannot be written.
         """
         path = self.path / "metrics.jsonl"
         try:
@@ -155,7 +159,7 @@ class Run:
             raise _cannot_write(path, error) from None
 
     def records(self) -> list[Record]:
-        """Return the metrics of each epoch. An unfinished last line is left out.
+        """Return the records of the epochs. An incomplete last line is ignored.
 
         Raises:
             CheckpointError: the file is damaged.
@@ -167,10 +171,13 @@ class Run:
             raise CheckpointError(f"{self.path / 'metrics.jsonl'} is damaged") from None
 
     def rewind(self, record: Record) -> None:
-        """Drop the metrics that are later than a checkpoint's record.
+        """Remove the metrics of the epochs after a checkpoint.
+
+        Args:
+            record: the record of the checkpoint.
 
         Raises:
-            CheckpointError: those up to the checkpoint are not what they were.
+            CheckpointError: the metrics up to the checkpoint have changed since it was saved.
         """
         content = self._metrics()
         kept = b"".join(content.splitlines(keepends=True)[: record["epoch"] + 1])

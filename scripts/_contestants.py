@@ -224,7 +224,7 @@ def engine_contestant(settings: Settings) -> Contestant:
         One result of the engine may stand for several batches.
         """
         results = list(trainer.steps(order))
-        losses = sum(float(result.loss) * result.examples for result in results)  # waits
+        losses = sum(float(result.loss) * result.examples for result in results)  # waits for the engine
         return losses / settings.batch_size
 
     def evaluate(examples: int, batch_size: int) -> float:

@@ -124,7 +124,7 @@ def operations_of(count: int) -> int:
 
 
 class Peaks:
-    """Measure the CPU's operations per second in float32 in two ways.
+    """A meter of the CPU's operations per second in float32, with two ways of measuring.
 
     The way "multiply-add" is the kernel of `multiply_add_kernel`, and needs Numba. The way
     "product" is NumPy's product of two matrices of 2,048 × 2,048.

@@ -59,7 +59,7 @@ def test_every_operation_has_formula_derivation_and_source(path):
     text = ast.get_docstring(ast.parse((ROOT / "npbn" / "functional" / path).read_text("utf-8")))
     for part in ("$$", "**Source.**"):
         assert part in text
-    assert "**Backward.**" in text or "**What flows back.**" in text
+    assert "**Backward.**" in text
 
 
 def test_the_example_in_the_readme_runs_and_learns(tmp_path):

@@ -8,7 +8,7 @@ import numpy as np
 
 from npbn.data.splits import Dataset, Split
 
-TEST = 360  # the last fifth
+TEST = 360  # the number of test images, which are the last fifth of the images
 
 
 def load_digits(notes: tuple[str, ...] = ()) -> Dataset:

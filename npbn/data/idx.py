@@ -1,7 +1,7 @@
-"""Files in MNIST's format, IDX: images and labels of one's own.
+"""Load images and labels of the user from files in IDX, which is the format of MNIST.
 
-An IDX file is a big-endian header, magic number and sizes, then the values in C order; it may be
-gzipped. (Y. LeCun, C. Cortes, C. Burges, *The MNIST database*, "File formats".)
+An IDX file has a big-endian header with a magic number and the sizes. The values follow in C order.
+The file may be gzipped. (Y. LeCun, C. Cortes, C. Burges, *The MNIST database*, "File formats".)
 """
 
 from __future__ import annotations
@@ -19,14 +19,16 @@ from npbn.errors import DataError
 
 
 def from_idx(directory: str | os.PathLike[str]) -> Dataset:
-    """Return the data set of any four IDX files: training and test images and labels.
+    """Return the data set in a directory of four IDX files: training and test images and labels.
 
-    Their names, ".gz" or not, contain "train" or, for testing, "t10k" or "test"; and "images" or
-    "labels". Images are uint8, (N, H, W); labels are uint8, (N,). Nothing vouches for the content,
-    and a note says so.
+    The names of the files tell them apart. The name of a training file contains "train", and the
+    name of a test file contains "t10k" or "test". Each name also contains "images" or "labels", and
+    may end with ".gz". Images are uint8, (N, H, W); labels are uint8, (N,). The content of the
+    files is not verified, and a note of the data set says so.
 
     Raises:
-        DataError: a file is missing, there is more than one for a purpose, or it is damaged.
+        DataError: one of the four files is missing, is not the only file with such a name, or is
+            damaged.
     """
     directory = Path(directory)
     try:
@@ -69,16 +71,18 @@ def from_idx(directory: str | os.PathLike[str]) -> Dataset:
 
 
 def read(path: Path, limit: float = math.inf, *, unpack: bool = True) -> bytes:
-    """Return the content of a file, at most ``limit`` bytes; uncompressed, if it is gzipped.
+    """Return the content of a file, but not more than ``limit`` bytes.
+
+    If the name of the file ends with ".gz" and ``unpack`` is true, the content is uncompressed.
 
     Raises:
-        DataError: it cannot be read, or its compressed content is damaged.
+        DataError: the file cannot be read, or its compressed content is damaged.
     """
     content = bytearray()
     try:
         with gzip.open(path) if unpack and path.suffix == ".gz" else open(path, "rb") as file:
             while len(content) < limit:
-                # Read in pieces, because a small gzipped file can unfold to any size.
+                # Read in pieces, because a small gzipped file may have a very large content.
                 piece = file.read(int(min(limit - len(content), 1 << 22)))
                 if not piece:
                     break
@@ -93,7 +97,16 @@ def read(path: Path, limit: float = math.inf, *, unpack: bool = True) -> bytes:
 
 
 def values(path: Path, content: bytes) -> np.ndarray:
-    """Return the values of an IDX file's content: uint8, of the shape that its header says."""
+    """Return the values of an IDX file as a uint8 array with the shape in the file's header.
+
+    Args:
+        path: the path of the file, for error messages.
+        content: the uncompressed content of the file.
+
+    Raises:
+        DataError: the content is not an IDX file of unsigned bytes, or has not the size in the
+            header.
+    """
     magic = int.from_bytes(content[:4], "big")
     dimensions = magic & 0xFF
     header = 4 + 4 * dimensions

@@ -1,9 +1,10 @@
 """Define the interface of an engine, which trains and evaluates a model, and choose an engine.
 
 There are three engines. `LayersEngine` (`npbn.engine.layers`) is the textbook loop over the layers,
-on any array library. The two fused engines do the same mathematics, divided into stages
-(`npbn.engine.plan`): `npbn.engine.cpu` works on NumPy's arrays, `npbn.engine.gpu` on CuPy's. The
-layers are the specification of the fused engines: ``tests/engine`` compares the results.
+on any array library. Two fused engines do the same mathematics stage by stage (`npbn.engine.plan`).
+`npbn.engine.cpu` is the fused engine for NumPy's arrays, and `npbn.engine.gpu` is the fused engine
+for CuPy's arrays. The fused engines must compute what the layers compute: ``tests/engine`` compares
+the results.
 
     engine = build("auto", model, optimizer, train, test, batch_size=256, backend=backend)
     for result in engine.steps(order):
@@ -72,7 +73,7 @@ class Engine(Protocol):
         """
 
     def evaluate(self) -> Iterator[Result]:
-        """Run the test split in prediction mode; every layer keeps its mode.
+        """Run the test split in prediction mode. Afterwards, every layer has its old mode again.
 
         Yields:
             One `Result` for one batch or for several batches.
@@ -92,8 +93,6 @@ def build(
     report: Callable[[str], None] | None = None,
 ) -> Engine:
     """Return an engine of the given kind for a model.
-
-    This function chooses among the engines.
 
     Args:
         kind: "layers", "fused" or "auto". "fused" is the fused engine of the backend. "auto" is the

@@ -1,4 +1,7 @@
-"""Train and evaluate by layers: the textbook loop, and the specification of the other engines."""
+"""Train and evaluate by the layers' own methods, in the textbook loop over batches.
+
+The other engines must compute what this engine computes.
+"""
 
 from __future__ import annotations
 
@@ -54,7 +57,7 @@ class LayersEngine:
         self.description = "by layers"
 
     def steps(self, order: np.ndarray) -> Iterator[Result]:
-        """Train on the given examples, batch by batch; see `npbn.engine.Engine`."""
+        """Train on the given examples, batch by batch, as `npbn.engine.Engine` describes."""
         dtype, indices = dtype_of(self.model), self.backend.asarray(order)
         for x, labels in self.train.batches(self.batch_size, dtype, order=indices):
             logits = self.model.forward(x)
@@ -71,7 +74,7 @@ class LayersEngine:
 def predict(
     model: Layer, split: Split, *, dtype: Any, batch_size: int = EVALUATION_BATCH_SIZE
 ) -> Iterator[Result]:
-    """Run a split in prediction mode, batch by batch; every layer keeps its mode."""
+    """Run a split in prediction mode, batch by batch. Then every layer has its old mode again."""
     for x, labels in split.batches(batch_size, dtype):
         with modes_kept(model):
             model.eval()

@@ -44,7 +44,7 @@ _ORDER = ("norm", "activation", "pool")
 
 @dataclass(frozen=True)
 class StagePlan:
-    """A convolution or linear layer, with the norm, activation and pooling that follow the layer.
+    """A stage: a convolution or linear layer, with the norm, activation and pooling after it.
 
     A linear layer is described as a convolution of images of one pixel, with the features as
     channels.
@@ -55,8 +55,8 @@ class StagePlan:
         shape: the shape (C, H, W) of the input; (features, 1, 1) for a linear layer.
         maps: the shape (O, H', W') of the output of ``layer``, before pooling; (out features, 1, 1)
             for a linear layer.
-        kernel, stride, padding: (vertical, horizontal) each; (1, 1), (1, 1) and (0, 0) for a linear
-            layer.
+        kernel, stride, padding: the parameters of the convolution, each as (vertical, horizontal);
+            (1, 1), (1, 1) and (0, 0) for a linear layer.
         window: the window (kH, kW) of the pooling, which is also the stride of the pooling; (1, 1)
             without pooling.
     """
@@ -92,7 +92,7 @@ class StagePlan:
         return self.norm is not None and not self.norm.training
 
     def state(self) -> dict[str, Buffer]:
-        """Return parameters and buffers by name: weight, bias, gamma, beta, ..., moving_var."""
+        """Return the arrays of the stage by name: weight, bias, gamma, beta, ..., moving_var."""
         return self.layer.state() | ({} if self.norm is None else self.norm.state())
 
 
@@ -105,8 +105,8 @@ def plan(model: Sequential, input_shape: tuple[int, ...]) -> list[StagePlan]:
 
     Raises:
         UnsupportedError: a layer cannot be put into any stage; the message names the layer.
-        ValueError, TypeError: the layers do not fit together, or do not fit the input; the message
-            is that of the layers' forward pass on one example.
+        ValueError, TypeError: the layers do not fit together, or do not fit the input. The forward
+            pass of a layer on one example raises the error.
     """
     layers = list(enumerate(_leaves(model)))
     for i, layer in layers:
@@ -193,8 +193,8 @@ def _shapes(
     """Return the shape of one example before each layer, and after the last layer.
 
     Raises:
-        ValueError, TypeError: a layer's forward pass on one example raises the error, or the loss
-            on the result of the last layer does.
+        ValueError, TypeError: the layers do not fit together, or the last layer's output does not
+            fit the loss. The forward pass of a layer or of the loss raises the error.
     """
     x = np.zeros((1, *input_shape), dtype_of(model))
     shapes = [input_shape]

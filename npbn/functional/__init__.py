@@ -1,22 +1,25 @@
-"""The mathematics: stateless pairs of a forward pass and its hand-derived backward pass.
+"""Compute the forward pass and the hand-derived backward pass of each operation, without state.
 
-Each file holds one operation, with the derivation in its docstring and the backward right under
-the forward. ``forward(...) -> y, cache`` and ``backward(dy, cache) -> gradients`` hold for all but
-`batch_norm`, which also returns the moving statistics, and the loss, whose backward needs no dy.
-The gradient of the loss with respect to x is named dx, and has the shape of x.
+Each file defines one operation. The docstring of the file derives the gradient, and the backward
+function follows the forward function. The signatures are ``forward(...) -> y, cache`` and
+``backward(dy, cache) -> gradients``, with two exceptions: `batch_norm` also returns the moving
+statistics, and the backward function of the loss has no argument dy. The gradient of the loss with
+respect to x is named dx and has the shape of x.
 
-What holds for every function here:
+These rules hold for every function:
 
-- *Libraries.* The code is array-API code and runs unchanged on NumPy, on CuPy and on any other
-  library of the Python array API standard. The arrays of one call come from one library.
-- *Dtypes.* float32 or float64, and the result has the dtype of the arguments. Mixing the two is a
-  TypeError, as are integers. A complex number may stand where a real one of the same precision
-  may: with it, a complex step f'(x) = Im f(x + ih) / h goes through the very code that trains.
-- *Memory.* Arguments are never written to, and nothing returned shares memory with them. Any memory
-  order is accepted, and read-only arrays are. Convolution and pooling return arrays of shape
-  (N, C, H, W) whose examples are neighbours in memory, because NumPy is fastest on long runs.
-- *Caches.* A cache can be used any number of times, as long as nobody writes into a returned y
-  (`sigmoid`'s cache is its y).
+- *Libraries.* The code uses the Python array API standard. It runs unchanged on NumPy, on CuPy and
+  on any other library of this standard. All arrays of one call must come from one library.
+- *Dtypes.* The arguments are float32 or float64, and the result has the dtype of the arguments. A
+  mixture of the two dtypes raises a TypeError, and so do integers. Complex arrays of the same
+  precision are allowed in place of real arrays. So the complex step f'(x) = Im f(x + ih) / h checks
+  the code that trains.
+- *Memory.* Arguments are never changed, and results do not share memory with arguments. Arrays may
+  have any memory order, and they may be read-only. Convolution and pooling return arrays of shape
+  (N, C, H, W) in which neighbouring examples are neighbours in memory, because NumPy is fastest on
+  long rows.
+- *Caches.* A cache can be used any number of times, as long as the returned y is not changed,
+  because the cache of `sigmoid` contains y.
 """
 
 from npbn.functional.batch_norm import (

@@ -1,4 +1,4 @@
-"""Checks and helpers for the arrays of all operations."""
+"""Check and process arrays for all operations."""
 
 from __future__ import annotations
 
@@ -11,14 +11,17 @@ Array: TypeAlias = Any
 
 
 def common_namespace(**arrays: Array | None) -> Any:
-    """The array-API namespace of the named arrays, which have to fit together.
+    """Return the array-API namespace of the arrays, which must have one precision.
 
-    ``None`` is passed over.
+    Real and complex arrays of one precision may be mixed, because the complex step, which checks
+    gradients, mixes them.
+
+    Args:
+        arrays: the arrays by name. None is ignored.
 
     Raises:
-        TypeError: as `common_library`; or an array is not of a floating-point dtype, or float32 and
-            float64 are mixed. Real and complex numbers of one precision may meet: that is how the
-            complex step runs through a forward pass.
+        TypeError: the arrays do not pass `common_library`, the dtype of an array is not a
+            floating-point dtype, or float32 and float64 are mixed.
     """
     given = {name: array for name, array in arrays.items() if array is not None}
     xp = common_library(**given)
@@ -29,10 +32,13 @@ def common_namespace(**arrays: Array | None) -> Any:
 
 
 def common_library(**arrays: Array) -> Any:
-    """The array-API namespace of the named arrays, of whatever dtypes.
+    """Return the array-API namespace of the arrays, which may have any dtypes.
+
+    Args:
+        arrays: the arrays by name.
 
     Raises:
-        TypeError: an argument is no array, or the arrays come from more than one library.
+        TypeError: an argument is not an array, or the arrays come from several libraries.
     """
     for name, array in arrays.items():
         if not array_api_compat.is_array_api_obj(array):
@@ -59,25 +65,32 @@ def check_shape(name: str, array: Array, expected: tuple[int, ...]) -> None:
 
 
 def real_part(array: Array, xp: Any) -> Array:
-    """Return Re(array), for comparisons: a complex step must not change which branch is taken."""
+    """Return the real part of an array, for comparisons.
+
+    A complex step must not change the result of a comparison.
+    """
     return xp.real(array) if xp.isdtype(array.dtype, "complex floating") else array
 
 
 def empty_like(array: Array, xp: Any) -> Array:
-    """Return an empty array of this dtype; caches keep it to check the dtype of dy."""
+    """Return an array with no elements and the dtype of ``array``.
+
+    A cache keeps such an array, so that the backward pass can check the dtype of dy.
+    """
     return xp.zeros((0,), dtype=array.dtype, device=array_api_compat.device(array))
 
 
 def copy(array: Array, xp: Any) -> Array:
-    """A copy for a cache: what the caller later does to the argument cannot reach it."""
+    """Return a copy for a cache, because the caller may later change the original array."""
     return xp.asarray(array, copy=True)
 
 
 def sum_over(array: Array, axes: tuple[int, ...]) -> Array:
-    """Return the sum over these axes, which stay in the result with length 1.
+    """Return the sum over some axes, which stay in the result with length 1.
 
-    The sum over the first axis comes first, then the sum over the others. In one go, a GPU would
-    divide the work among the results only, and these are few: the channels of an image.
+    The function first sums over the first of these axes, and then over the other axes. On a GPU,
+    this is faster than a single sum, because CuPy divides the work of a sum only among its results.
+    A sum for batch norm has few results: one for each channel.
     """
     xp = array_api_compat.array_namespace(array)
     array = xp.sum(array, axis=axes[0], keepdims=True)
@@ -85,17 +98,21 @@ def sum_over(array: Array, axes: tuple[int, ...]) -> Array:
 
 
 def mean_over(array: Array, axes: tuple[int, ...]) -> Array:
-    """Return the mean over these axes, in the same order as `sum_over`."""
+    """Return the mean over some axes, which stay in the result with length 1.
+
+    The mean is computed in two steps, for the reason that `sum_over` gives.
+    """
     xp = array_api_compat.array_namespace(array)
     array = xp.mean(array, axis=axes[0], keepdims=True)
     return xp.mean(array, axis=axes[1:], keepdims=True) if len(axes) > 1 else array
 
 
 def elements_at_once(array: Array) -> int:
-    """Return the number of elements of the largest temporary array that is best for speed.
+    """Return the largest number of elements of a temporary array that is good for speed.
 
-    A CPU is fastest if temporary arrays stay in its caches: the answer is 1, for as few elements as
-    can be. On a GPU, every operation costs a launch, about 10 µs: the answer is 2²⁵, for few large
-    operations.
+    A CPU is fastest if temporary arrays fit into its caches. For an array on a CPU, the result is
+    1, which means that temporary arrays should be as small as possible. On a GPU, each operation
+    needs a launch of about 10 µs. For an array on a GPU, the result is 2²⁵, which means few
+    operations on large arrays.
     """
     return 2**25 if array_api_compat.is_cupy_array(array) else 1

@@ -1,73 +1,79 @@
 r"""Batch normalization: the forward pass and its gradient, derived step by step.
 
-(``scripts/lessons/1_batch_norm_by_hand.py`` does it on a 4 × 3 example, with numbers.)
+(``scripts/lessons/1_batch_norm_by_hand.py`` computes a 4 × 3 example with numbers.)
 
-**Formula.** One feature (a column of (N, D), a channel of (N, C, H, W)) at a time. Let
-$x_1, \dots, x_m$ be all its values in the batch: $m = N$ for (N, D), $m = N H W$ for (N, C, H, W).
+**Formula.** Each feature is normalized separately. A feature is a column of an input (N, D) or a
+channel of an input (N, C, H, W). Let $x_1, \dots, x_m$ be all values of one feature in the batch.
+Their number is $m = N$ for (N, D), and $m = N H W$ for (N, C, H, W).
 
 $$\mu = \frac{1}{m} \sum_i x_i \qquad v = \frac{1}{m} \sum_i (x_i - \mu)^2 \qquad
   s = \sqrt{v + \epsilon}$$
 
 $$\hat{x}_i = \frac{x_i - \mu}{s} \qquad y_i = \gamma \hat{x}_i + \beta$$
 
-In training, $\mu$ and $v$ are the batch's own, and moving averages of them are kept. In prediction
-they *are* those moving averages: constants, the same for every example.
+In training, $\mu$ and $v$ are the mean and the variance of the batch, and moving averages of both
+are kept. In prediction, $\mu$ and $v$ are replaced by these moving averages, which are constants.
 
-**What flows back.** $L$ is the loss and $dz$ is short for $\partial L / \partial z$, so that
-$dy_i$ is given. $\gamma$ and $\beta$ meet every $y_i$, so their gradients are sums over the batch:
+**Backward.** $L$ is the loss, and $dz$ is short for $\partial L / \partial z$. So $dy_i$ is given.
+$\gamma$ and $\beta$ contribute to every $y_i$, so their gradients are sums over the batch:
 
 $$d\beta = \sum_i dy_i \qquad d\gamma = \sum_i dy_i \hat{x}_i \qquad d\hat{x}_i = \gamma dy_i$$
 
 **Prediction.** $\mu$ and $s$ do not depend on $x$, so $dx_i = d\hat{x}_i / s = \gamma dy_i / s$.
 
-**Training.** $x_i$ reaches the loss along three paths: through $\hat{x}_i$ directly, through $v$
-(and so through *every* $\hat{x}_k$), and through $\mu$ (likewise). To follow them one node at a
-time, call the centred value $\bar{x}_i = x_i - \mu$, so that $\hat{x}_i = \bar{x}_i / s$. Every
-$\hat{x}_i$ is divided by $s$, and $s$ is the root of $v + \epsilon$:
+**Training.** $x_i$ influences the loss on three paths: directly through $\hat{x}_i$, through $v$,
+and through $\mu$. The last two paths go through *every* $\hat{x}_k$. The derivation follows the
+paths node by node. Let $\bar{x}_i = x_i - \mu$ be the centred value, so that
+$\hat{x}_i = \bar{x}_i / s$. Every $\bar{x}_i$ is divided by $s$, and $s$ is the root of
+$v + \epsilon$:
 
 $$ds = -\frac{1}{s^2} \sum_i d\hat{x}_i \bar{x}_i = -\frac{1}{s} \sum_i d\hat{x}_i \hat{x}_i
   \qquad
   dv = \frac{ds}{2 s} = -\frac{1}{2 s^2} \sum_i d\hat{x}_i \hat{x}_i$$
 
-$\bar{x}_i$ feeds $\hat{x}_i$ (by $1/s$) and $v$ (by $\partial v / \partial \bar{x}_i =
-2 \bar{x}_i / m$):
+$\bar{x}_i$ contributes to $\hat{x}_i$, with the derivative $1/s$, and to $v$, with the derivative
+$2 \bar{x}_i / m$:
 
 $$d\bar{x}_i = \frac{d\hat{x}_i}{s} + \frac{2 \bar{x}_i}{m} dv
   = \frac{1}{s} \Big( d\hat{x}_i - \hat{x}_i \cdot \frac{1}{m} \sum_k d\hat{x}_k \hat{x}_k \Big)$$
 
-$\mu$ is subtracted from every $x_i$, so $d\mu = -\sum_i d\bar{x}_i$. The second term of
-$d\bar{x}_i$ adds nothing to that sum, because $\sum_i \hat{x}_i = 0$:
+$\mu$ is subtracted from every $x_i$, so $d\mu = -\sum_i d\bar{x}_i$. In this sum, the second terms
+of all $d\bar{x}_i$ add up to 0, because $\sum_i \hat{x}_i = 0$:
 
 $$d\mu = -\frac{1}{s} \sum_i d\hat{x}_i$$
 
-$x_i$ feeds $\bar{x}_i$ (by 1) and $\mu$ (by $1/m$): $dx_i = d\bar{x}_i + d\mu / m$, that is
+$x_i$ contributes to $\bar{x}_i$, with the derivative 1, and to $\mu$, with the derivative $1/m$.
+So $dx_i = d\bar{x}_i + d\mu / m$, which is
 
 $$dx_i = \frac{1}{s} \Big( d\hat{x}_i - \frac{1}{m} \sum_k d\hat{x}_k -
   \hat{x}_i \cdot \frac{1}{m} \sum_k d\hat{x}_k \hat{x}_k \Big)$$
 
-Finally put in $d\hat{x}_i = \gamma dy_i$. The sums become
-$\sum_k d\hat{x}_k = \gamma d\beta$ and $\sum_k d\hat{x}_k \hat{x}_k = \gamma d\gamma$, and
-$\gamma$ comes out of the bracket:
+Finally, insert $d\hat{x}_i = \gamma dy_i$. The sums become
+$\sum_k d\hat{x}_k = \gamma d\beta$ and $\sum_k d\hat{x}_k \hat{x}_k = \gamma d\gamma$. The common
+factor $\gamma$ moves in front of the bracket:
 
 $$\boxed{ dx_i = \frac{\gamma}{s} \Big( dy_i - \frac{d\beta}{m} -
   \hat{x}_i \frac{d\gamma}{m} \Big) }$$
 
-In words: take the incoming gradient; subtract its mean (shifting all $x_i$ together does not change
-$y$); subtract its component along $\hat{x}$ (nor does stretching them, except for $\epsilon$, which
-leaves the fraction $\epsilon / s^2$ of that component); scale by $\gamma / s$.
+In words: $dx$ is the gradient $dy$ without its mean and without its component along $\hat{x}$,
+scaled by $\gamma / s$. The mean is subtracted because adding a constant to all $x_i$ does not
+change $y$. The component along $\hat{x}$ is subtracted because stretching all $x_i$ hardly changes
+$y$. Stretching changes $y$ only because of $\epsilon$, so the fraction $\epsilon / s^2$ of this
+component remains.
 
-**Rounding.** The variance is taken in two passes, from $x - \mu$: $E[x^2] - E[x]^2$ would cancel
-catastrophically where the mean is large. And since $\mu$ itself is rounded, in training $\bar{x}$
-is centred once more by its own mean. In exact arithmetic that mean is zero, so the derivation is
-untouched; in float32 it is what keeps a channel with mean $10^4$ and deviation $10^{-2}$ accurate,
-and what brings a constant channel close to $\beta$. (Prediction has no such remedy: a moving mean
-near $10^4$ is itself only known to about $10^{-3}$ in float32.)
+**Rounding.** The variance is computed from $x - \mu$, after $\mu$. The formula $E[x^2] - E[x]^2$
+would lose most digits if the mean is large. $\mu$ itself is rounded, so in training the mean of
+$\bar{x}$ is subtracted from $\bar{x}$ once more. In exact arithmetic this mean is zero, so the
+derivation does not change. In float32, the second subtraction makes the result accurate for a
+channel with mean $10^4$ and deviation $10^{-2}$, and brings $y$ close to $\beta$ for a constant
+channel. (In prediction, no such correction is possible, because float32 represents a moving mean
+near $10^4$ only to about $10^{-3}$.)
 
 **Source.** S. Ioffe and C. Szegedy, "Batch Normalization: Accelerating Deep Network Training by
-Reducing Internal Covariate Shift", ICML 2015 (arXiv:1502.03167): the forward pass is Algorithm 1,
-the gradients are those of section 3, taken through a finer graph. Correcting the second pass by the
-rounding of the mean is the idea of the corrected two-pass algorithm in T. Chan, G. Golub and
-R. LeVeque, "Algorithms for Computing the Sample Variance", The American Statistician 37(3), 1983.
+Reducing Internal Covariate Shift", ICML 2015 (arXiv:1502.03167). The forward pass is Algorithm 1.
+The gradients are those of section 3, derived with more intermediate nodes. The second subtraction
+is the idea of the corrected two-pass algorithm in T. Chan, G. Golub and R. LeVeque, "Algorithms for
+Computing the Sample Variance", The American Statistician 37(3), 1983.
 """
 
 from __future__ import annotations
@@ -78,7 +84,10 @@ from npbn.functional.arrays import Array, check_shape, common_namespace, copy, m
 
 
 class BatchNormCache(NamedTuple):
-    """For the backward passes: x̄ = x - μ, s = √(v + eps), γ, and whether it was in training."""
+    """The values that the backward pass needs: x̄ = x - μ, s = √(v + eps), γ, and the mode.
+
+    ``training`` is true if the forward pass was in training mode.
+    """
 
     x_centred: Array
     s: Array
@@ -102,24 +111,26 @@ def batch_norm(
     $$y = \gamma \frac{x - \mu}{\sqrt{v + \epsilon}} + \beta$$
 
     Args:
-        x: (N, D), statistics over axis 0; or (N, C, H, W), statistics over axes 0, 2 and 3.
-        gamma, beta: scale and shift, (1, D) or (1, C, 1, 1).
-        moving_mean, moving_var: moving averages of the batch mean and of the *biased* batch
-            variance (divided by m), shaped like gamma, in the units of x and x².
-        training: normalize with the batch's statistics and move the averages; otherwise normalize
-            with the averages and leave them as they are.
-        eps: added to the variance, inside the square root; in the units of x².
+        x: the input, (N, D) or (N, C, H, W). The statistics are taken over axis 0, or over axes 0,
+            2 and 3.
+        gamma, beta: the scale and the shift, (1, D) or (1, C, 1, 1).
+        moving_mean, moving_var: the moving averages of the batch mean and of the *biased* batch
+            variance (divided by m). They have the shape of gamma, and the units of x and x².
+        training: whether to normalize with the statistics of the batch and to update the moving
+            averages. If false, the function normalizes with the moving averages, which do not
+            change.
+        eps: the number that is added to the variance inside the square root, in the units of x².
         momentum: the fraction of the moving averages that is *kept*:
             moving = momentum · moving + (1 - momentum) · batch. (PyTorch's ``momentum`` is the
-            fraction that is new, 1 minus this one, and its moving variance the unbiased one.)
+            fraction that is new: 1 minus this momentum. PyTorch's moving variance is unbiased.)
 
     Returns:
-        y, of the shape and dtype of x; the cache for the backward pass; and the new
-        (moving_mean, moving_var), copies where nothing changed.
+        y, of the shape and dtype of x; the cache for the backward pass; and the new moving averages
+        as (moving_mean, moving_var). In prediction, these are copies of the arguments.
 
     Raises:
-        ValueError: x of another rank or empty; a parameter of another shape; eps or momentum out
-            of range.
+        ValueError: x is empty or has another rank, a parameter has another shape, or eps or
+            momentum is out of range.
         TypeError: see `npbn.functional`.
     """
     xp = common_namespace(
@@ -134,7 +145,7 @@ def batch_norm(
         ("moving_var", moving_var),
     ):
         check_shape(name, parameter, parameter_shape)
-    eps, momentum = float(eps), float(momentum)  # a NumPy scalar would impose its dtype
+    eps, momentum = float(eps), float(momentum)  # NumPy scalars would impose their dtype.
     if not eps > 0:
         raise ValueError(f"expected eps > 0, got {eps}")
     if not 0 <= momentum <= 1:
@@ -143,7 +154,7 @@ def batch_norm(
     if training:
         mean = mean_over(x, axes)
         x_centred = x - mean
-        x_centred -= mean_over(x_centred, axes)  # the rounding of the mean
+        x_centred -= mean_over(x_centred, axes)  # This removes the rounding error of the mean.
         var = mean_over(x_centred * x_centred, axes)
         moving_mean = momentum * moving_mean + (1 - momentum) * mean
         moving_var = momentum * moving_var + (1 - momentum) * var
@@ -158,18 +169,20 @@ def batch_norm(
 
 
 def batch_norm_backward(dy: Array, cache: BatchNormCache) -> tuple[Array, Array, Array]:
-    r"""The closed form, with x̂ = x̄ / s:
+    r"""Return the gradients of batch norm, computed by the formula at the top of this module.
+
+    In training, with $\hat{x} = \bar{x} / s$ and m values of each feature,
 
     $$dx = \frac{\gamma}{s} \Big( dy - \frac{d\beta}{m} - \hat{x} \frac{d\gamma}{m} \Big)$$
 
-    in training, and $dx = \gamma dy / s$ in prediction.
+    In prediction, $dx = \gamma dy / s$.
 
     Args:
-        dy: gradient of the loss with respect to y, of the shape of y.
-        cache: from `batch_norm`.
+        dy: the gradient of the loss with respect to y, of the shape of y.
+        cache: the cache of `batch_norm`.
 
     Returns:
-        dx, of the shape of x; dgamma and dbeta, of the shape of gamma.
+        dx, which has the shape of x; dgamma and dbeta, which have the shape of gamma.
     """
     x_centred, s, gamma, training = cache
     common_namespace(dy=dy, x_centred=x_centred)
@@ -186,16 +199,16 @@ def batch_norm_backward(dy: Array, cache: BatchNormCache) -> tuple[Array, Array,
 
 
 def batch_norm_backward_staged(dy: Array, cache: BatchNormCache) -> tuple[Array, Array, Array]:
-    r"""Return the gradients of `batch_norm_backward`, node by node of the computational graph.
+    r"""Return the gradients of `batch_norm_backward`, computed node by node.
 
-    Forward, the nodes are
+    The nodes of the forward pass are
 
     $$\mu = \mathrm{mean}(x), \quad \bar{x} = x - \mu, \quad q = \bar{x}^2, \quad
       v = \mathrm{mean}(q), \quad s = \sqrt{v + \epsilon}, \quad r = 1/s, \quad
       \hat{x} = \bar{x} r, \quad y = \gamma \hat{x} + \beta$$
 
-    and in prediction μ and v are constants, so that the graph ends at x̄. Arguments and results
-    are those of `batch_norm_backward`.
+    In prediction, μ and v are constants, so the backward pass ends at x̄. The arguments and the
+    results are those of `batch_norm_backward`.
     """
     x_centred, s, gamma, training = cache
     common_namespace(dy=dy, x_centred=x_centred)
@@ -218,19 +231,19 @@ def batch_norm_backward_staged(dy: Array, cache: BatchNormCache) -> tuple[Array,
     ds = -dr / (s * s)
     # s = sqrt(v + eps)
     dv = ds / (2 * s)
-    # v = mean(q): each of the m elements has a share of 1/m
+    # v = mean(q): the derivative with respect to each of the m elements is 1/m
     dq = dv / m
-    # q = x_centred²: the second way on which x_centred reaches y
+    # q = x_centred²: the second path from x_centred to y
     dx_centred = dx_centred + 2 * x_centred * dq
     # x_centred = x - mu
     dmu = -sum_over(dx_centred, axes)
-    # mu = mean(x): the second way on which x reaches x_centred
+    # mu = mean(x): the second path from x to x_centred
     dx = dx_centred + dmu / m
     return dx, dgamma, dbeta
 
 
 def _statistics_axes(x: Array) -> tuple[int, ...]:
-    """The axes that a feature's statistics run over."""
+    """Return the axes over which the statistics of a feature are computed."""
     if x.ndim not in (2, 4) or x.size == 0:
         raise ValueError(
             f"expected x of shape (N, D) or (N, C, H, W), not empty, got {tuple(x.shape)}"

@@ -1,39 +1,45 @@
 r"""Two-dimensional convolution as matrix products, and its gradient.
 
-(``scripts/lessons/3_convolution_as_a_matrix_product.py`` has pictures of it.)
+(``scripts/lessons/3_convolution_as_a_matrix_product.py`` explains the products with pictures.)
 
-**Formula.** (Cross-correlation, as in every deep-learning library: the kernel is not flipped.)
-There are $N$ images of $C$ channels and $O$ kernels of $k_H \times k_W$ pixels, moved by $s_H$ and
-$s_W$ pixels at a time. With $x$ padded by zeros, output channel $o$ at position $(p, q)$ of example
-$n$, in an output of $H' \times W'$ pixels, is
+**Formula.** There are $N$ images of $C$ channels, and $O$ kernels of $k_H \times k_W$ pixels. The
+kernels move over an image in steps of $s_H$ pixels vertically and $s_W$ pixels horizontally. Let
+$x$ be the images, padded by zeros. The output has $H' \times W'$ pixels. Its value for example $n$,
+output channel $o$ and position $(p, q)$ is
 
 $$y_{n o p q} = b_o + \sum_{c, i, j} w_{o c i j} x_{n, c, p s_H + i, q s_W + j}$$
 
-**As matrix products.** Take one row $p$ of the output. For each $(q, n)$ in it, write the window's
-values under one another, over $i$, $c$ and $j$, as a column. Side by side, these columns are a
-matrix $X_p$ of shape $(k_H C k_W) \times (W' N)$. With $W$ the weights as
-$O \times (k_H C k_W)$ and $Y_p$ the output row as $O \times (W' N)$,
+(This is a cross-correlation, because the kernels are not flipped. All deep-learning libraries
+compute it in this way.)
+
+**As matrix products.** Consider one row $p$ of the output. For each position $q$ in this row and
+each example $n$, the values of the window are written as a column, in the order of $i$, $c$ and
+$j$. These columns are the matrix $X_p$ of shape $(k_H C k_W) \times (W' N)$. Let $W$ be the weights
+as a matrix $O \times (k_H C k_W)$, and $Y_p$ the output row as a matrix $O \times (W' N)$. Then
 
 $$Y_p = W X_p + b \mathbf{1}^\top$$
 
-The part of $X_p$ that belongs to $i$ needs nothing but row $h = p s_H + i$ of the padded image, the
-*strip*
+The rows of $X_p$ for one $i$ depend only on row $h = p s_H + i$ of the padded images. These rows of
+$X_p$ are the *strip* of image row $h$:
 
 $$S_{h c j q n} = x_{n, c, h, q s_W + j}$$
 
-which `unfold` builds for all $h$ at once. So $X_p$ is $k_H$ strips under one another, a contiguous
-block of $S$, and nothing is copied to get from one output row to the next. (Writing all $X_p$ out,
-im2col, would at stride 1 hold every number $k_H k_W$ times instead of $k_W$ times, and the products
-would wait for memory: a block of strips stays in the CPU's cache.)
+The function `unfold` computes the strips of all rows $h$. So $X_p$ consists of $k_H$ neighbouring
+strips. These are a contiguous block of $S$, so no further copies are needed for $X_p$. (The usual
+im2col writes out all $X_p$. At stride 1, im2col stores every number $k_H k_W$ times instead of
+$k_W$ times, and the products wait for memory. A block of strips, however, stays in the CPU's
+cache.)
 
-On a GPU, each of these products would be a launch of its own, which takes longer than its
-arithmetic. There, the $X_p$ of all rows are written side by side, as im2col does, and one product
-computes all $Y_p$: see `npbn.functional.arrays.elements_at_once`.
+On a GPU, each of these products would need a launch, which takes longer than its arithmetic. So on
+a GPU, the $X_p$ of all rows are written side by side, as im2col does, and one product computes all
+$Y_p$; see `npbn.functional.arrays.elements_at_once`.
 
-**Backward.** $dY_p$ is given. Number the rows of $X_p$ by $\kappa = (i, c, j)$ and its columns by
-$\rho = (q, n)$. From $Y_{p, o \rho} = b_o + \sum_\kappa W_{o \kappa} X_{p, \kappa \rho}$, the chain
-rule gives a sum over all paths along which an entry reaches the loss. $W$ and $b$ meet every
-column of every row; an entry of $X_p$ meets every output channel:
+**Backward.** $dz$ is short for the gradient of the loss with respect to $z$, so $dY_p$ is given.
+Let $\kappa = (i, c, j)$ be the index of a row of $X_p$, and $\rho = (q, n)$ the index of a column.
+The forward pass is
+$Y_{p, o \rho} = b_o + \sum_\kappa W_{o \kappa} X_{p, \kappa \rho}$. The chain rule sums over all
+entries of the output to which an entry contributes. $W$ and $b$ contribute to all columns of all
+$Y_p$. An entry of $X_p$ contributes to all output channels:
 
 $$dW_{o \kappa} = \sum_p \sum_\rho dY_{p, o \rho} X_{p, \kappa \rho} \qquad
   dX_{p, \kappa \rho} = \sum_o W_{o \kappa} dY_{p, o \rho} \qquad
@@ -41,15 +47,16 @@ $$dW_{o \kappa} = \sum_p \sum_\rho dY_{p, o \rho} X_{p, \kappa \rho} \qquad
 
 $$dW = \sum_p dY_p X_p^\top \qquad dX_p = W^\top dY_p \qquad db = \sum_p dY_p \mathbf{1}$$
 
-Two steps of pure copying are left, and the gradient of what was copied is the sum over the copies.
-Strip $h$ is the part $i$ of every $X_p$ with $p s_H + i = h$, and column $w$ of the padded image is
-in its strip at every $(j, q)$ with $q s_W + j = w$:
+The other two steps of the forward pass only copy: from $x$ to the strips, and from the strips to
+$X_p$. The gradient of a number that is copied is the sum of the gradients of its copies. Strip $h$
+is part $i$ of every $X_p$ with $p s_H + i = h$. Column $w$ of the padded image is in the strip at
+every $(j, q)$ with $q s_W + j = w$:
 
 $$dS_{h c j q n} = \sum_{p, i : p s_H + i = h} dX_{p, (i c j)(q n)} \qquad
   dx_{n c h w} = \sum_{j, q : q s_W + j = w} dS_{h c j q n}$$
 
-The second sum is `fold`, the transpose of `unfold`. Padding is cut off, and what no window reaches
-gets nothing.
+The function `fold`, which is the transpose of `unfold`, computes the second sum. Afterwards, the
+padding is cut off. The gradient of a pixel that is in no window is 0.
 
 **Source.** K. Chellapilla, S. Puri and P. Simard, "High Performance Convolutional Neural Networks
 for Document Processing", 2006 (the matrix product); V. Dumoulin and F. Visin, "A guide to
@@ -76,7 +83,10 @@ from npbn.functional.windows import Windows, pad, unpad, windows_of
 
 
 class Conv2dCache(NamedTuple):
-    """The unfolded x, the weight, the geometry, and whether there was a bias."""
+    """The values that the backward pass needs: the strips of x (see `unfold`) and the weight.
+
+    ``windows`` has the sizes of images and kernels. ``has_bias`` is true if there was a bias.
+    """
 
     strips: Array
     weight: Array
@@ -92,20 +102,22 @@ def conv2d(
     stride: int | tuple[int, int] = 1,
     padding: int | tuple[int, int] = 0,
 ) -> tuple[Array, Conv2dCache]:
-    r"""Convolve images with kernels: $Y_p = W X_p + b \mathbf{1}^\top$ for every output row $p$.
+    r"""Return the convolution of images and kernels, with one matrix product for each output row.
 
     Args:
-        x: images, (N, C, H, W).
-        weight: kernels, (out, C, kH, kW).
-        bias: (out,), or None.
-        stride: step between windows, in pixels; an int or (vertical, horizontal).
-        padding: zeros added on *each* side, in pixels; an int or (vertical, horizontal).
+        x: the images, (N, C, H, W).
+        weight: the kernels, (out, C, kH, kW).
+        bias: the bias, (out,), or None.
+        stride: the distance between neighbouring windows, in pixels; an int or (vertical,
+            horizontal).
+        padding: the number of zeros added on *each* side; an int or (vertical, horizontal).
 
     Returns:
-        y of shape (N, out, H', W') with H' = ⌊(H + 2·pH - kH) / sH⌋ + 1, W' likewise; the cache.
+        y, (N, out, H', W'), where H' is ⌊(H + 2·padding - kH) / stride⌋ + 1, and W' is computed in
+        the same way; and the cache for the backward pass.
 
     Raises:
-        ValueError: shapes that do not fit, a kernel larger than the padded image, stride < 1 or
+        ValueError: the shapes do not fit, the kernel is larger than the padded image, stride < 1 or
             padding < 0.
         TypeError: see `npbn.functional`.
     """
@@ -137,14 +149,16 @@ def conv2d(
 
 
 def conv2d_backward(dy: Array, cache: Conv2dCache) -> tuple[Array, Array, Array | None]:
-    r"""$dW = \sum_p dY_p X_p^\top$, $dX_p = W^\top dY_p$, $db = \sum_p dY_p \mathbf{1}$.
+    r"""Return the gradients of a convolution, computed from one output row p after another.
+
+    $$dW = \sum_p dY_p X_p^\top \qquad dX_p = W^\top dY_p \qquad db = \sum_p dY_p \mathbf{1}$$
 
     Args:
-        dy: gradient of the loss with respect to y, (N, out, H', W').
-        cache: from `conv2d`.
+        dy: the gradient of the loss with respect to y, (N, out, H', W').
+        cache: the cache of `conv2d`.
 
     Returns:
-        dx, dweight and dbias, of the shapes of x, weight and bias; dbias is None without bias.
+        dx, dweight and dbias, with the shapes of x, weight and bias. dbias is None without a bias.
     """
     strips, weight, windows, has_bias = cache
     xp = common_namespace(dy=dy, strips=strips)
@@ -158,7 +172,8 @@ def conv2d_backward(dy: Array, cache: Conv2dCache) -> tuple[Array, Array, Array 
     dstrips = xp.zeros_like(strips, dtype=xp.result_type(dy, weight))
     for rows in _groups(windows, strips):
         dy_group = xp.reshape(dy_rows[:, rows.start : rows.stop, ...], (out_channels, -1))
-        # (X dYᵀ)ᵀ is dY Xᵀ, and BLAS is up to twice as fast at it with the long side first.
+        # This is dY Xᵀ, computed as (X dYᵀ)ᵀ, because BLAS is up to twice as fast if the result of
+        # the product has more rows than columns.
         dweight += (_windows_at(rows, windows, strips, xp) @ dy_group.T).T
         _add_windows_at(rows, windows, dstrips, weight_matrix.T @ dy_group, xp)
     dweight = xp.permute_dims(xp.reshape(dweight, (out_channels, kh, c, kw)), (0, 2, 1, 3))
@@ -167,7 +182,10 @@ def conv2d_backward(dy: Array, cache: Conv2dCache) -> tuple[Array, Array, Array 
 
 
 def unfold(x: Array, windows: Windows) -> Array:
-    """im2col along the width: x (N, C, H, W) → strips (H + 2pH, C, kW, W', N)."""
+    """Return the strips of the images x: (N, C, H, W) → (H + 2pH, C, kW, W', N).
+
+    A strip has the windows of one image row side by side. So this is im2col along the width only.
+    """
     xp = array_api_compat.array_namespace(x)
     n, c, _, _ = x.shape
     padded = xp.permute_dims(pad(x, windows, xp), (1, 0, 2, 3))
@@ -179,7 +197,10 @@ def unfold(x: Array, windows: Windows) -> Array:
 
 
 def fold(strips: Array, windows: Windows) -> Array:
-    """The transpose of `unfold`: each element of x (N, C, H, W) is the sum of its copies."""
+    """Return an array (N, C, H, W) in which each element is the sum of its copies in the strips.
+
+    This is the transpose of `unfold`.
+    """
     xp = array_api_compat.array_namespace(strips)
     _, c, _, _, n = strips.shape
     shape = (c, *windows.padded_size, n)
@@ -190,11 +211,11 @@ def fold(strips: Array, windows: Windows) -> Array:
 
 
 def _groups(windows: Windows, strips: Array) -> Iterator[range]:
-    """Yield groups of neighbouring rows of the output, which are computed by one product.
+    """Yield groups of neighbouring output rows. One matrix product computes the rows of a group.
 
-    A group is one row, unless the device is faster with larger matrices (`elements_at_once`).
+    On a CPU, a group is one row. On a GPU, larger matrices are faster (see `elements_at_once`).
     """
-    row = windows.kernel_size[0] * math.prod(strips.shape[1:])  # the size of X_p
+    row = windows.kernel_size[0] * math.prod(strips.shape[1:])  # the number of elements of X_p
     count = max(1, elements_at_once(strips) // row)
     outputs = windows.output_size[0]
     for first in range(0, outputs, count):
@@ -202,7 +223,7 @@ def _groups(windows: Windows, strips: Array) -> Iterator[range]:
 
 
 def _windows_at(rows: range, windows: Windows, strips: Array, xp: Any) -> Array:
-    """Return the matrices X_p of some rows side by side: (kH·C·kW, rows·W'·N)."""
+    """Return the matrices X_p of some output rows p side by side: (kH·C·kW, rows·W'·N)."""
     kh, sh = windows.kernel_size[0], windows.stride[0]
     if len(rows) == 1:  # X_p is a block of the strips, so nothing is copied.
         block = strips[rows.start * sh : rows.start * sh + kh, ...]
@@ -216,9 +237,10 @@ def _windows_at(rows: range, windows: Windows, strips: Array, xp: Any) -> Array:
 
 
 def _add_windows_at(rows: range, windows: Windows, dstrips: Array, dx: Array, xp: Any) -> None:
-    """Add the gradients with respect to the matrices X_p of some rows to those of the strips.
+    """Add dx, the gradients of the matrices X_p of some output rows p, to those of the strips.
 
-    This is the transpose of `_windows_at`: an element of the strips gets the sum over its copies.
+    This is the transpose of `_windows_at`: for each element of the strips, the gradients of its
+    copies are added.
     """
     kh, sh = windows.kernel_size[0], windows.stride[0]
     _, c, kw, w, n = dstrips.shape
@@ -232,5 +254,5 @@ def _add_windows_at(rows: range, windows: Windows, dstrips: Array, dx: Array, xp
 
 
 def _as_matrix(weight: Array, xp: Any) -> Array:
-    """(out, C, kH, kW) → (out, kH·C·kW), in the order of the strips' rows."""
+    """Return a weight (out, C, kH, kW) as a matrix (out, kH·C·kW); its columns match X_p's rows."""
     return xp.reshape(xp.permute_dims(weight, (0, 2, 1, 3)), (weight.shape[0], -1))

@@ -5,9 +5,11 @@ r"""The affine map of a fully connected layer, and its gradient.
 $$y_{n o} = \sum_d x_{n d} w_{o d} + b_o \qquad\text{that is}\qquad
   Y = X W^\top + \mathbf{1} b^\top$$
 
-**Backward.** The chain rule sums over every $y$ that an entry reaches. $x_{n d}$ reaches
-$y_{n o}$ for all $o$, by $w_{o d}$; $w_{o d}$ reaches $y_{n o}$ for all $n$, by $x_{n d}$; $b_o$
-reaches $y_{n o}$ for all $n$, by 1:
+**Backward.** $dz$ is short for the gradient of the loss with respect to $z$, so $dy_{n o}$ is
+given. The chain rule sums over all outputs to which an entry contributes. $x_{n d}$ contributes to
+$y_{n o}$ for all $o$, with the derivative $w_{o d}$. $w_{o d}$ contributes to $y_{n o}$ for all
+$n$, with the derivative $x_{n d}$. $b_o$ contributes to $y_{n o}$ for all $n$, with the derivative
+1:
 
 $$dx_{n d} = \sum_o dy_{n o} w_{o d} \qquad dw_{o d} = \sum_n dy_{n o} x_{n d} \qquad
   db_o = \sum_n dy_{n o}$$
@@ -26,7 +28,10 @@ from npbn.functional.arrays import Array, check_shape, common_namespace, copy
 
 
 class LinearCache(NamedTuple):
-    """x, the weight, and whether there was a bias."""
+    """The values that the backward pass needs: the input x, and the weight.
+
+    ``has_bias`` is true if there was a bias.
+    """
 
     x: Array
     weight: Array
@@ -34,18 +39,18 @@ class LinearCache(NamedTuple):
 
 
 def linear(x: Array, weight: Array, bias: Array | None = None) -> tuple[Array, LinearCache]:
-    r"""$Y = X W^\top + \mathbf{1} b^\top$.
+    r"""Return the output of a linear layer, $Y = X W^\top + \mathbf{1} b^\top$.
 
     Args:
-        x: (N, D).
-        weight: (out, D).
-        bias: (out,), or None.
+        x: the input, (N, D).
+        weight: the weight, (out, D).
+        bias: the bias, (out,), or None.
 
     Returns:
-        y of shape (N, out); the cache.
+        y, (N, out); and the cache for the backward pass.
 
     Raises:
-        ValueError: shapes that do not fit.
+        ValueError: the shapes do not fit.
         TypeError: see `npbn.functional`.
     """
     xp = common_namespace(x=x, weight=weight, bias=bias)
@@ -64,14 +69,14 @@ def linear(x: Array, weight: Array, bias: Array | None = None) -> tuple[Array, L
 
 
 def linear_backward(dy: Array, cache: LinearCache) -> tuple[Array, Array, Array | None]:
-    r"""$dX = dY W$, $dW = dY^\top X$, $db = dY^\top \mathbf{1}$.
+    r"""Return the gradients $dX = dY W$, $dW = dY^\top X$ and $db = dY^\top \mathbf{1}$.
 
     Args:
-        dy: gradient of the loss with respect to y, (N, out).
-        cache: from `linear`.
+        dy: the gradient of the loss with respect to y, (N, out).
+        cache: the cache of `linear`.
 
     Returns:
-        dx, dweight and dbias, of the shapes of x, weight and bias; dbias is None without bias.
+        dx, dweight and dbias, with the shapes of x, weight and bias. dbias is None without a bias.
     """
     x, weight, has_bias = cache
     xp = common_namespace(dy=dy, x=x)

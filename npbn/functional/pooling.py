@@ -1,24 +1,25 @@
 r"""Average and max pooling over sliding windows, and their gradients.
 
-**Formula.** The average of a window of $k_H \times k_W$ values, padding zeros counted among them,
-and its maximum, padding counted as $-\infty$, are
+**Formula.** A window has $k_H \times k_W$ values. In the average of a window, the values of the
+padding count as 0. In the maximum of a window, they count as $-\infty$:
 
 $$y_{n c p q} = \frac{1}{k_H k_W} \sum_{i, j} x_{n, c, p s_H + i, q s_W + j} \qquad
   y_{n c p q} = \max_{i, j} x_{n, c, p s_H + i, q s_W + j}$$
 
-**Backward.** Each element of $x$ reaches the loss through every window that sees it. Moving it
-moves an average by $1 / (k_H k_W)$ as much:
+**Backward.** $dx$ and $dy$ are the gradients of the loss with respect to $x$ and $y$. An element of
+$x$ contributes to the output of every window that contains it. For averages, the derivative of
+each output is $1 / (k_H k_W)$:
 
 $$dx_{n c h w} = \frac{1}{k_H k_W} \sum_{(p, q) : (h, w) \in \text{window}(p, q)} dy_{n c p q}$$
 
-Where the maximum is unique, moving it moves $y$ by as much, and moving any other element moves
-nothing:
+For maxima, the derivative of an output with respect to the largest element of its window is 1. The
+derivative with respect to every other element is 0:
 
 $$dx_{n c h w} = \sum_{(p, q) : (h, w) = \arg\max \text{window}(p, q)} dy_{n c p q}$$
 
-*Ties.* There the derivative does not exist; one element is chosen to receive the whole gradient:
-the first of the window in reading order (row by row), on every library, as PyTorch chooses. A NaN
-in a window makes its maximum NaN.
+*Ties.* If several elements of a window are the largest, the derivative does not exist. In this
+case, the first of these elements in reading order (row by row) gets the whole gradient, with every
+array library and as in PyTorch. If a window contains NaN, its maximum is NaN.
 
 **Source.** Y. LeCun, L. Bottou, Y. Bengio and P. Haffner, "Gradient-Based Learning Applied to
 Document Recognition", Proc. IEEE 86(11), 1998, section II.B (subsampling); V. Dumoulin and F.
@@ -36,7 +37,10 @@ from npbn.functional.windows import Windows, check_pooling_padding, pad, unpad, 
 
 
 class AvgPool2dCache(NamedTuple):
-    """Geometry, shape of y, an empty array of x's dtype: averaging is linear, x is not needed."""
+    """The values that the backward pass needs: the windows and the shape of y.
+
+    ``precision`` is an empty array of x's dtype, by which the backward pass checks the dtype of dy.
+    """
 
     windows: Windows
     y_shape: tuple[int, ...]
@@ -44,7 +48,11 @@ class AvgPool2dCache(NamedTuple):
 
 
 class MaxPool2dCache(NamedTuple):
-    """The geometry; the place in its window of each maximum, shaped like y; an empty array."""
+    """The values that the backward pass needs: the windows and the places of the maxima.
+
+    ``chosen`` has the shape of y. A maximum at row i and column j of its window has the number
+    i·kW + j. ``precision`` is an empty array of x's dtype, by which the dtype of dy is checked.
+    """
 
     windows: Windows
     chosen: Array
@@ -58,22 +66,25 @@ def avg_pool2d(
     stride: int | tuple[int, int] | None = None,
     padding: int | tuple[int, int] = 0,
 ) -> tuple[Array, AvgPool2dCache]:
-    r"""The mean of every window, padding zeros included.
+    r"""Return the mean of the values in every window, including the zeros of the padding.
 
     $$y = \frac{1}{k_H k_W} \sum_{i, j} x_{ij}$$
 
     Args:
-        x: (N, C, H, W).
-        kernel_size: the window, in pixels; an int or (vertical, horizontal), as are the others.
-        stride: step between windows; the kernel size unless given.
-        padding: zeros on each side, at most half the kernel.
+        x: the images, (N, C, H, W).
+        kernel_size: the size of a window in pixels, an int or (vertical, horizontal).
+        stride: the distance between neighbouring windows in pixels, an int or (vertical,
+            horizontal). By default, this is the kernel size.
+        padding: the number of zeros on each side, an int or (vertical, horizontal). At most, this
+            is half the kernel size.
 
     Returns:
-        y of shape (N, C, H', W') with H' = ⌊(H + 2·pH - kH) / sH⌋ + 1, W' likewise; the cache.
+        y, (N, C, H', W'), where H' is ⌊(H + 2·padding - kernel_size) / stride⌋ + 1, and W' is
+        computed in the same way; and the cache for the backward pass.
 
     Raises:
-        ValueError: x of another rank; a window larger than the padded image; kernel size or stride
-            < 1; padding < 0 or more than half the kernel.
+        ValueError: x has another rank, a window is larger than the padded image, kernel size or
+            stride < 1, padding < 0, or padding is more than half the kernel size.
         TypeError: see `npbn.functional`.
     """
     xp = common_namespace(x=x)
@@ -88,11 +99,11 @@ def avg_pool2d(
 
 
 def avg_pool2d_backward(dy: Array, cache: AvgPool2dCache) -> Array:
-    """dx: every element gathers dy / (kH·kW) from each window that sees it.
+    """Return dx. Each element of dx is the sum of dy / (kH·kW) over the windows that contain it.
 
     Args:
-        dy: gradient of the loss with respect to y, of the shape of y.
-        cache: from `avg_pool2d`.
+        dy: the gradient of the loss with respect to y, of the shape of y.
+        cache: the cache of `avg_pool2d`.
     """
     windows, y_shape, precision = cache
     xp = common_namespace(dy=dy, x=precision)
@@ -112,18 +123,18 @@ def max_pool2d(
     stride: int | tuple[int, int] | None = None,
     padding: int | tuple[int, int] = 0,
 ) -> tuple[Array, MaxPool2dCache]:
-    r"""The maximum of every window, padding counted as -∞: $y = \max_{i, j} x_{ij}$.
+    r"""Return the maximum of every window: $y = \max_{i, j} x_{ij}$. The padding counts as -∞.
 
-    Arguments, results and errors are those of `avg_pool2d`. Ties go to the first element of the
-    window in reading order.
+    Arguments, results and errors are those of `avg_pool2d`. If several elements of a window are the
+    largest, only the first of these in reading order (row by row) gets a gradient later.
     """
     xp = common_namespace(x=x)
     windows = _pooling_windows(x, kernel_size, stride, padding)
     padded = pad(x, windows, xp)
     maximum = _zeros(padded, windows.output_size, xp)
     chosen = xp.full_like(maximum, -1, dtype=xp.int32)
-    # The first element inside the image replaces the initial value, even if it is -inf. Padding
-    # never wins.
+    # The first element inside the image always replaces the initial value, even if the element is
+    # -inf. An element of the padding is never chosen.
     inside = pad(xp.ones_like(real_part(x[:1, :1, ...], xp)), windows, xp) > 0
     _, kw = windows.kernel_size
     for i, j, place in windows.places():
@@ -137,11 +148,11 @@ def max_pool2d(
 
 
 def max_pool2d_backward(dy: Array, cache: MaxPool2dCache) -> Array:
-    """dx: every element gathers dy from each window whose maximum it is.
+    """Return dx. Each element of dx is the sum of dy over the windows whose maximum it is.
 
     Args:
-        dy: gradient of the loss with respect to y, of the shape of y.
-        cache: from `max_pool2d`.
+        dy: the gradient of the loss with respect to y, of the shape of y.
+        cache: the cache of `max_pool2d`.
     """
     windows, chosen, precision = cache
     xp = common_namespace(dy=dy, x=precision)
@@ -157,7 +168,7 @@ def max_pool2d_backward(dy: Array, cache: MaxPool2dCache) -> Array:
 
 
 def _zeros(like: Array, size: tuple[int, int], xp: Any) -> Array:
-    """Zeros, batch last as ``like`` is, for images of another size."""
+    """Return zeros, (C, *size, N), with the number of channels and examples of ``like``."""
     shape = (like.shape[0], *size, like.shape[3])
     return xp.zeros(shape, dtype=like.dtype, device=array_api_compat.device(like))
 

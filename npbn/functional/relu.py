@@ -2,11 +2,13 @@ r"""The rectified linear unit, and its gradient.
 
 **Formula.** $y = \max(x, 0)$.
 
-**Backward.** $y$ moves with $x$ where $x > 0$ and not at all where $x < 0$:
+**Backward.** $dx$ and $dy$ are the gradients of the loss with respect to $x$ and $y$. The
+derivative of $y$ with respect to $x$ is 1 where $x > 0$, and 0 where $x < 0$:
 
 $$dx = dy \text{ where } x > 0 \qquad dx = 0 \text{ where } x \le 0$$
 
-At $x = 0$ the derivative does not exist; 0 is used, as everywhere. A NaN passes through.
+At $x = 0$, the derivative does not exist. npbn uses 0 there, as other libraries do. If $x$ is NaN,
+$y$ is NaN.
 
 **Source.** V. Nair and G. Hinton, "Rectified Linear Units Improve Restricted Boltzmann Machines",
 ICML 2010.
@@ -20,17 +22,20 @@ from npbn.functional.arrays import Array, check_shape, common_namespace, empty_l
 
 
 class ReLUCache(NamedTuple):
-    """The places with x <= 0, which are cut off; and an empty array of x's dtype."""
+    """The values that the backward pass needs: booleans ``cut`` that are true where x <= 0.
+
+    ``precision`` is an empty array of x's dtype, by which the backward pass checks the dtype of dy.
+    """
 
     cut: Array
     precision: Array
 
 
 def relu(x: Array) -> tuple[Array, ReLUCache]:
-    r"""$y = \max(x, 0)$, elementwise.
+    r"""Return $y = \max(x, 0)$ for each element.
 
     Args:
-        x: any shape.
+        x: an array of any shape.
 
     Returns:
         y, of the shape and dtype of x; the cache.
@@ -44,11 +49,11 @@ def relu(x: Array) -> tuple[Array, ReLUCache]:
 
 
 def relu_backward(dy: Array, cache: ReLUCache) -> Array:
-    r"""$dx = dy$ where $x > 0$, else 0.
+    r"""Return dx, which is dy where $x > 0$, and 0 elsewhere.
 
     Args:
-        dy: gradient of the loss with respect to y, of the shape of y.
-        cache: from `relu`.
+        dy: the gradient of the loss with respect to y, of the shape of y.
+        cache: the cache of `relu`.
     """
     cut, precision = cache
     xp = common_namespace(dy=dy, x=precision)

@@ -4,19 +4,21 @@ r"""The logistic sigmoid, and its gradient.
 
 $$y = \sigma(x) = \frac{1}{1 + e^{-x}}$$
 
-This form keeps its relative accuracy in both tails (in $\frac{1}{2} (1 + \tanh \frac{x}{2})$,
-which is equal, the left tail cancels to 0). Its one weakness is that $e^{-x}$ overflows far on the
-left. So $x$ is held above $\log t$, with $t$ the smallest normal number: $x \ge -87.3$ in float32,
-$x \ge -708.4$ in float64. To the left of that, $y$ is $t$ where it should be smaller still.
+This formula has a small relative error for all $x$. (The formula
+$\frac{1}{2} (1 + \tanh \frac{x}{2})$ is equal in exact arithmetic, but its two terms cancel to 0
+for very negative $x$.) However, $e^{-x}$ overflows for very negative $x$. So the code replaces
+every $x$ below $\log t$ by $\log t$, where $t$ is the smallest normal number. This bound is -87.3
+in float32 and -708.4 in float64. For $x$ below the bound, $y$ is $t$, although the exact value is
+smaller.
 
 **Backward.** With $u = 1 + e^{-x}$, so that $y = 1/u$,
 
 $$\sigma'(x) = -\frac{1}{u^2} \cdot (-e^{-x}) = \frac{1}{u} \cdot \frac{e^{-x}}{u}
   = y (1 - y)$$
 
-because $e^{-x} / u = (u - 1) / u = 1 - y$. With $dx$ and $dy$ the gradients of the loss
-with respect to $x$ and $y$, the chain rule gives $dx = dy \cdot y (1 - y)$. The output is all that
-the backward pass needs.
+because $e^{-x} / u = (u - 1) / u = 1 - y$. $dx$ and $dy$ are the gradients of the loss with respect
+to $x$ and $y$. The chain rule gives $dx = dy \cdot y (1 - y)$. So the backward pass needs only the
+output $y$ and the gradient $dy$.
 
 **Source.** D. Rumelhart, G. Hinton and R. Williams, "Learning representations by back-propagating
 errors", Nature 323, 1986, equations 2 and 5.
@@ -31,16 +33,16 @@ from npbn.functional.arrays import Array, check_shape, common_namespace
 
 
 class SigmoidCache(NamedTuple):
-    """The output."""
+    """The value that the backward pass needs: the output y of the sigmoid."""
 
     y: Array
 
 
 def sigmoid(x: Array) -> tuple[Array, SigmoidCache]:
-    r"""$y = 1 / (1 + e^{-x})$, elementwise, without overflow for any finite x.
+    r"""Return $y = 1 / (1 + e^{-x})$ for each element, without overflow for any finite x.
 
     Args:
-        x: any shape.
+        x: an array of any shape.
 
     Returns:
         y, of the shape and dtype of x; the cache.
@@ -59,11 +61,11 @@ def sigmoid(x: Array) -> tuple[Array, SigmoidCache]:
 
 
 def sigmoid_backward(dy: Array, cache: SigmoidCache) -> Array:
-    r"""$dx = dy \cdot y (1 - y)$.
+    r"""Return the gradient of the loss with respect to x, $dx = dy \cdot y (1 - y)$.
 
     Args:
-        dy: gradient of the loss with respect to y, of the shape of y.
-        cache: from `sigmoid`.
+        dy: the gradient of the loss with respect to y, of the shape of y.
+        cache: the cache of `sigmoid`.
     """
     (y,) = cache
     common_namespace(dy=dy, y=y)

@@ -1,16 +1,19 @@
-r"""Softmax and cross-entropy in one, the mean loss of a batch, and its gradient.
+r"""The mean cross-entropy loss of a batch, with softmax included, and its gradient.
 
-**Formula.** For example $n$ with logits $z_{n 1}, \dots, z_{n K}$ and true class $t_n$,
+**Formula.** Example $n$ has the logits $z_{n 1}, \dots, z_{n K}$ and the true class $t_n$. Its
+probabilities $p_{n k}$, and the mean loss $L$ of $N$ examples, are
 
 $$p_{n k} = \frac{e^{z_{n k}}}{\sum_j e^{z_{n j}}} \qquad
   L = -\frac{1}{N} \sum_n \log p_{n t_n}
     = \frac{1}{N} \sum_n \Big( \log \sum_j e^{z_{n j}} - z_{n t_n} \Big)$$
 
-Taking the logarithm analytically, as on the right, avoids $\log 0$. Subtracting the largest
-logit of each example first changes neither side, since it cancels, and avoids overflow.
+The code computes the last formula, in which $\log 0$ cannot occur. Before that, the code subtracts
+the largest logit of each example from the logits of this example. This avoids overflow, and does
+not change $p$ and $L$.
 
-**Backward.** The first term's derivative by $z_{n k}$ is
-$e^{z_{n k}} / \sum_j e^{z_{n j}} = p_{n k}$; the second's is 1 if $k = t_n$ and 0 otherwise. So
+**Backward.** The derivative of $\log \sum_j e^{z_{n j}}$ with respect to $z_{n k}$ is
+$e^{z_{n k}} / \sum_j e^{z_{n j}} = p_{n k}$. The derivative of $z_{n t_n}$ is 1 if $k = t_n$, and 0
+otherwise; this is written as $[k = t_n]$. So the gradient of $L$ with respect to $z_{n k}$ is
 
 $$dz_{n k} = \frac{1}{N} \big( p_{n k} - [k = t_n] \big)$$
 
@@ -35,26 +38,30 @@ from npbn.functional.arrays import (
 
 
 class SoftmaxCrossEntropyCache(NamedTuple):
-    """The probabilities, and where each example's true class is; both (N, K)."""
+    """The values that the backward pass needs: the probabilities, (N, K), and the true classes.
+
+    ``is_label``, (N, K), has a boolean for each example and class: whether the class is the label.
+    """
 
     probabilities: Array
     is_label: Array
 
 
 def softmax_cross_entropy(logits: Array, labels: Array) -> tuple[Array, SoftmaxCrossEntropyCache]:
-    r"""$L = -\frac{1}{N} \sum_n \log \mathrm{softmax}(z_n)_{t_n}$.
+    r"""Return the mean loss $L = -\frac{1}{N} \sum_n \log \mathrm{softmax}(z_n)_{t_n}$.
 
     Args:
-        logits: (N, K).
-        labels: (N,), integers in [0, K). A label outside that range makes the loss NaN: looking at
-            the values would stop a GPU at every step.
+        logits: the logits z, (N, K).
+        labels: the true classes t, (N,), integers from 0 to K - 1. If a label is out of this range,
+            the loss is NaN. No error is raised, because a check of the values would have to wait
+            for the GPU at every step.
 
     Returns:
-        The mean loss, in nats, an array of shape (); the cache.
+        The mean loss in nats, an array of shape (); and the cache for the backward pass.
 
     Raises:
-        ValueError: shapes that do not fit, or an empty batch.
-        TypeError: labels of a dtype that is no integer; and see `npbn.functional`.
+        ValueError: the shapes do not fit, or the batch is empty.
+        TypeError: the labels are not integers; see also `npbn.functional`.
     """
     xp = common_library(logits=logits, labels=labels)
     common_namespace(logits=logits)
@@ -79,13 +86,13 @@ def softmax_cross_entropy(logits: Array, labels: Array) -> tuple[Array, SoftmaxC
 
 
 def softmax_cross_entropy_backward(cache: SoftmaxCrossEntropyCache) -> Array:
-    r"""$dz_{n k} = \frac{1}{N} (p_{n k} - [k = t_n])$: the gradient of the mean loss.
+    r"""Return the gradient of the mean loss: $dz_{n k} = \frac{1}{N} (p_{n k} - [k = t_n])$.
 
     Args:
-        cache: from `softmax_cross_entropy`.
+        cache: the cache of `softmax_cross_entropy`.
 
     Returns:
-        dlogits, (N, K).
+        The gradient with respect to the logits, (N, K).
     """
     probabilities, is_label = cache
     xp = common_namespace(probabilities=probabilities)

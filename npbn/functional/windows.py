@@ -1,13 +1,13 @@
-"""Sliding windows over images: the geometry that convolution and pooling share.
+"""Define the sliding windows over images that convolution and pooling have in common.
 
-An output of size H' × W' looks at a padded input through kH × kW windows. Instead of walking over
-the H'·W' windows, the code here walks over the kH·kW places *inside* a window: the elements that
-sit at place (i, j) of all windows at once form one strided slice of the padded input.
+An output of H' × W' elements is computed from H'·W' windows of kH × kW elements of the padded
+input. The code does not loop over the windows. It loops over the kH·kW places *inside* a window,
+because the elements at place (i, j) of all windows are one strided slice of the padded input.
 
-Memory order. Arrays keep the shape (N, C, H, W), but these functions lay them out in memory as
-C, H, W, N ("batch last"): however small the windows are, a slice then copies runs of N neighbouring
-numbers, and a channel is one contiguous block. The shape never shows it, and any memory order is
-accepted.
+Memory order. The arrays of images that convolution and pooling return have the shape (N, C, H, W),
+but in memory the order of their axes is C, H, W, N ("batch last"). So a slice consists of rows of N
+neighbouring numbers, however small the windows are, and a channel is one contiguous block.
+Arguments may have any memory order.
 """
 
 from __future__ import annotations
@@ -23,7 +23,16 @@ from npbn.functional.arrays import Array
 
 
 def pair(name: str, value: int | tuple[int, int], *, minimum: int) -> tuple[int, int]:
-    """``value`` as (vertical, horizontal); one int stands for both."""
+    """Return ``value`` as (vertical, horizontal). A single int is used for both.
+
+    Args:
+        name: the name of the value in the error message.
+        value: an int, or a tuple of two ints.
+        minimum: the smallest number that is allowed.
+
+    Raises:
+        ValueError: the value is neither an int nor a pair of ints, or is below the minimum.
+    """
     both: tuple[Any, ...] = value if isinstance(value, tuple) else (value, value)
     if len(both) != 2 or not all(
         isinstance(v, int | np.integer) and not isinstance(v, bool) and v >= minimum for v in both
@@ -33,7 +42,10 @@ def pair(name: str, value: int | tuple[int, int], *, minimum: int) -> tuple[int,
 
 
 def check_pooling_padding(kernel_size: tuple[int, int], padding: tuple[int, int]) -> None:
-    """Raise ValueError if padding is more than half the kernel: some windows were all padding."""
+    """Raise ValueError if the padding is more than half the kernel size.
+
+    PyTorch has the same limit. Within this limit, every window contains elements of the image.
+    """
     if any(2 * p > k for p, k in zip(padding, kernel_size, strict=True)):
         raise ValueError(
             f"expected padding of at most half the kernel {kernel_size}, got {padding}"
@@ -44,11 +56,13 @@ def check_pooling_padding(kernel_size: tuple[int, int], padding: tuple[int, int]
 class Windows:
     """The positions of a kernel on images of one size.
 
-    Shapes: with input H × W, kernel kH × kW, stride (sH, sW) and padding (pH, pW) on either side,
+    For images of H × W, a kernel of kH × kW, the stride (sH, sW) and the padding (pH, pW) on each
+    side, the output has H' × W' elements, where
 
     $$H' = \\left\\lfloor \\frac{H + 2p_H - k_H}{s_H} \\right\\rfloor + 1$$
 
-    and W' likewise: windows that would reach over the far edge are left out, as in PyTorch.
+    and W' is computed in the same way. As in PyTorch, a window that would reach beyond the lower or
+    the right edge of the padded image is left out.
     """
 
     image_size: tuple[int, int]
@@ -74,19 +88,25 @@ class Windows:
         return (h - kh) // sh + 1, (w - kw) // sw + 1
 
     def rows(self) -> Iterator[tuple[int, slice]]:
-        """(p, slice): the kH rows of the padded image that row p of the output looks at."""
+        """Yield (p, slice) for each output row p, which depends on the image rows in the slice.
+
+        The kH rows are rows of the padded image.
+        """
         for p in range(self.output_size[0]):
             first = p * self.stride[0]
             yield p, slice(first, first + self.kernel_size[0])
 
     def columns(self) -> Iterator[tuple[int, slice]]:
-        """(j, slice): the W' columns of the padded image at column j of every window."""
+        """Yield (j, slice) for each column j of a window.
+
+        The slice contains the W' columns of the padded image that are column j of some window.
+        """
         return _places(self.kernel_size[1], self.stride[1], self.output_size[1])
 
     def places(self) -> Iterator[tuple[int, int, tuple[slice, ...]]]:
-        """(i, j, slice): the slice of a padded (C, H, W, N) array at place (i, j) of every window.
+        """Yield (i, j, slice) for each place (i, j) in a window, row by row.
 
-        Row by row, so that the first place is the window's upper left corner.
+        The slice of a padded (C, H, W, N) array has the elements at place (i, j) of all windows.
         """
         for i, rows in _places(self.kernel_size[0], self.stride[0], self.output_size[0]):
             for j, columns in self.columns():
@@ -94,7 +114,11 @@ class Windows:
 
 
 def _places(kernel: int, stride: int, outputs: int) -> Iterator[tuple[int, slice]]:
-    """Along one axis: (place in the window, the elements at that place of every window)."""
+    """Yield (i, slice) along one axis, for each place i in a window.
+
+    The slice has the elements at place i of all windows. The windows have ``kernel`` elements, and
+    there are ``outputs`` windows at a distance of ``stride``.
+    """
     for i in range(kernel):
         yield i, slice(i, i + stride * (outputs - 1) + 1, stride)
 
@@ -105,7 +129,11 @@ def windows_of(
     stride: int | tuple[int, int],
     padding: int | tuple[int, int],
 ) -> Windows:
-    """The windows of a kernel over the images x of shape (N, C, H, W), arguments checked."""
+    """Return the windows of a kernel on the images x, (N, C, H, W).
+
+    Raises:
+        ValueError: x has another rank or is empty, or an argument is out of range.
+    """
     if x.ndim != 4 or x.size == 0:
         raise ValueError(f"expected x of shape (N, C, H, W), not empty, got {tuple(x.shape)}")
     return Windows(
@@ -117,7 +145,7 @@ def windows_of(
 
 
 def pad(x: Array, windows: Windows, xp: Any) -> Array:
-    """x of (N, C, H, W) → a copy padded by zeros, of shape (C, H + 2pH, W + 2pW, N)."""
+    """Return the images x, (N, C, H, W), padded by zeros, as (C, H + 2pH, W + 2pW, N)."""
     n, c, h, w = x.shape
     ph, pw = windows.padding
     shape = (c, *windows.padded_size, n)
@@ -127,6 +155,9 @@ def pad(x: Array, windows: Windows, xp: Any) -> Array:
 
 
 def unpad(padded: Array, windows: Windows, xp: Any) -> Array:
-    """(C, H + 2pH, W + 2pW, N) → its inner part with the shape (N, C, H, W); pad's transpose."""
+    """Return padded images, (C, H + 2pH, W + 2pW, N), without the padding, as (N, C, H, W).
+
+    This is the transpose of `pad`.
+    """
     (h, w), (ph, pw) = windows.image_size, windows.padding
     return xp.permute_dims(padded[:, ph : ph + h, pw : pw + w, :], (3, 0, 1, 2))

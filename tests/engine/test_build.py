@@ -85,6 +85,7 @@ def test_on_a_gpu_auto_is_fused_if_its_first_step_is_that_of_the_layers(cupy_bac
     engine = built("auto", device=cupy_backend)
     assert engine.kind == "fused"
     assert not engine.optimizer.velocity and engine.optimizer.steps == 0
+    assert all(p.gradient is None for p in engine.model.parameters().values())
     right = built("layers", device=cupy_backend).model.state_dict()
     for name, value in engine.model.state_dict().items():
         np.testing.assert_array_equal(value, right[name], err_msg=name)
@@ -105,6 +106,15 @@ def test_on_a_gpu_auto_is_fused_if_its_first_step_is_that_of_the_layers(cupy_bac
     for name, value in engine.model.state_dict().items():
         np.testing.assert_array_equal(value, right[name], err_msg=name)
     assert built("fused", device=cupy_backend).kind == "fused"  # for who asks for it
+
+
+def test_a_model_in_prediction_mode_is_compared_in_training_mode(cupy_backend):
+    model, split = a_tiny_model(), a_split(TINY, 20, 1).to(cupy_backend)
+    model.to(cupy_backend, "float64")
+    model.eval()
+    optimizer = SGD(model.parameters(), 0.1)
+    engine = build("auto", model, optimizer, split, split, batch_size=8, backend=cupy_backend)
+    assert engine.kind == "fused" and not model.training
 
 
 def test_on_other_libraries_there_are_layers_only():

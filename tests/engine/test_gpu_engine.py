@@ -128,6 +128,18 @@ def test_nothing_reaches_outside_of_its_array(emulated, cupy, cupy_backend):
         cupy.cuda.set_allocator(pool)
 
 
+def test_the_work_is_divided_among_the_multiprocessors_of_the_gpu(cupy, cupy_backend, monkeypatch):
+    grids = []
+    for count in (1, 100):
+        monkeypatch.setitem(cupy.cuda.Device().attributes, "MultiProcessorCount", count)
+        fused = an_engine(cupy_backend)
+        grids.append([call.grid for call in fused.programs["train8"].launches])
+        losses = [float(result.loss) for result in fused.steps(np.arange(60))]
+        assert np.isfinite(losses).all()
+        assert fused.losses(3).shape == (3,)
+    assert grids[0] != grids[1]
+
+
 def test_too_little_memory_is_one_clear_error(emulated, cupy, cupy_backend):
     model, split = small_model(), a_split(SMALL, 60, 1)
     model.to(cupy_backend, "float64")

@@ -38,7 +38,7 @@ def test_convolution_is_what_its_formula_says(rng):
     np.testing.assert_allclose(y, expected, atol=1e-13)
 
 
-@pytest.mark.parametrize("elements", [1, 700, 1500, 10**9])
+@pytest.mark.parametrize("elements", [1, 80, 150, 700, 1500, 10**9])
 @pytest.mark.parametrize("stride", [1, 2, 3])
 def test_rows_in_groups_of_any_size_give_the_same(elements, stride, rng, device, monkeypatch):
     """One row at a time, a few (5 or 11 of 12 at stride 1), or all of them in one product."""

@@ -1,11 +1,11 @@
-"""Train and evaluate on a GPU by the programs of `npbn.engine.gpu.launch`, as CUDA graphs in CuPy.
+"""Train and evaluate a model on a GPU: run the programs of `npbn.engine.gpu.launch` with CuPy.
 
-This module has not run on a GPU yet. In the tests, it runs with the real CuPy on an emulated GPU
-(``tests/emulated_gpu``).
+CuPy captures the launches of a program as a CUDA graph. This module has not run on a GPU yet. In the
+tests, this module runs with the real CuPy on an emulated GPU (``tests/emulated_gpu``).
 
 The data sets, the parameters and all arrays of a step stay in the GPU's memory. An epoch is a
-sequence of graph launches; most graphs contain many steps. The host waits for the GPU only at the
-end of the epoch, when it reads the losses.
+sequence of launches of graphs. Most of the launched graphs contain STEPS_PER_GRAPH steps. The host
+waits for the GPU only at the end of the epoch, when the host reads the losses.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from npbn.optim import SGD
 STEPS_PER_GRAPH = 32
 
 EVALUATED_AT_ONCE = 2048
-"""Examples."""
+"""The number of examples in a batch of an evaluation."""
 
 
 class DeviceSum:
@@ -42,9 +42,10 @@ class DeviceSum:
     which overwrites the numbers.
 
     Args:
-        read: a function that returns the array of the numbers, (R, P), on the host.
+        read: a function that returns an array on the host that contains the numbers.
         rows: the rows of this array that are added up.
-        weights: the weight of each row: one number for all rows, or an array of R numbers.
+        weights: the weights of these rows: one number for all rows, or an array with one number
+            for each row.
     """
 
     def __init__(self, read: Callable[[], np.ndarray], rows: slice, weights: Any = 1) -> None:
@@ -76,7 +77,7 @@ class GpuEngine:
     Raises:
         UnsupportedError: a layer does not fit into any stage, a batch norm is frozen, a stage or a
             batch is too large for the GPU, or the kernels do not compile.
-        ValueError, TypeError: the model's own forward pass would raise this error.
+        ValueError, TypeError: the model's own forward pass would raise the same error.
         BackendError: the GPU has too little memory.
     """
 
@@ -98,7 +99,9 @@ class GpuEngine:
         self.cupy, self.model, self.optimizer = cupy, model, optimizer
         self.batch_size = min(batch_size, len(train))
         self.stages = plan(model, tuple(train.images.shape[1:]))
-        if model.training:  # Otherwise, training switches every layer to training mode first.
+        # A model in prediction mode is not checked, because training first switches every layer to
+        # training mode.
+        if model.training:
             self._refuse_frozen()
         self.test_size = len(test)
         self.test_batch = min(EVALUATED_AT_ONCE, self.test_size)
@@ -122,10 +125,10 @@ class GpuEngine:
         self.stream.synchronize()
 
     def steps(self, order: np.ndarray) -> Iterator[Result]:
-        """Launch the training steps without waiting for the GPU; see `npbn.engine.Engine`.
+        """Launch the training steps, without waiting for the GPU.
 
-        Each `Result` stands for up to STEPS_PER_GRAPH steps. Afterwards, `losses` returns the mean
-        loss of each single step.
+        `npbn.engine.Engine` describes the arguments. Each `Result` stands for up to
+        STEPS_PER_GRAPH steps. Afterwards, `losses` returns the mean loss of each single step.
 
         Raises:
             UnsupportedError: a batch norm has been frozen.
@@ -152,7 +155,11 @@ class GpuEngine:
             yield self._launch(rest, batches, steps)
 
     def losses(self, steps: int) -> np.ndarray:
-        """Wait for the GPU, and return the mean losses of the first steps of the last pass."""
+        """Wait for the GPU, and return the mean loss of each step of the last training epoch.
+
+        Args:
+            steps: the number of steps, counted from the beginning of the epoch.
+        """
         with self._computing():
             rows = self.arrays["train.losses"][:steps]
             found: np.ndarray = rows.get().sum(axis=1, dtype=np.float64)
@@ -166,10 +173,10 @@ class GpuEngine:
             self._launches += 1
         yield self._result("test", self.test_size, slice(None), self._test_shares)
 
-    # Methods of the constructor.
+    # The constructor calls the following methods, to prepare the engine.
 
     def _write_programs(self, examples: int) -> dict[str, Program]:
-        """Return the programs by name: a training step for each batch size, and an evaluation."""
+        """Return the programs by name: one training step per batch size, and one evaluation."""
         device = self.cupy.cuda.Device()
         multiprocessors = int(device.attributes["MultiProcessorCount"])
         programs = {}
@@ -228,12 +235,13 @@ class GpuEngine:
             message = str(error).strip().split("\n")[0]
             raise UnsupportedError(f"the GPU engine's kernels do not compile: {message}") from None
         for kernel in kernels.values():
-            # This also loads the kernel. CUDA does not allow loading while a graph is captured.
+            # The assignment also loads the kernel. CUDA cannot load a kernel while a graph is being
+            # captured.
             kernel.max_dynamic_shared_size_bytes = shared
         return kernels
 
     def _find_views(self) -> None:
-        """Make the views of the engine's arrays that layers and optimizer will get."""
+        """Make the views of the engine's arrays that the layers and the optimizer will use."""
         names = {id(parameter): name for name, parameter in self.optimizer.parameters.items()}
         self._values: list[tuple[Buffer, Any]] = []
         self._gradients: list[tuple[Parameter, Any]] = []
@@ -259,7 +267,7 @@ class GpuEngine:
 
     @contextlib.contextmanager
     def _computing(self) -> Iterator[None]:
-        """Run the code inside on the engine's stream.
+        """Run the body of a ``with`` statement on the engine's stream.
 
         The engine's stream first waits for the current stream, and afterwards the current stream
         waits for the engine's stream. CUDA itself does not order a non-blocking stream relative to
@@ -271,18 +279,21 @@ class GpuEngine:
             yield
         outside.wait_event(self.stream.record())
 
-    # Methods of `steps` and `evaluate`, which run on the engine's stream.
+    # The following methods run and capture graphs on the engine's stream.
 
     def _adopt(self) -> None:
-        """Copy arrays that were replaced in the layers or the optimizer to the engine's arrays."""
+        """Make the layers and the optimizer use views of the engine's arrays.
+
+        If a layer or the optimizer uses another array, the values are copied to the engine's array.
+        """
         for array, view in self._values:
             if array.data is not view:
                 view[...] = array.data
                 array.data = view
         for parameter, view in self._gradients:
             if parameter.gradient is not view:
-                # The values of the layers' gradients are not needed, because a step computes all
-                # gradients. The exception is a bias before batch norm: its gradient stays 0 here.
+                # The old values are not copied, because a step computes all gradients. The only
+                # exception is a bias before batch norm, whose gradient stays 0.
                 view[...] = 0
                 parameter.gradient = view
         velocities = self.optimizer.velocity
@@ -318,7 +329,7 @@ class GpuEngine:
         return self._result("train", size * (end - start), steps, 1 / (end - start))
 
     def _result(self, data: str, examples: int, rows: slice, weights: Any) -> Result:
-        """Return the result of some rows of the arrays of losses and of right predictions.
+        """Return a `Result` computed from rows of the losses and of the right predictions.
 
         Args:
             data: "train" or "test", the beginning of the names of the arrays.
@@ -328,7 +339,7 @@ class GpuEngine:
         """
 
         def read(name: str) -> np.ndarray:
-            """Return a copy of an array on the host. The copy is used until the next launch."""
+            """Return a copy of an array on the host. The copy is kept until the next launch."""
             if self._copies.get(name, (0, None))[0] != self._launches:
                 self._copies[name] = self._launches, self.arrays[name].get()
             return self._copies[name][1]
@@ -338,7 +349,7 @@ class GpuEngine:
         return Result(examples, loss, correct)
 
     def _needed_graphs(self, examples: int) -> list[tuple[str, int]]:
-        """Return the graphs that an epoch and an evaluation need: (program, repeats)."""
+        """Return the graphs that are needed, as pairs (name of a program, repetitions)."""
         batches, rest = divmod(examples, self.batch_size)
         needed = [("test", 1), (f"train{self.batch_size}", 1)]
         if batches >= STEPS_PER_GRAPH:

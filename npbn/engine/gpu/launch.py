@@ -4,14 +4,14 @@ This module needs no GPU. The launches are the same in every step. A counter in 
 ``step``, tells the kernels where the batch begins and which learning rate applies. So the launches
 can be captured in a CUDA graph, and the graph can be launched again and again.
 
-A model has several programs: one for each batch size, and one for evaluation. Arrays of the same
-name are one array in all programs. This array has the largest size that any of the programs needs.
+A model has several programs: one for each batch size, and one for evaluation. The programs share
+arrays: arrays of the same name are a single array, with the largest size that a program needs.
 
-The host writes the images, the labels, the parameters and the moving averages before the first
-step. Before each epoch, it writes ``order`` and ``rates``, and 0 to ``step``. After the epoch, it
-reads ``train.losses`` and ``train.correct``: each step writes one row, whose sum is the mean loss
-or the number of right predictions. After an evaluation, it reads ``test.losses`` and
-``test.correct``.
+Before the first step, the host writes the images, the labels, the parameters and the moving
+averages. Before each epoch, the host writes ``order``, ``rates``, and 0 to ``step``. Each step
+writes one row of ``train.losses``, whose sum is the mean loss, and one row of ``train.correct``,
+whose sum is the number of right predictions. The host reads these arrays after the epoch. After an
+evaluation, the host reads ``test.losses`` and ``test.correct``.
 """
 
 from __future__ import annotations
@@ -50,39 +50,42 @@ from npbn.errors import UnsupportedError
 from npbn.layers import Parameter
 
 MULTIPROCESSORS = 132
-"""Streaming multiprocessors of an H100 or H200; the work is divided among them."""
+"""The number of streaming multiprocessors of an H100 or H200. They share the work."""
 
 BLOCKS_PER_MULTIPROCESSOR = 4
-"""The most blocks for each multiprocessor if a block processes several examples. More blocks would
-mean more parts of the batch, whose statistics must be merged."""
+"""The largest number of blocks of a launch, per multiprocessor. In a larger batch, each block
+processes several examples, because more blocks would mean more partial statistics to merge."""
 
 MOST_OF_A_CLASSIFIER = 96 * 1024
-"""The most bytes of shared memory for the last linear layer and the loss in one launch. A larger
-layer is computed in tiles, in a launch of its own."""
+"""The largest number of bytes of shared memory for a launch that computes the last linear layer
+and the loss. A layer that needs more memory is computed in tiles, in a launch without the loss."""
 
 MOST_BLOCKS = 65_535
-"""CUDA's limit for the second and third axis of a grid."""
+"""CUDA's limit for the number of blocks along the second and along the third axis of a grid."""
 
 MOST_SHARED = 227 * 1024
-"""Bytes of shared memory that a block can have on an H100 or H200."""
+"""The number of bytes of shared memory that a block can have on an H100 or H200."""
 
 WEIGHTS_AT_A_TIME = 12 * 1024
-"""Bytes of a convolution's weights in shared memory, unless a single channel has more."""
+"""The largest number of bytes of a convolution's weights in shared memory at a time. Only the
+weights of a single channel may need more."""
 
 EXAMPLES_OF_A_LOSS = 32
-"""The examples of a block that computes losses. Few, because more blocks load more at once."""
+"""The largest number of examples for which one block computes the loss. This number is small,
+because many blocks can load more data at the same time than few blocks."""
 
 LOGITS_AT_A_TIME = 16 * 1024
-"""Bytes of logits in shared memory, unless a single example has more."""
+"""The largest number of bytes of logits in the shared memory of a block. Only the logits of a
+single example may need more."""
 
 LONG = 256
-"""The number of terms of a sum that is worth another block."""
+"""The number of terms that make another block worthwhile when a sum is divided among blocks."""
 
 
 def parameter_offsets(stages: Sequence[StagePlan]) -> dict[str, tuple[int, Parameter]]:
-    """Return the parameters by name, such as "0.weight", as pairs (offset, parameter).
+    """Return a pair (offset, parameter) for the name of each parameter, such as "0.weight".
 
-    The offset is the place of the parameter's first number in the array of all parameters.
+    The offset is the index of the parameter's first number in the array of all parameters.
     """
     found: dict[str, tuple[int, Parameter]] = {}
     end = 0
@@ -116,8 +119,8 @@ def training(
         momentum, weight_decay: as in `npbn.optim.SGD`.
         fixed: whether the kernels are compiled for the sizes of this model. If not, the kernels
             read the sizes at run time, so that tests can use the same kernels for many models.
-        multiprocessors: the number of multiprocessors among which the work is divided. The order of
-            sums depends on this number, so the last bits of the results do, too.
+        multiprocessors: the number of multiprocessors among which the work is divided. The order in
+            which numbers are added, and so the last bits of the results, depend on this number.
     """
     stride = n if stride is None else stride
     writer = _Writer(stages, "train", examples, stride, fixed, multiprocessors)
@@ -148,8 +151,8 @@ class _Writer:
         steps: the number of batches in the data set.
         partition: for each stage, how the batch is divided into parts for the statistics: the
             number of examples in a part, and the number of parts.
-        sums: for each stage, the arguments of the type ``Sums`` of kernels.cu.
-        partials: the number of elements that are in use in the array of partial sums.
+        sums: for each stage, the argument of the type ``Sums`` of kernels.cu.
+        partials: the number of elements that have been reserved in the array of partial sums.
     """
 
     def __init__(
@@ -186,7 +189,7 @@ class _Writer:
         batch = self._batch(order, self._array("step", (1,), np.int32, 0))
         backward = list(reversed(self.pairs))
         tensors = self._forward_and_loss(batch)
-        if tensors:  # The backward pass of the last stage is among the launches already.
+        if tensors:  # The launches already include the backward pass of the last stage.
             del backward[0]
         for before, stage in backward:
             tensors += self._backward(before, stage)
@@ -202,14 +205,14 @@ class _Writer:
             self._forward_and_loss(self._batch(NULL, Pointer(numbers.array, step)))
         return self._program()
 
-    # The launches.
+    # The following methods append launches.
 
     def _forward_and_loss(self, batch: Structure) -> list[tuple[int, ...]]:
         """Append the launches of the forward pass and of the loss.
 
-        If the last stage consists of a linear layer only, one launch computes this layer, the loss
-        and the backward passes of both. In this case, in training, return the parameter tensors of
-        the layer for `_sgd`. Otherwise, return an empty list.
+        If the last stage is only a linear layer, and small enough, one launch computes this layer,
+        the loss and the backward passes of both. In this case, in training, return the parameter
+        tensors of the layer for `_sgd`. Otherwise, return an empty list.
         """
         before, last = self.pairs[-1]
         memory = [*normalization(before), *last.classifier]
@@ -231,7 +234,7 @@ class _Writer:
         before, last = self.pairs[-1]
         most = max(1, BLOCKS_PER_MULTIPROCESSOR * self.multiprocessors)
         examples_per_block = over(over(self.stride, TILE), most) * TILE
-        # The length of a row of losses must not depend on n, because batch sizes share the array.
+        # A row of losses has the same length for all batch sizes n, because they share the array.
         rows = self.steps, over(self.stride, examples_per_block) * THREADS // TILE
         parts = over(self.n, examples_per_block)
         bias = self._parameter(last, "bias")
@@ -301,7 +304,7 @@ class _Writer:
         last = self.last
         most = LOGITS_AT_A_TIME // (last.outputs * self.dtype.itemsize)
         examples_per_block = min(EXAMPLES_OF_A_LOSS, max(1, most))
-        # The length of a row of losses must not depend on n, because batch sizes share the array.
+        # A row of losses has the same length for all batch sizes n, because they share the array.
         num_blocks = over(self.stride, examples_per_block)
         rows = self.steps, num_blocks * THREADS // TILE
         dz = self._array(f"dz{last.name}", (self.n * last.values,)) if self.train else NULL
@@ -322,7 +325,7 @@ class _Writer:
         )
 
     def _backward(self, before: KernelStage, stage: KernelStage) -> list[tuple[int, ...]]:
-        """Append the launch of a stage's backward pass. Return its parameter tensors for `_sgd`."""
+        """Append a stage's backward pass. Return the stage's parameter tensors for `_sgd`."""
         assert stage.plan is not None
         name = stage.name
         first = before.plan is None  # The gradient with respect to the images is not needed.
@@ -406,7 +409,7 @@ class _Writer:
             (),
             (over(shape[0], PARAMETERS_PER_BLOCK), 1, 1),
             [THREADS],
-            # Each batch size has a table of its own, because its partial sums have other places.
+            # Each batch size has its own table, because the table lists places of partial sums.
             self._array(f"tensors{self.n}", table.shape, np.int32, table),
             np.int32(shape[0]),
             *map(Pointer, ("partials", "step")),
@@ -418,7 +421,7 @@ class _Writer:
             self._array("velocities", shape, value=0),
         )
 
-    # The arguments of the launches.
+    # The following methods return arguments of launches.
 
     def _program(self) -> Program:
         for name, array in self.arrays.items():
@@ -459,21 +462,21 @@ class _Writer:
 
         Args:
             kernel: the name of the kernel.
-            stages: the stages for whose sizes the kernel is compiled.
+            stages: the stages whose sizes the kernel uses.
             grid: the number of blocks along each axis.
             memory: the length of each array that the kernel allocates in shared memory.
-            arguments: the arguments after the sizes.
+            arguments: the arguments that follow the sizes of the stages.
         """
         shapes = [", ".join(map(str, stage.sizes.values())) for stage in stages]
         types = [f"Fixed<{sizes}>" if self.fixed else "Shape" for sizes in shapes]
-        # If the sizes are fixed, they are passed as an empty class, which takes one byte.
+        # Fixed sizes are part of the type, so the argument is an empty class, which has one byte.
         values = [np.uint8(0) if self.fixed else Structure("Shape", s.sizes) for s in stages]
         name = f"{kernel}<{', '.join([self.real, *types])}>"
         shared = self._bytes(memory)
         self.launches.append(Launch(name, grid, shared, (*values, *arguments)))
 
     def _bytes(self, memory: Iterable[int]) -> int:
-        """Return the bytes of arrays of these lengths, each rounded up to whole vectors."""
+        """Return the number of bytes of arrays with these lengths, rounded up to whole vectors."""
         return sum(over(count, VECTOR) * VECTOR * self.dtype.itemsize for count in memory)
 
     def _real(self, value: float) -> np.generic:
@@ -496,9 +499,9 @@ class _Writer:
         return Structure("Batch", values | {"stride": self.stride})
 
     def _norm(self, stage: KernelStage, merging: bool = False) -> Structure:
-        """Return the argument ``Norm`` for the batch norm of a stage.
+        """Return the argument of the type ``Norm`` of kernels.cu for the batch norm of a stage.
 
-        If ``merging`` is true and in training, the kernel merges the statistics of the parts.
+        In training, if ``merging`` is true, the kernel merges the statistics of the batch's parts.
         """
         name, norm = stage.name, stage.norm
         if norm is None:
@@ -519,7 +522,10 @@ class _Writer:
         return Structure("Norm", values)
 
     def _sums_of(self, stage: KernelStage, num_blocks: int) -> Structure:
-        """Reserve an array for the sums that the backward pass of a stage's batch norm needs."""
+        """Return the argument of the type ``Sums`` of kernels.cu, and reserve an array for it.
+
+        The array holds the sums that the backward pass of the stage's batch norm needs.
+        """
         found = Structure("Sums", {})
         if self.train and stage.norm is not None:
             values = {
@@ -533,12 +539,12 @@ class _Writer:
         return found
 
     def _partial_sums(self, count: int) -> Pointer:
-        """Reserve ``count`` elements in the array of partial sums, and return the first one."""
+        """Reserve ``count`` elements of the array of partial sums; return where they begin."""
         self.partials += count
         return Pointer("partials", self.partials - count)
 
     def _divided(self, across: int, unit: int) -> tuple[int, int]:
-        """Return the number of examples in a block, and the number of blocks of a batch.
+        """Return the number of examples in a block, and the number of blocks for the batch.
 
         Args:
             across: the number of blocks that process the same examples.
@@ -551,7 +557,7 @@ class _Writer:
     def _weight_passes(self, stage: KernelStage, channels: int, maps: int) -> tuple[int, int]:
         """Return the number of channels whose weights are in shared memory at the same time.
 
-        The second result is the number of elements that these weights occupy.
+        The second result is the number of elements that these weights take in shared memory.
         """
         taps = stage.sizes["kernel_h"] * stage.sizes["kernel_w"]
         one = taps * over(maps, MAPS_PER_THREAD) * MAPS_PER_THREAD

@@ -17,12 +17,12 @@ import numpy as np
 SOURCE = Path(__file__).with_name("kernels.cu")
 
 OPTIONS = ("--std=c++17", "--prec-div=false", "--prec-sqrt=false")
-"""Compiler flags: approximate division and square root of floats (2 ulp)."""
+"""The options of the compiler. Division and square root of floats are approximate (2 ulp)."""
 
 THREADS = 256
-"""Threads of a block, as in kernels.cu."""
+"""The number of threads of a block. kernels.cu defines the same constant."""
 
-# The fields of the structures of kernels.cu, with their types.
+# The following names list the fields of the structures of kernels.cu, with their types.
 SHAPE_FIELDS = (
     *("channels", "height", "width", "maps", "rows", "columns"),
     *("kernel_h", "kernel_w", "stride_h", "stride_w", "padding_h", "padding_w"),
@@ -121,7 +121,7 @@ class Program:
 
         Args:
             argument: the argument.
-            address: a function that returns the address of a pointer in the GPU's memory.
+            address: a function that turns a `Pointer` into an address in the GPU's memory.
         """
         if isinstance(argument, Structure):
             types = {"int": np.int32, "real": self.dtype, "pointer": np.uint64}
@@ -139,7 +139,7 @@ class Program:
 
 
 def largest(programs: Iterable[Program]) -> dict[str, ArraySpec]:
-    """Return the arrays of several programs by name, each with the largest size of all programs."""
+    """Return the arrays of several programs by name; among arrays of one name, the largest."""
     found: dict[str, ArraySpec] = {}
     for program in programs:
         for name, spec in program.arrays.items():

@@ -1,7 +1,7 @@
-"""Compute the sizes of stages that the kernels need, and the lengths of their arrays.
+"""Compute the sizes of a stage that the kernels need, and the lengths of the kernels' arrays.
 
-The kernels compute the lengths of their arrays in shared memory by themselves. The functions here
-must give the same lengths; tests compare them.
+The kernels, too, compute the lengths of their arrays in shared memory. The functions here must give
+the same lengths; tests compare both.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ ROWS_PER_THREAD, MAPS_PER_THREAD, TAPS_PER_THREAD, BANKS, PARAMETERS_PER_BLOCK =
 ACTIVATIONS = {type(None): 0, Sigmoid: 1, ReLU: 2}
 
 TILES = (2 * TILE * (TILE_K + VECTOR),)
-"""The lengths of the arrays that ``tile_of_product`` allocates in shared memory."""
+"""The lengths of the arrays that ``tile_of_product`` of kernels.cu allocates in shared memory."""
 
 
 def normalization(stage: KernelStage) -> tuple[int, ...]:
-    """Return the lengths of the arrays that ``normalization`` allocates in shared memory."""
+    """Return the lengths of the arrays in shared memory of ``normalization`` in kernels.cu."""
     return (stage.maps,) * 4
 
 
@@ -78,11 +78,11 @@ class KernelStage:
 
 
 _Axis = tuple[int, int, int]
-"""Outputs, stride and kernel, down or across."""
+"""The number of outputs, the stride and the kernel size along one axis of the image."""
 
 
 def _plane_read(down: _Axis, across: _Axis) -> int:
-    """Return the area of a plane by ``planes_read`` in kernels.cu."""
+    """Return the area of a plane with the layout that ``planes_read`` of kernels.cu returns."""
     rows, stride, kernel = down
     columns, stride_w, kernel_w = across
     height = (over(rows, ROWS_PER_THREAD) * ROWS_PER_THREAD - 1) * stride + kernel
@@ -91,7 +91,7 @@ def _plane_read(down: _Axis, across: _Axis) -> int:
 
 
 def _plane_summed(down: _Axis, across: _Axis) -> int:
-    """Return the area of a plane by ``planes_summed`` in kernels.cu."""
+    """Return the area of a plane with the layout that ``planes_summed`` of kernels.cu returns."""
     height, width = ((outputs - 1) * stride + kernel for outputs, stride, kernel in (down, across))
     return _raised(height * (width | 1), down[2] * (width | 1), BANKS)
 
@@ -102,7 +102,7 @@ def _raised(number: int, like: int, divisor: int) -> int:
 
 
 def images_of(channels: int, height: int, width: int) -> KernelStage:
-    """Return the images as a stage without operations. It comes before the first stage."""
+    """Return a stage without operations that stands for the images before the first stage."""
     shape = channels, height, width
     return KernelStage("images", None, (*shape, *shape, *(1, 1), *(1, 1), *(0, 0), *(1, 1), 0, 0))
 
