@@ -113,8 +113,7 @@ def _read(path: PathLike) -> tuple[Arrays, dict[str, str]]:
             raise CheckpointError(f"{path} is empty")
         with safetensors.safe_open(path, framework="numpy") as file:
             # keys() is needed, because this object cannot be iterated over as a dict can.
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  #  # noqa: SIM118
-            noqa: SIM118
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from None
     except (safetensors.SafetensorError, TypeError, ValueError, AttributeError) as error:

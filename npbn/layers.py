@@ -449,7 +449,10 @@ ACTIVATIONS: dict[str, type[Activation]] = {"sigmoid": Sigmoid, "relu": ReLU}
 
 
 class Flatten(Layer):
-    """A layer that reshapes (N, C, H, W) to (N, C·H·W), as a view if the memory order allows one."""
+    """A layer that reshapes (N, C, H, W) to (N, C·H·W).
+
+    The result is a view of the input if the memory order of the input allows a view.
+    """
 
     def forward(self, x: Array) -> Array:
         self._cache = tuple(x.shape)

@@ -224,7 +224,8 @@ def engine_contestant(settings: Settings) -> Contestant:
         One result of the engine may stand for several batches.
         """
         results = list(trainer.steps(order))
-        losses = sum(float(result.loss) * result.examples for result in results)  # waits for the engine
+        # float waits for the device.
+        losses = sum(float(result.loss) * result.examples for result in results)
         return losses / settings.batch_size
 
     def evaluate(examples: int, batch_size: int) -> float:
