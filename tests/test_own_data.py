@@ -204,7 +204,11 @@ def test_idx_files(idx_directory):
         ("train-images.idx3-ubyte", b"\0\0\x08\x03" + b"\xff" * 12, "has 0 values, expected 42"),
         ("train-images.idx3-ubyte", idx(np.zeros(60, np.uint8)), "has 1 dimensions, expected 3"),
         ("train-images.idx3-ubyte", idx(np.zeros((9, 12, 12), np.uint8)), "expected images of"),
-        ("test-labels-idx1-ubyte.gz", gzip.compress(idx(np.full(20, 7, np.uint8)), mtime=0), "test_lab"),
+        (
+            "test-labels-idx1-ubyte.gz",
+            gzip.compress(idx(np.full(20, 7, np.uint8)), mtime=0),
+            "test_lab",
+        ),
         ("test-labels-idx1-ubyte.gz", gzip.compress(bytes(99), mtime=0)[:-9], "is truncated"),
         ("test-labels-idx1-ubyte.gz", b"plain", "is damaged"),
     ],
