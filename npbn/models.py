@@ -77,8 +77,8 @@ def _lenet_layers(
     generator: np.random.Generator | None,
 ) -> list[Layer]:
     generator = np.random.default_rng() if generator is None else generator
-    side = (side + 2 * padding - 4) // 2  # first convolution and pooling
-    side = (side - 4) // 2  # second
+    side = (side + 2 * padding - 4) // 2  # The first convolution and pooling shrink the side.
+    side = (side - 4) // 2  # So do the second convolution and pooling.
 
     def block(affine: Layer, features: int, num_dims: int) -> list[Layer]:
         norm: list[Layer] = [BatchNorm(features, num_dims)] if batch_norm else []

@@ -67,7 +67,10 @@ class Epoch:
 
 
 def left_out(examples: int, batch_size: int) -> int:
-    """Return the number of examples that an epoch skips: 1 if the last batch had one, else 0."""
+    """Return the number of examples that an epoch skips, which is 0 or 1.
+
+    It is 1 if the last batch would have only one example.
+    """
     return 1 if batch_size > 1 and examples % batch_size == 1 else 0
 
 
@@ -77,10 +80,10 @@ def steps_per_epoch(examples: int, batch_size: int) -> int:
 
 
 def _batches(examples: int, batch_size: int) -> int:
-    return -(-examples // batch_size)  # rounded up
+    return -(-examples // batch_size)  # This rounds up.
 
 
-@functools.lru_cache(maxsize=2)  # of the current epoch and of the next one
+@functools.lru_cache(maxsize=2)  # The cache has the orders of the current and the next epoch.
 def _permutation(seed: int, epoch: int, examples: int) -> np.ndarray:
     """Return the order of the examples in an epoch."""
     order = np.random.default_rng((seed, epoch)).permutation(examples)
@@ -217,7 +220,7 @@ class Training:
         self.epoch = 0
         self.batch = 0
         self.best = -1.0
-        self._totals: _Totals | None = None  # of the current epoch
+        self._totals: _Totals | None = None  # the sums of the current epoch
 
     def run(
         self,

@@ -321,10 +321,10 @@ def torch_contestant(settings: Settings) -> Contestant:
         stream = cuda.Stream()
         stream.wait_stream(cuda.current_stream())
         with cuda.stream(stream):
-            for _ in range(3):  # to warm up
+            for _ in range(3):  # These steps warm up the GPU.
                 step(batch_images, batch_labels)
         cuda.current_stream().wait_stream(stream)
-        optimizer.zero_grad()  # so that the graph has its own gradients
+        optimizer.zero_grad()  # So the graph allocates its own gradients.
         graph = cuda.CUDAGraph()
         with cuda.graph(graph):
             loss = step(batch_images, batch_labels)
@@ -561,7 +561,7 @@ def measure(contestant: Contestant, task: str, batch_size: int) -> dict[str, flo
     run = contestant.passes[task.removesuffix(" at once")]
     images = contestant.images
     if task in ("train", "epoch"):
-        images -= images % batch_size  # whole batches
+        images -= images % batch_size  # Only whole batches are measured.
     # This batch is not measured: the CPU's caches still hold another contestant's data.
     run(batch_size, batch_size)
     contestant.synchronize()
@@ -577,7 +577,7 @@ def serve(settings: Settings) -> None:
 
     The description, each request and each answer are one line of JSON.
     """
-    sys.stdout = sys.stderr  # keeps the output of libraries apart from the answers
+    sys.stdout = sys.stderr  # So the output of libraries is not mixed with the answers.
     contestant = prepared(settings)
     introduction = {
         "description": contestant.description,
@@ -619,9 +619,11 @@ def peak_resident_bytes() -> int:
     for process in (this, *this.children(recursive=True)):
         if sys.platform == "linux":
             status = Path(f"/proc/{process.pid}/status").read_text()
-            peak = re.search(r"VmHWM:\s+(\d+) kB", status)  # a process that has ended has none
+            peak = re.search(r"VmHWM:\s+(\d+) kB", status)  # A process that has ended has no peak.
             found += int(peak[1]) * 1024 if peak else 0
         else:
             memory = process.memory_info()
-            found += getattr(memory, "peak_wset", memory.rss)  # on macOS, the current size
+            found += getattr(
+                memory, "peak_wset", memory.rss
+            )  # On macOS, only the current size is known.
     return found

@@ -79,7 +79,7 @@ def multiply_add_kernel() -> Callable[[int], float]:
             multiply_add = cgutils.get_or_insert_function(
                 builder.module,
                 ir.FunctionType(vector, (vector,) * 3),
-                f"llvm.fmuladd.v{vector.count}f32",  # fused if the processor supports it
+                f"llvm.fmuladd.v{vector.count}f32",  # It is fused if the processor supports this.
             )
             factors = ir.Constant(vector, ir.Undefined)
             for lane in range(vector.count):
@@ -167,7 +167,7 @@ class Peaks:
                     pass
                 return time.perf_counter() - started
 
-            elapsed(count)  # not measured, because the threads have to start
+            elapsed(count)  # This is not measured, because the threads start here.
             count = max(count, round(count * seconds / elapsed(count)))
             return max(threads * operations_of(count) / elapsed(count) for _ in range(3))
 

@@ -66,7 +66,7 @@ def block_in_buffers(
     x: np.ndarray, gamma: np.ndarray, beta: np.ndarray, dpooled: np.ndarray
 ) -> Callable[[], Any]:
     """Return a function that computes batch norm, sigmoid and 2 × 2 average pooling in buffers."""
-    x_centred, y, dy, dx = (np.empty_like(x) for _ in range(4))  # keeps the memory order
+    x_centred, y, dy, dx = (np.empty_like(x) for _ in range(4))  # This keeps the memory order.
     pooled, share = (np.empty_like(dpooled) for _ in range(2))
     moving_mean, moving_var = np.zeros_like(gamma), np.ones_like(gamma)
     axes, m = (0, 2, 3), x.size // gamma.size
@@ -99,7 +99,7 @@ def block_in_buffers(
         np.divide(dpooled, 4, out=share)
         np.subtract(1, y, out=dy)
         np.multiply(dy, y, out=dy)
-        for place in places:  # without an array for the gradient with respect to y
+        for place in places:  # There is no array for the gradient with respect to y.
             np.multiply(dy[place], share, out=dy[place])
 
         dbeta = np.sum(dy, axis=axes, keepdims=True)
@@ -216,7 +216,7 @@ def array_api_cost(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def milliseconds(function: Callable[[], Any], calls: int) -> float:
-    function()  # not measured, because the caches still hold the other function's data
+    function()  # This is not measured, because the caches contain the other function's data.
     started = time.perf_counter()
     for _ in range(calls):
         function()

@@ -209,7 +209,7 @@ class Worker:
 
     def close(self) -> None:
         self.process.kill()
-        self.process.communicate()  # closes the pipes and waits for the end
+        self.process.communicate()  # This closes the pipes and waits for the end.
 
 
 def check_libraries() -> None:
@@ -293,7 +293,7 @@ def compare_one(arguments: argparse.Namespace) -> tuple[Results, Peaks]:
     with contextlib.ExitStack() as stack:
 
         def started(name: str) -> Worker:
-            stderr = stack.enter_context(tempfile.TemporaryFile())  # a pipe could fill up
+            stderr = stack.enter_context(tempfile.TemporaryFile())  # A pipe could fill up.
             caches = stack.enter_context(
                 tempfile.TemporaryDirectory(prefix="npbn-", ignore_cleanup_errors=True)
             )
@@ -370,7 +370,7 @@ def take_turns(
                 answer = worker.ask(task=task, batch_size=batch_size)
                 sums[worker.title] = answer["sum"]
                 values = results[worker.title].setdefault(task, [])
-                if number > 0:  # round 0 is to warm up
+                if number > 0:  # Round 0 is a warm-up.
                     values.append(answer["examples_per_second"])
             if task == "train" and number == 0:
                 check_losses(sums)
@@ -431,7 +431,7 @@ def print_floor(
     }
     parts = ", ".join(f"{title} {time:,.1f}" for title, time in times.items())
     say(f"Microseconds a step: {parts}.")
-    if CONTESTANTS["engine"] not in results:  # card_rates needs CuPy, which the engine needs too
+    if CONTESTANTS["engine"] not in results:  # card_rates needs CuPy, and so does the engine.
         return None
     least = gpu_floor(arguments)
     say(
@@ -513,7 +513,7 @@ def draw(comparisons: list[dict[str, Any]], title: str) -> bytes:
     """
     from matplotlib.figure import Figure
 
-    titles = list(comparisons[0]["results"])[::-1]  # the first on top
+    titles = list(comparisons[0]["results"])[::-1]  # The first contestant is at the top.
     height = 1.2 + len(comparisons) * (1.0 + 0.32 * len(titles))
     figure = Figure(figsize=(14, height), layout="constrained")
     figure.suptitle(title, parse_math=False)

@@ -38,7 +38,7 @@ def main() -> None:
         if importlib.util.find_spec(name) is None:
             raise NpbnError(f"{name} is not installed: pip install -e '.[docs]'")
     with warnings.catch_warnings():
-        warnings.simplefilter("error", UserWarning)  # of pdoc: a page that lacks something
+        warnings.simplefilter("error", UserWarning)  # pdoc warns about a page that is incomplete.
         # pdoc adds most modules of a package without being asked, but not in a package that has an
         # __all__.
         warnings.filterwarnings("ignore", "The module specification .* already been added")
@@ -57,7 +57,7 @@ def build(output: Path) -> int:
     import pdoc.search
 
     for name in npbn.__all__:
-        getattr(npbn, name)  # pdoc sees only what has been imported
+        getattr(npbn, name)  # pdoc sees only modules that have been imported.
     modules = ["npbn"] + [
         module.name
         for module in pkgutil.walk_packages(npbn.__path__, "npbn.")
@@ -131,7 +131,7 @@ def to_html(text: str) -> Any:
         if code:
             return str(code)
         formula = html.unescape(re.sub(r"</?em>", "*", display or inline))
-        boxed = re.fullmatch(r"\s*\\boxed\{(.*)\}\s*", formula, re.DOTALL)  # MathML has no boxes
+        boxed = re.fullmatch(r"\s*\\boxed\{(.*)\}\s*", formula, re.DOTALL)  # MathML has no boxes.
         mathml = convert(boxed[1] if boxed else formula, display="block" if display else "inline")
         return f'<div class="boxed">{mathml}</div>' if boxed else str(mathml)
 

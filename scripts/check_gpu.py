@@ -233,7 +233,7 @@ def check_step(setting: Setting, name: str, dtype: str) -> Finding:
         f"of the loss {{loss:.1e}}, of the loss on test data {{test_loss:.1e}} "
         f"(bound {BOUNDS[dtype]:.0e})"
     )
-    ok = all(error <= BOUNDS[dtype] for error in numbers.values())  # NaN counts as too large
+    ok = all(error <= BOUNDS[dtype] for error in numbers.values())  # NaN counts as too large.
     return Finding(verdict(ok), text.format(**numbers), numbers)
 
 
@@ -320,7 +320,7 @@ def lines(script: str, *options: str) -> Iterator[str]:
     """
     command = [sys.executable, str(Path(__file__).with_name(script)), *options]
     with (
-        tempfile.TemporaryFile() as errors,  # a pipe could fill up
+        tempfile.TemporaryFile() as errors,  # A pipe could fill up.
         subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=errors, encoding="utf-8", errors="replace"
         ) as process,

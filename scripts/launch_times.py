@@ -87,9 +87,11 @@ def operations(engine: CpuEngine, kernel: int, k: int, examples: int) -> int:
     linear = [stage.linear for stage in engine.stages]
     if kernel == launches.FORWARD:
         return products[k]
-    if kernel == launches.BACKWARD:  # dx except in the first stage, dW of a convolution
+    if (
+        kernel == launches.BACKWARD
+    ):  # This is dx, except in the first stage, and the dW of a convolution.
         return products[k] * ((k > 0) + (not linear[k]))
-    if kernel == launches.UPDATE:  # the linear layers' dW
+    if kernel == launches.UPDATE:  # This is the dW of the linear layers.
         return sum(count for count, one in zip(products, linear, strict=True) if one)
     return sum(products) if kernel == launches.PREDICT else 0
 

@@ -227,7 +227,7 @@ def with_dy(name: str, pair: Pair) -> Pair:
 
 
 def each_layer() -> Checks:
-    """Return a check of a small network around each kind of layer."""
+    """Return the checks of small networks. There is one network for each kind of layer."""
     generator = np.random.default_rng(1)
 
     def images(layer: layers.Layer, features: int) -> layers.Sequential:

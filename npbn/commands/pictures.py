@@ -56,7 +56,7 @@ def _records(run: Run) -> list[dict[str, Any]]:
 
 
 def _label(run: Run) -> str:
-    path = os.fsencode(run.path).decode(errors="replace")  # matplotlib needs valid Unicode
+    path = os.fsencode(run.path).decode(errors="replace")  # matplotlib needs valid Unicode.
     return f"{'without' if run.config.get('no_batch_norm') else 'with'} batch norm: {path}"
 
 

@@ -59,7 +59,7 @@ def parse_arguments(program: str, words: list[str]) -> argparse.Namespace:
         choices=CHECKPOINTS,
         help="whose model to use (default: best, or last as long as nothing was evaluated)",
     )
-    arguments = parser.parse_intermixed_args(words)  # options may stand between RUN and IMAGE
+    arguments = parser.parse_intermixed_args(words)  # Options may stand between RUN and IMAGE.
     if not arguments.images and not arguments.index:
         parser.error("expected an image file, or --index and a number")
     if arguments.invert and not arguments.images:

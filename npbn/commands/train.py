@@ -265,7 +265,7 @@ def start(arguments: argparse.Namespace) -> Session:
     now = datetime.datetime.now()
     default = now.strftime("runs/%Y-%m-%d-%H.%M.%S")
     path = Path(default if arguments.run is None else arguments.run)
-    check_name(path, overwrite=arguments.overwrite)  # before anything that takes long
+    check_name(path, overwrite=arguments.overwrite)  # This check comes before steps that take long.
     device = open_device(config.backend, config.threads)
     dataset = load_data(config)
     for note in dataset.notes:
@@ -323,7 +323,7 @@ def resume(arguments: argparse.Namespace) -> Session:
     """Return the session of a run that continues from its last checkpoint."""
     run, config = experiment.open_run(arguments.resume)
     there = run.environment()
-    run.load()  # this also verifies the configuration before it is used
+    run.load()  # This also verifies the configuration before it is used.
     if arguments.data is not None and config.dataset == "digits":
         raise NpbnError("--data: not allowed with this run of the digits, which need no files")
     name = config.backend if arguments.backend == "auto" else arguments.backend

@@ -45,7 +45,7 @@ def inspect_image(path: str | os.PathLike[str]) -> tuple[int, tuple[int, int]]:
         DataError: the file is not an image.
     """
     with _opened(path) as image:
-        turned = image.getexif().get(0x0112, 1) >= 5  # by 90 degrees, left or right
+        turned = image.getexif().get(0x0112, 1) >= 5  # The photo is turned by 90 degrees.
         size = image.size[::-1] if turned else image.size
         return (1 if image.mode in GREY_MODES else 3), size
 
@@ -79,7 +79,7 @@ def read_pixels(
 
     with _opened(path) as file:
         image: Any = ImageOps.exif_transpose(file)
-        if image.mode.startswith("I"):  # 16 bits, which Pillow would clip
+        if image.mode.startswith("I"):  # Pillow would clip pixels of 16 bits.
             values = np.asarray(image)
             if np.min(values) < 0 or np.max(values) > 65535:
                 raise ValueError("expected pixels of 8 or 16 bits")

@@ -73,7 +73,7 @@ class Engine(Protocol):
         """
 
     def evaluate(self) -> Iterator[Result]:
-        """Run the test split in prediction mode. Afterwards, every layer has its old mode again.
+        """Run the test split in prediction mode. Afterwards, every layer gets its old mode back.
 
         Yields:
             One `Result` for one batch or for several batches.

@@ -74,7 +74,7 @@ class LayersEngine:
 def predict(
     model: Layer, split: Split, *, dtype: Any, batch_size: int = EVALUATION_BATCH_SIZE
 ) -> Iterator[Result]:
-    """Run a split in prediction mode, batch by batch. Then every layer has its old mode again."""
+    """Run a split in prediction mode, batch by batch. Every layer gets its old mode back."""
     for x, labels in split.batches(batch_size, dtype):
         with modes_kept(model):
             model.eval()

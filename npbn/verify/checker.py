@@ -46,7 +46,7 @@ elements, one further check covers all its elements together."""
 
 @dataclass(frozen=True)
 class Finding:
-    """The result for one gradient.
+    """The result of the check of one gradient.
 
     Attributes:
         name: the name of the input or the parameter.
@@ -76,12 +76,12 @@ class Finding:
 
     @property
     def ok(self) -> bool:
-        """Whether the gradient is right."""
+        """Return whether the gradient is right."""
         return not self.problem and self.error <= self.bound
 
     @property
     def cancels(self) -> bool:
-        """Whether the gradient is right, and 0 because its terms cancel.
+        """Return whether the gradient is right, and 0 because its terms cancel.
 
         An example is the gradient of a bias before batch norm.
         """
@@ -115,18 +115,18 @@ class Finding:
 
 @dataclass(frozen=True)
 class Report:
-    """The results for all gradients of an operation or of a model."""
+    """The results of the checks of all gradients of an operation or of a model."""
 
     findings: tuple[Finding, ...]
 
     @property
     def ok(self) -> bool:
-        """Whether all gradients are right."""
+        """Return whether all gradients are right."""
         return all(finding.ok for finding in self.findings)
 
     @property
     def worst(self) -> float:
-        """The largest relative error of all gradients."""
+        """Return the largest relative error of all gradients."""
         return max((finding.error for finding in self.findings), default=0.0)
 
     def __str__(self) -> str:
@@ -165,7 +165,7 @@ def check_gradients(
     Raises:
         ValueError: the method is unknown, there are no inputs, or no point was found where the
             forward pass has a derivative.
-        Whatever forward and backward raise.
+        Exception: forward or backward raises this error.
     """
     if method not in ("auto", "complex step", "central difference"):
         raise ValueError(
@@ -263,7 +263,8 @@ def smooth_point(
     """
     xp = array_api_compat.array_namespace(x)
     u = float(xp.finfo(x.dtype).eps)
-    step = 10 * u ** (1 / 3)  # wider than a central difference's step, which must reach no kink
+    # The step is larger than the step of a central difference, which must not reach a kink.
+    step = 10 * u ** (1 / 3)
     shape = tuple(x.shape)
     for attempt in range(1, TRIES + 1):
         # Random signs move all elements equally far; normal numbers move each element differently.
@@ -319,7 +320,8 @@ def compare(
     worst = int(np.argmax(np.where(np.isnan(differences), np.inf, differences)))
     error = float(differences[worst]) / scale if scale else float(differences[worst])
     if len(indices) < gradient.size:
-        # Not every element was drawn. Check all elements together: their sum with random signs.
+        # Only some elements were checked one by one. Also check all elements together, by the sum
+        # of all elements with random signs.
         signs = generator.choice((-1.0, 1.0), gradient.size)
         value, size = measure(like(x, signs.reshape(tuple(x.shape))))
         size = max(size, float(np.abs(gradient).sum()))
@@ -361,7 +363,7 @@ def sample(gradient: np.ndarray, generator: np.random.Generator) -> list[int]:
 
 
 def wrong_form(gradient: Any, shape: Sequence[int]) -> str:
-    """Return what is wrong with the type, shape or values of a gradient; empty if nothing is."""
+    """Return what is wrong with a gradient's type, shape or values; "" if nothing is wrong."""
     if gradient is None:
         return "expected an array, got None"
     if not array_api_compat.is_array_api_obj(gradient):
@@ -376,7 +378,7 @@ def wrong_form(gradient: Any, shape: Sequence[int]) -> str:
 def like(array: Array, values: np.ndarray) -> Array:
     """Return host values as an array of the library, precision and device of ``array``.
 
-    The result is real also where ``array`` is complex.
+    The result is real, even if ``array`` is complex.
     """
     xp = array_api_compat.array_namespace(array)
     dtype = xp.float32 if array.dtype in (xp.float32, xp.complex64) else xp.float64

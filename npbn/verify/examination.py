@@ -1,10 +1,11 @@
-"""Find what is wrong with a forward and backward pass, and which known mistake it equals.
+"""Find the mistake in a forward and a backward pass, by comparison with a catalogue of mistakes.
 
-The code under examination runs on a few probes: small random inputs, chosen so that every mistake
-of the catalogue shows (odd sizes, eps large enough to matter, training and prediction, overlapping
-and uneven windows, ties). What comes out is compared with what `npbn.functional` gives, and, where
-it differs, with what every mutant of `npbn.verify.mutants` gives, singly and in pairs: a mutant
-that gives the very same wrong numbers on every probe is the mistake, or one with the same effect.
+The code under examination runs on a few probes, which are small random inputs. The probes are
+chosen so that every mistake of the catalogue changes some result: there are odd sizes, a large eps,
+training and prediction, overlapping and uneven windows, and ties. The results are compared with the
+results of `npbn.functional`. Wrong results are also compared with the results of the mutants of
+`npbn.verify.mutants`, one at a time and in pairs. If a mutant gives the same wrong numbers on every
+probe, the code has the mistake of this mutant, or a mistake with the same effect.
 """
 
 from __future__ import annotations
@@ -24,9 +25,10 @@ from npbn.verify.operations import OPERATIONS, NotExaminedError, Probe, probes, 
 from npbn.verify.signatures import BadResultError
 
 RIGHT = 1e-10
-"""Relative error up to which float64 code is right: the probes are well conditioned, and small."""
+"""The largest relative error of right float64 code. The probes are small and well conditioned."""
 WRONG = 1e-4
-"""Relative error from which it is wrong. Between the two it may be float32, or a small mistake."""
+"""Code with a larger relative error than this is wrong. If the error lies between RIGHT and WRONG,
+the code may compute in float32, or may have a small mistake."""
 
 Outputs = dict[str, np.ndarray]
 
@@ -34,9 +36,9 @@ Outputs = dict[str, np.ndarray]
 def outputs(
     operation: str, pair: tuple[Callable[..., Any], Callable[..., Any]], probe: Probe
 ) -> Outputs:
-    """Return all outputs of forward and backward on a probe, by name.
+    """Return all outputs of a forward and a backward pass on a probe, by name.
 
-    Where the backward pass raises `NotExaminedError`, that is what forward gives.
+    If the backward pass raises `NotExaminedError`, the result has only the forward pass's outputs.
     """
     forward, backward = pair
     result = forward(**probe.arguments)
@@ -57,7 +59,7 @@ def outputs(
     else:
         found |= _named(operation, gradients)
     arrays = {name: np.asarray(value) for name, value in found.items()}
-    if operation == "batch_norm":  # what people return as (D,), in the shape of gamma
+    if operation == "batch_norm":  # Outputs of shape (D,) get the shape of gamma.
         gamma = probe.arguments["gamma"]
         for name, array in arrays.items():
             if array.shape == (gamma.size,):
@@ -80,7 +82,7 @@ def _named(operation: str, gradients: Any) -> dict[str, Any]:
 
 
 def difference(found: np.ndarray, expected: np.ndarray) -> float:
-    """Relative error; infinite for another shape, NaN where there should be none, or no numbers."""
+    """Return the relative error; infinite for a wrong shape, a dtype without numbers, or NaN."""
     if found.shape != expected.shape or found.dtype.kind not in "fiub":
         return math.inf
     error = np.max(np.abs(found - expected), initial=0.0)
@@ -90,24 +92,27 @@ def difference(found: np.ndarray, expected: np.ndarray) -> float:
 
 
 Place = tuple[str, str]
-"""A probe and an output, by name."""
+"""The name of a probe and the name of an output."""
 
 Results = Mapping[str, Outputs | str | NotExaminedError]
-"""The outputs of some code on each probe; or a sentence how it failed; or why it was not run."""
+"""The result of some code on each probe. A result is the outputs, or an exception that says why the
+code was not run, or a text such as "raised KeyError" that says how the code failed."""
 
 
 @dataclass(frozen=True)
 class Examination:
-    """The result.
+    """The result of the examination of a forward and a backward pass.
 
     Attributes:
-        verdict: "right", "wrong", "undecided", or, where there is nothing to judge, "could not be
+        operation: the name of the operation.
+        verdict: "right", "wrong", "undecided", or, if the code failed on all probes, "could not be
             run".
-        error: the largest relative error of any output on any probe.
-        complaints: what is wrong, one sentence an output.
-        mistakes: the mutants that it equals: alternatives, each a combination of one or two.
-        right, wrong: the names of the outputs that are right and wrong.
-        notes: what else there is to say: that arguments are changed, and what was not examined.
+        error: the largest relative error of any output on any probe. The error is infinite if the
+            code failed on a probe, and NaN if the code was not run.
+        complaints: sentences that say what is wrong, one for each wrong output or failure.
+        mistakes: alternative explanations. Each is a combination of one or more mutants.
+        right, wrong: the names of the outputs that are right, and of those that are wrong.
+        notes: further remarks: which arguments the code changes, and what was not examined.
     """
 
     operation: str
@@ -121,7 +126,7 @@ class Examination:
 
     @property
     def first(self) -> str:
-        """The mistake, or, where none is known, the first complaint."""
+        """Return the names of the mistakes, or the first complaint if no mistake was found."""
         if self.mistakes:
             return " and ".join(mutant.name for mutant in self.mistakes[0])
         return "".join(self.complaints[:1])
@@ -159,7 +164,13 @@ class Examination:
 
 
 def examine(operation: str, results: Results, changed: Iterable[str] = ()) -> Examination:
-    """Judge what code gave on each probe; ``changed`` are the arguments that it wrote into."""
+    """Judge the results of some code.
+
+    Args:
+        operation: the name of the operation that the code should compute.
+        results: the result on each probe.
+        changed: the names of the arguments that the code changed in place.
+    """
     truth = {p.name: outputs(operation, true_functions(operation), p) for p in probes(operation)}
     ran = {probe: found for probe, found in results.items() if isinstance(found, dict)}
     failures = {probe: found for probe, found in results.items() if isinstance(found, str)}
@@ -168,7 +179,7 @@ def examine(operation: str, results: Results, changed: Iterable[str] = ()) -> Ex
         return Examination(operation, "undecided", math.nan, tuple(reasons))
     complaints: dict[str, str] = {}
     if not ran:
-        everywhere = len(set(failures.values())) == 1  # and so not because of a probe
+        everywhere = len(set(failures.values())) == 1  # The failure does not depend on the probe.
         for probe, failure in failures.items():
             complaints.setdefault(failure, f"it {failure}" + f" ({probe})" * (not everywhere))
         return Examination(operation, "could not be run", math.inf, tuple(complaints.values()))
@@ -177,11 +188,12 @@ def examine(operation: str, results: Results, changed: Iterable[str] = ()) -> Ex
         (probe, name): difference(found[name], truth[probe][name])
         for probe, found in ran.items()
         for name in truth[probe]
-        if name in found  # moving statistics need not be returned
+        if name in found  # The code need not return moving averages.
     }
     largest = math.inf if failures else max(errors.values())
     verdict = "right" if largest <= RIGHT else "wrong" if largest > WRONG else "undecided"
-    bound = WRONG if verdict == "wrong" else RIGHT  # next to a mistake, rounding does not matter
+    # If the code has a mistake, outputs that differ only by rounding get no complaint.
+    bound = WRONG if verdict == "wrong" else RIGHT
     for probe in truth:
         if probe in failures:
             complaints.setdefault(failures[probe], f"it {failures[probe]} ({probe})")
@@ -231,7 +243,17 @@ def _complaint(name: str, probe: str, found: np.ndarray, expected: np.ndarray) -
 def _explain(
     operation: str, ran: Mapping[str, Outputs], errors: Mapping[Place, float]
 ) -> tuple[tuple[Mutant, ...], ...]:
-    """Return the mistakes that explain it: one, else a pair, else those of each output."""
+    """Return alternative explanations of wrong results. Each is a combination of mutants.
+
+    If single mutants give the same results as the code, the explanations are these mutants. If not,
+    the explanations are the pairs that give the same results. If no pair does, a combination is
+    chosen for each wrong output, and the only explanation is the union of these combinations.
+
+    Args:
+        operation: the name of the operation.
+        ran: the outputs of the code on each probe.
+        errors: the relative error of each output on each probe.
+    """
     matching = _matching(operation, ran, errors)
     if matching:
         return tuple(matching)
@@ -240,7 +262,7 @@ def _explain(
     for name in dict.fromkeys(name for (_, name), error in errors.items() if error > WRONG):
         places = [place for place, error in errors.items() if place[1] == name and error > WRONG]
         matching = _matching(operation, ran, places)
-        if matching:  # the one that gets the least else wrong
+        if matching:  # Choose the combination that makes the fewest other outputs wrong.
             elsewhere = [
                 sum(
                     difference(value, truth[probe][other]) > WRONG
@@ -257,7 +279,13 @@ def _explain(
 def _matching(
     operation: str, ran: Mapping[str, Outputs], places: Iterable[Place]
 ) -> list[tuple[Mutant, ...]]:
-    """The mutants that give the same as the code in these places; if there are none, the pairs."""
+    """Return the mutants, or else the pairs of mutants, that agree with the code in some places.
+
+    Args:
+        operation: the name of the operation.
+        ran: the outputs of the code on each probe.
+        places: the outputs to compare, as pairs (name of the probe, name of the output).
+    """
     candidates = [m for m in MUTANTS if m.operation == operation]
     matching: list[tuple[Mutant, ...]] = []
     for size in (1, 2):
@@ -275,11 +303,11 @@ def _matching(
 
 @functools.cache
 def _given(operation: str, mistakes: tuple[Mutant, ...]) -> dict[str, Outputs]:
-    """Return the outputs with these mistakes, by probe, where they can be run."""
+    """Return the outputs of an operation with these mistakes, for each probe where it can run."""
     given: dict[str, Outputs] = {}
     try:
         pair = functions_of(operation, mistakes)
-    except ValueError:  # they change the same line
+    except ValueError:  # The mistakes change the same line, so they cannot be combined.
         return given
     for probe in probes(operation):
         with np.errstate(all="ignore"), contextlib.suppress(Exception):
@@ -288,7 +316,7 @@ def _given(operation: str, mistakes: tuple[Mutant, ...]) -> dict[str, Outputs]:
 
 
 def _equal(found: np.ndarray, expected: np.ndarray) -> bool:
-    """Whether two outputs are equal up to rounding, of float32 even."""
+    """Return whether two outputs are equal, apart from rounding errors of float32 or float64."""
     if found.shape != expected.shape or found.dtype.kind not in "fiub":
         return False
     finite = np.isfinite(expected)

@@ -1,4 +1,4 @@
-"""The gradients of a whole network by its loss."""
+"""Check the gradients of the loss of a whole network."""
 
 from __future__ import annotations
 
@@ -26,30 +26,34 @@ def check_model(
 ) -> Report:
     """Compare the gradients of the loss with respect to parameters and x with the complex step.
 
-    The loss is softmax cross-entropy. The model is not changed: a copy is checked, in the mode
-    (training or prediction) that the model is in. For a proof, let model and x be float64.
+    The loss is softmax cross-entropy. The model is not changed, because a copy of the model is
+    checked. The copy has the same mode, training or prediction. A proof needs a model and an x of
+    dtype float64.
 
-    A derivative of the loss is a single number. The terms that its error is measured against are
-    those at the output of the parameter's own layer, dy_j · ∂y_j / ∂parameter.
+    The error of a derivative is measured relative to the size of its terms, as in
+    `npbn.verify.checker`. The terms are dy_j · ∂y_j / ∂parameter, where y is the output of the
+    parameter's own layer and dy is the gradient of the loss with respect to y.
 
     Args:
-        model: with forward passes that are fit for the complex step, as all of npbn's are.
-        x, labels: a batch.
-        generator: draws directions, and the elements of large parameters to look at.
+        model: a model whose layers have forward passes that are fit for the complex step. All
+            layers of npbn are fit.
+        x, labels: the inputs and the labels of a batch.
+        generator: draws random directions, and the elements of large parameters to check.
     """
     generator = np.random.default_rng(0) if generator is None else generator
     xp = array_api_compat.array_namespace(x)
     layers = list(leaves(copy.deepcopy(model)))
 
     def forward(start: int, value: Array) -> list[Array]:
-        """The outputs of the layers from ``start`` on."""
+        """Return the outputs of layer ``start`` and all later layers, for an input of ``start``."""
         outputs = []
         for _, layer in layers[start:]:
             value = layer.forward(value)
             outputs.append(value)
         return outputs
 
-    # The batch rounded differently, for the conditioning; its inputs to every layer.
+    # To measure the conditioning, also compute every layer's input for a batch that is rounded
+    # differently.
     u = float(xp.finfo(x.dtype).eps)
     rounded = x * like(x, 1 + u * generator.choice((-1, 1), tuple(x.shape)))
     rounded_inputs = [rounded, *forward(0, rounded)]
@@ -62,7 +66,11 @@ def check_model(
     def measure(
         direction: Array, k: int, parameter: Parameter | None, layer_inputs: list[Array]
     ) -> tuple[float, float]:
-        """Along a direction of a parameter of layer k, or of its input: numeric value and size."""
+        """Return the derivative of the loss along a direction, and the size of its terms.
+
+        The derivative is with respect to a parameter of layer k, or, if the parameter is None, with
+        respect to the layer's input.
+        """
         if parameter is None:
             outputs = forward(k, numeric.stepped(layer_inputs[k], direction))
         else:
@@ -100,7 +108,7 @@ def check_model(
 
 
 def leaves(model: Sequential, prefix: str = "") -> Iterator[tuple[str, Layer]]:
-    """The layers that compute, each with what the names of its parameters begin with."""
+    """Yield the layers inside all `Sequential`, each with the prefix of its parameters' names."""
     for i, layer in enumerate(model.layers):
         if isinstance(layer, Sequential):
             yield from leaves(layer, f"{prefix}{i}.")

@@ -1,8 +1,8 @@
-"""A catalogue of mistakes: wrong forward and backward passes, each as somebody writes it.
+"""Define a catalogue of mistakes that people make in forward and backward passes.
 
-A mutant is a change to lines of `npbn.verify.plain`: what stands there, and what a person wrote
-instead. So every entry can be read, run (`Mutant.functions`), combined with another
-(`functions_of`), and handed to somebody as a file of plain NumPy (`Mutant.source`).
+A mutant is a change to lines of `npbn.verify.plain`: it has the right code, and the wrong code that
+a person wrote in its place. So every mutant can be run (`Mutant.functions`), combined with another
+mutant (`functions_of`), and written to a file of plain NumPy code (`Mutant.source`).
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ SOURCE = Path(plain.__file__).read_text(encoding="utf-8")
 
 @dataclass(frozen=True)
 class Mutant:
-    """A mistake.
+    """A mistake in an operation, described by changes to the right source.
 
     Attributes:
-        operation: in `npbn.verify.plain`.
-        name: of the mistake.
-        explanation: its effect on the result, for the person who made it.
-        changes: (what stands in the plain source, what was written instead).
+        operation: the name of the operation in `npbn.verify.plain`.
+        name: the name of the mistake.
+        explanation: the effect of the mistake on the result, for the person who made the mistake.
+        changes: pairs (right code, wrong code). The right code is a part of the plain source.
     """
 
     operation: str
@@ -37,17 +37,21 @@ class Mutant:
 
     @property
     def source(self) -> str:
-        """The operation with the mistake in it, as a file of plain NumPy."""
+        """Return the source of the operation with this mistake, as a file of plain NumPy code."""
         return source_of([self])
 
     @property
     def functions(self) -> tuple[Callable[..., Any], Callable[..., Any]]:
-        """Return forward and backward with this mistake in them."""
+        """Return the forward and the backward pass with this mistake."""
         return functions_of(self.operation, [self])
 
 
 def mutant(operation: str, name: str, explanation: str, *changes: tuple[str, str]) -> Mutant:
-    """An entry of the catalogue, its changes checked against the source."""
+    """Return an entry of the catalogue.
+
+    Raises:
+        ValueError: the right code of a change does not occur exactly once in the plain source.
+    """
     original = operation_source(operation)
     for old, _ in changes:
         if original.count(old) != 1:
@@ -56,7 +60,7 @@ def mutant(operation: str, name: str, explanation: str, *changes: tuple[str, str
 
 
 def operation_source(operation: str) -> str:
-    """Forward and backward of an operation as they stand in plain.py."""
+    """Return the source of an operation's forward and backward pass in plain.py."""
     functions = re.findall(
         rf"^def {operation}(?:_backward)?\(.*?(?=\n\n\n|\Z)", SOURCE, re.M | re.S
     )
@@ -64,10 +68,10 @@ def operation_source(operation: str) -> str:
 
 
 def source_of(mutants: Iterable[Mutant]) -> str:
-    """The source of one operation with all of these mistakes.
+    """Return the source of one operation with all of these mistakes.
 
     Raises:
-        ValueError: they change the same place, so that they cannot be made together.
+        ValueError: two mistakes change the same code, so they cannot be combined.
     """
     mutants = list(mutants)
     source = operation_source(mutants[0].operation)
@@ -89,7 +93,7 @@ def _compiled(source: str) -> dict[str, Any]:
 def functions_of(
     operation: str, mutants: Iterable[Mutant] = ()
 ) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """Forward and backward of an operation, with these mistakes (or none) in them."""
+    """Return the forward and the backward pass of an operation, with all of these mistakes."""
     mutants = list(mutants)
     source = source_of(mutants) if mutants else operation_source(operation)
     namespace = _compiled(source)

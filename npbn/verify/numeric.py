@@ -1,24 +1,26 @@
-r"""Derivatives by evaluating a function, to hold derivatives that somebody derived against.
+r"""Compute derivatives numerically, by evaluating only the function.
 
-**Complex step.** For a function that is analytic near $x$, with a direction $v$ and a tiny $h$,
+**Complex step.** For a function $f$ that is analytic near $x$, a direction $v$ and a tiny $h$,
 
 $$f(x + i h v) = f(x) + i h f'(x) v - \tfrac{1}{2} h^2 f''(x) v^2 + \dots \qquad\Rightarrow\qquad
   f'(x) v = \frac{\mathrm{Im} f(x + i h v)}{h} + O(h^2)$$
 
-Nothing is subtracted, so nothing cancels and $h = 10^{-30}$ can be used: the result is as accurate
-as $f$ itself. It needs code that computes in complex numbers what it computes in real ones: no
-``abs``, no conjugation (`numpy.var` has one), no comparison but of real parts.
+No numbers are subtracted, so no digits cancel, and $h$ can be as small as $10^{-30}$. The result is
+as accurate as $f$ itself. The code of $f$ must compute the same analytic function for complex
+numbers. So the code must not use ``abs`` or conjugation (`numpy.var` conjugates), and may compare
+only real parts.
 
-**Central difference.** For code that takes real numbers only,
+**Central difference.** For code that accepts only real numbers,
 
 $$f'(x) v \approx \frac{f(x + h v) - f(x - h v)}{2 h}$$
 
-Its truncation error grows as $h^2$ and its rounding error as $u / h$, with $u$ the unit of
-rounding; both are balanced near $h = u^{1/3}$, where about a third of the digits is lost.
+The truncation error is proportional to $h^2$, and the rounding error is proportional to $u / h$,
+with $u$ the unit of rounding. The two errors are about equal near $h = u^{1/3}$. With this $h$,
+about a third of the digits is lost.
 
-**Source.** W. Squire and G. Trapp, "Using Complex Variables to Estimate Derivatives of Real
-Functions", SIAM Review 40(1), 1998; the step of the central difference: W. Press et al.,
-"Numerical Recipes", 3rd edition, section 5.7.
+**Sources.** The complex step: W. Squire and G. Trapp, "Using Complex Variables to Estimate
+Derivatives of Real Functions", SIAM Review 40(1), 1998. The step of the central difference:
+W. Press et al., "Numerical Recipes", 3rd edition, section 5.7.
 """
 
 from __future__ import annotations
@@ -38,16 +40,18 @@ Function = Callable[[Array], Array]
 
 
 def complex_step(function: Function, x: Array, direction: Array | None = None) -> Array:
-    """The derivative of ``function`` at x, by a complex step.
+    """Return the derivative of a function f at x, computed by a complex step.
 
     Args:
-        function: from an array of x's shape to an array of any shape; analytic, see above.
-        x: real, float32 or float64, of any library.
-        direction: v, of x's shape.
+        function: the function f, which maps an array of x's shape to an array of any shape. The
+            function must be analytic, and its code must be fit for complex numbers.
+        x: an array of float32 or float64, of any library.
+        direction: a vector v of x's shape, or None.
 
     Returns:
-        With a direction, f'(x)·v, of the shape of f(x). Without, the whole Jacobian, of the shape
-        of f(x) followed by that of x: one evaluation for each element of x.
+        With a direction, the product f'(x)·v, in the shape of f(x). Without a direction, the whole
+        Jacobian, whose shape is the shape of f(x) followed by the shape of x. The Jacobian takes
+        one evaluation of f for each element of x.
     """
     xp = array_api_compat.array_namespace(x)
 
@@ -58,17 +62,17 @@ def complex_step(function: Function, x: Array, direction: Array | None = None) -
 
 
 def stepped(x: Array, direction: Array) -> Array:
-    """x + i·h·direction."""
+    """Return x + i·h·direction, as a complex array, with i the imaginary unit and h = STEP."""
     xp = array_api_compat.array_namespace(x)
     dtype = xp.complex64 if x.dtype == xp.float32 else xp.complex128
     return xp.astype(x, dtype) + (1j * STEP) * xp.astype(direction, dtype)
 
 
 def central_difference(function: Function, x: Array, direction: Array | None = None) -> Array:
-    """The derivative of ``function`` at x, by a central difference.
+    """Return the derivative of a function at x, computed by a central difference.
 
-    The step is u^(1/3) times the size of x (at least 1), with u the unit of rounding of x's dtype.
-    Arguments and results are those of `complex_step`; the function may be any.
+    The step is u^(1/3) · max(1, max |x_i|), with u the unit of rounding of x's dtype. The arguments
+    and the result are those of `complex_step`, but the code may accept only real numbers.
     """
     xp = array_api_compat.array_namespace(x)
     size = max(1.0, float(xp.max(xp.abs(x))))
@@ -82,18 +86,19 @@ def central_difference(function: Function, x: Array, direction: Array | None = N
 
 
 def takes_complex(function: Function, x: Array, direction: Array) -> bool:
-    """Whether the complex step can be trusted with ``function`` at x.
+    """Return whether the complex step gives the right derivative of a function at x.
 
-    It can if the function takes complex input, gives complex output with the same real part, and
-    has the imaginary part that a central difference along ``direction`` makes expect (code that
-    drops or conjugates imaginary parts somewhere is off by much more than the difference).
+    The result is True if three conditions hold. The function accepts complex input. The output is
+    complex and has the right real part. The imaginary part agrees with a central difference along
+    ``direction``. If code drops or conjugates an imaginary part, the imaginary part of the output
+    is wrong by much more than the error of the central difference.
     """
     xp = array_api_compat.array_namespace(x)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("error")  # NumPy only warns when it drops an imaginary part
+            warnings.simplefilter("error")  # NumPy only warns if it drops an imaginary part.
             y = function(stepped(x, direction))
-    except Exception:  # whatever it is that code for real numbers raises at complex ones
+    except Exception:  # Code for real numbers may raise any error for complex numbers.
         return False
     if not xp.isdtype(y.dtype, "complex floating"):
         return False
@@ -110,7 +115,7 @@ def takes_complex(function: Function, x: Array, direction: Array) -> bool:
 
 
 def unit(x: Array, index: int) -> Array:
-    """The direction of one element of x, by its index in reading order."""
+    """Return an array of x's shape that is 1 at one flat (row-major) index and 0 elsewhere."""
     xp = array_api_compat.array_namespace(x)
     flat = xp.zeros((math.prod(x.shape),), dtype=x.dtype, device=array_api_compat.device(x))
     flat[index] = 1.0

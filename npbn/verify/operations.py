@@ -1,7 +1,7 @@
-"""A table of the operations with which other people's code is compared.
+"""Define a table of the operations that other people's code may compute.
 
-Each record has the names of the gradients, the inputs to run on, and a translation of the
-signature that course homework has.
+For each operation, the table has the names of the gradients, the inputs on which code is examined,
+and an adapter for code with the signature of course homework.
 """
 
 from __future__ import annotations
@@ -19,24 +19,29 @@ Pair = tuple[Callable[..., Any], Callable[..., Any]]
 
 
 class NotExaminedError(Exception):
-    """The code is not meant for this probe, so it is not examined on it; the message says why."""
+    """The error that is raised if code is not meant for a probe. The message says why."""
 
 
 @dataclass(frozen=True)
 class Probe:
-    """Arguments in the signature of `npbn.verify.plain`, by name, and what they show."""
+    """An input on which code is examined.
+
+    Attributes:
+        name: a description of the input, for the messages.
+        arguments: the arguments of the forward pass in `npbn.verify.plain`, by name.
+    """
 
     name: str
     arguments: dict[str, Any]
 
 
 def with_cache(result: Any) -> Any:
-    """Return what a forward pass returned as (y, cache, …)."""
+    """Return the result of a forward pass as (y, cache, …). A result y becomes (y, None)."""
     return result if isinstance(result, (tuple, list)) else (result, None)
 
 
 def arguments_in_order(forward: Callable[..., Any], backward: Callable[..., Any]) -> Pair:
-    """Return the pair for a forward pass that takes the arguments in their order, without names."""
+    """Return a pair in npbn's signature for a forward pass that takes positional arguments."""
     return lambda **arguments: with_cache(forward(*arguments.values())), backward
 
 
@@ -45,11 +50,12 @@ class Operation:
     """An operation of `npbn.functional`.
 
     Attributes:
-        gradients: what the backward pass returns, in this order.
-        draw: returns the probes, drawn from a generator. No two sizes of an input are equal where
-            that could hide that they are mixed up.
-        course_arguments: how many arguments the forward pass of course homework needs.
-        from_course: brings a pair with the signature of course homework to npbn's.
+        gradients: the names of the gradients, in the order in which the backward pass returns them.
+        draw: a function that returns the probes, drawn from a generator. Two sizes of an input are
+            different if equal sizes could hide that the code confuses the two.
+        course_arguments: the number of arguments that the forward pass of course homework needs.
+        from_course: a function that turns a pair with the signature of course homework into a pair
+            with npbn's signature.
     """
 
     gradients: tuple[str, ...]
@@ -59,14 +65,14 @@ class Operation:
 
 
 def probes(operation: str) -> list[Probe]:
-    """Return the inputs that an operation is examined on; the same every time."""
+    """Return the inputs on which an operation is examined. Every call returns equal inputs."""
     if operation not in OPERATIONS:
         raise ValueError(f"expected an operation of {', '.join(OPERATIONS)}, got {operation!r}")
     return OPERATIONS[operation].draw(np.random.default_rng(2015))
 
 
 def true_functions(operation: str) -> Pair:
-    """Return the forward and backward pass of npbn."""
+    """Return the forward and the backward pass of an operation in `npbn.functional`."""
     return getattr(F, operation), getattr(F, f"{operation}_backward")
 
 
@@ -156,7 +162,7 @@ def draw_pooling(rng: np.random.Generator) -> list[Probe]:
     def normal(*shape: int) -> np.ndarray:
         return rng.standard_normal(shape)
 
-    # No two numbers are so close that the step of a numeric derivative changes the maximum.
+    # The numbers are so far apart that the step of a numeric derivative changes no maximum.
     apart = rng.permutation(np.linspace(-4, 4, 288)).reshape(2, 3, 6, 8)
     return [
         probe("windows side by side", normal(2, 3, 4, 6), (2, 2), (2, 2), (0, 0)),
@@ -226,4 +232,4 @@ OPERATIONS = {
     "relu": Operation(("dx",), draw_elementwise, 1),
     "softmax_cross_entropy": Operation(("dlogits",), draw_loss, 2),
 }
-"""All operations, by name."""
+"""All operations by name."""

@@ -1,8 +1,9 @@
-"""The operations once more, in plain NumPy and as directly as they can be written.
+"""Define the operations of `npbn.functional` again, in plain and slow NumPy code.
 
-Independent of `npbn.functional`, which has to equal them (a test), slow, and easy to get wrong in
-the ways that people do: the catalogue of mistakes, `npbn.verify.mutants`, is a list of changes to
-lines of this file. So a change here may need one there.
+This code does not use `npbn.functional`; a test compares the results of both. Each operation is
+written as directly as possible, so typical mistakes of people are small changes to this code. The
+catalogue of mistakes, `npbn.verify.mutants`, is a list of changes to lines of this file. If a line
+here is edited, the catalogue may need the same edit.
 """
 
 import numpy as np

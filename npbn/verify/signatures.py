@@ -59,7 +59,10 @@ SIGNATURES = ("npbn", "course")
 
 
 class BadResultError(Exception):
-    """The code returned something unusable; the message completes a sentence that begins "it"."""
+    """The error that is raised if the code under examination returns an unusable result.
+
+    The message is a predicate such as "returned None from backward"; the subject is "it".
+    """
 
 
 def guess(operation: str, forward: Callable[..., Any]) -> str:
@@ -70,14 +73,20 @@ def guess(operation: str, forward: Callable[..., Any]) -> str:
         return "npbn"
     homework = names[:3] == ["x", "w", "b"] or names[-1].endswith(("_param", "_params"))
     softmax = operation == "softmax_cross_entropy" and names[-1] == "y"
-    alone = len(names) == 1  # sigmoid and relu, whatever they call it
+    alone = len(names) == 1  # The argument of sigmoid and relu may have any name.
     return "course" if homework or softmax or alone else "npbn"
 
 
 def adapt(
     operation: str, forward: Callable[..., Any], backward: Callable[..., Any], signature: str
 ) -> Pair:
-    """The pair in the signature of `npbn.verify.plain`."""
+    """Return a forward and a backward pass with the signature of `npbn.verify.plain`.
+
+    Args:
+        operation: the name of the operation.
+        forward, backward: the forward and the backward pass of other people's code.
+        signature: the signature of this code, one of SIGNATURES.
+    """
     if operation == "softmax_cross_entropy":
         backward = _of_a_loss(forward, backward)
     if signature == "course":
@@ -89,20 +98,21 @@ def adapt(
 
 
 def _names(function: Callable[..., Any]) -> tuple[str, ...]:
-    """Return the names in a function's code, attributes included."""
+    """Return the names of globals and attributes that the code of a function uses."""
     return getattr(getattr(function, "__code__", None), "co_names", ())
 
 
 def _of_a_loss(forward: Callable[..., Any], backward: Callable[..., Any]) -> Callable[..., Any]:
-    """Return the backward pass with only the cache as argument."""
+    """Return the backward pass of a loss as a function whose only argument is the cache."""
     if backward is forward:
-        return lambda dx: dx  # in place of a cache, softmax_loss has returned the gradient
+        return lambda dx: dx  # softmax_loss has returned the gradient in place of a cache.
     if len(inspect.signature(backward).parameters) == 2:
         return lambda cache: backward(1.0, cache)
     return backward
 
 
 def _by_name(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a function that calls ``forward`` without the arguments that ``forward`` lacks."""
     signature = inspect.signature(forward)
     names = signature.parameters
     anything = any(p.kind is p.VAR_KEYWORD for p in names.values())
@@ -125,7 +135,7 @@ def _by_name(forward: Callable[..., Any]) -> Callable[..., Any]:
             raise NotExaminedError("it has no padding")
         try:
             result = forward(**taken)
-        except TypeError as error:  # for strides, it may want numbers
+        except TypeError as error:  # The code may expect a number in place of a pair.
             numbers = _numbers(taken)
             try:
                 result = forward(**numbers)
@@ -145,7 +155,10 @@ def _numbers(arguments: dict[str, Any]) -> dict[str, Any]:
 
 
 def _vectors_if_flat(forward: Callable[..., Any], backward: Callable[..., Any]) -> Pair:
-    """Skip (N, C, H, W) for code that returns dgamma as (D,) and never inspects x.ndim."""
+    """Return a pair that skips x of shape (N, C, H, W) if dgamma is flat for x of shape (N, D).
+
+    Code with a flat dgamma, of shape (D,), that never reads x.ndim is meant for (N, D) only.
+    """
     flat = False
 
     def batch_norm(**arguments: Any) -> Any:

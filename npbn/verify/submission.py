@@ -1,7 +1,7 @@
-"""Running code of others: in a separate process, with a time limit.
+"""Examine a file of other people's code in a separate process, with a time limit.
 
-The code under examination can crash, hang, print, or exit; all of that is a finding. What it
-computes comes back as a NumPy archive, which holds arrays and nothing that could be executed.
+The code may crash, hang, print or exit, and this must not harm the process of the examiner. The
+results of the code come back in a NumPy archive, which contains only arrays and no executable code.
 """
 
 from __future__ import annotations
@@ -40,18 +40,21 @@ def examine_file(
     """Examine two functions of a file of Python code.
 
     Args:
-        path: the file.
-        forward, backward: names of the functions; the same name twice where the forward pass
-            returns the gradient as well (softmax_loss), or for a class (with an adapter).
-        operation: what they compute, one of `npbn.verify.operations.OPERATIONS`.
-        signature: of `npbn.verify.signatures`, or "auto" to go by the names of the arguments.
-        adapter: "FILE:FUNCTION" of a function (forward, backward) → the pair in npbn's signature,
-            for signatures of your own; see `npbn.verify.signatures`.
-        timeout: seconds for all probes together.
+        path: the path of the file.
+        forward, backward: the names of the functions. The two names are equal if the forward pass
+            also returns the gradient (softmax_loss), or if the code is a class (with an adapter).
+        operation: the operation that the functions compute, a name in
+            `npbn.verify.operations.OPERATIONS`.
+        signature: one of `npbn.verify.signatures.SIGNATURES`, or "auto" to guess the signature from
+            the names of the arguments.
+        adapter: "FILE:FUNCTION", the place of a function that gets forward and backward and returns
+            a pair in npbn's signature. Code with any other signature needs such an adapter; see
+            `npbn.verify.signatures`.
+        timeout: the time limit for all probes together, in seconds.
 
     Raises:
-        SubmissionError: it cannot be examined, by no fault of its author: there is no such file,
-            or function, or the adapter does not work.
+        SubmissionError: the code cannot be examined, but its author did not make a mistake: the
+            file or a function does not exist, or the adapter does not work.
         ValueError: the operation is unknown.
     """
     path = Path(path)
@@ -117,7 +120,7 @@ def _told(directory: str, name: str) -> str:
 
 
 def load(path: str) -> Any:
-    """A Python file as a module."""
+    """Load a Python file, and return the module."""
     spec = importlib.util.spec_from_file_location(Path(path).stem, path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -127,11 +130,15 @@ def load(path: str) -> Any:
 
 
 def _main(task: dict[str, Any]) -> None:
-    """Run every probe, in the separate process; write its outputs, or how it failed."""
+    """Run the code on every probe, in the separate process, and write the results to files.
+
+    For each probe, a file contains the outputs, or says how the code failed or why it was not run.
+    """
     warnings.simplefilter("ignore")
     path, operation, directory = task["path"], task["operation"], task["directory"]
-    os.chdir(Path(path).parent)  # where it looks for its files,
-    sys.path.insert(0, str(Path(path).parent))  # and for its modules
+    # The code may open files and import modules that are in its own folder.
+    os.chdir(Path(path).parent)
+    sys.path.insert(0, str(Path(path).parent))
     signature, adapter = task["signature"], task["adapter_file"]
     try:
         module = load(path)
@@ -181,7 +188,13 @@ def _main(task: dict[str, Any]) -> None:
 def _watched(
     function: Callable[..., Any], names: tuple[str, ...], changed: dict[str, None]
 ) -> Callable[..., Any]:
-    """The function, noting which of its arguments it writes into; ``names`` of positional ones."""
+    """Return a function that calls ``function`` and notes which arguments it changes in place.
+
+    Args:
+        function: the function to call.
+        names: the names of the positional arguments.
+        changed: a dictionary to which the names of the changed arguments are added, as keys.
+    """
 
     def call(*values: Any, **arguments: Any) -> Any:
         given = dict(zip(names, values, strict=False)) | arguments
@@ -202,7 +215,7 @@ def _describe(error: BaseException, path: str) -> str:
 
 
 def _line(error: BaseException, path: str) -> int | None:
-    """The last line of the file that led to it."""
+    """Return the number of the file's innermost line in the traceback of an error, or None."""
     frames = traceback.extract_tb(error.__traceback__)
     return next((frame.lineno for frame in reversed(frames) if frame.filename == path), None)
 

@@ -102,7 +102,7 @@ dy = np.array([[1.0, -1, 2], [0, 3, 1], [2, 1, -1], [-1, 1, 0]])
 
 
 def loss(node: str, change: np.ndarray, dy: np.ndarray = dy) -> np.ndarray:
-    """L with a change of one node, and so of everything that depends on it."""
+    """Return L after a change of one node and of all nodes that depend on this node."""
 
     def changed(name: str, value: np.ndarray) -> np.ndarray:
         return value + change if name == node else value
@@ -326,7 +326,7 @@ ones = np.ones_like(dy)
 
 
 def backward(dy: np.ndarray, mean_path: float = 1, variance_path: float = 1) -> np.ndarray:
-    """dx, with the two paths counted as often as given: once is right."""
+    """Return dx with each of the two paths counted a given number of times; 1 is right."""
     dbeta = np.sum(dy, axis=0, keepdims=True)
     dgamma = np.sum(dy * x_hat, axis=0, keepdims=True)
     dx: np.ndarray = gamma / s * (dy - mean_path * dbeta / m - variance_path * x_hat * dgamma / m)

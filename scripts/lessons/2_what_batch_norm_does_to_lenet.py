@@ -54,7 +54,7 @@ images, _ = next(dataset.test.batches(256, "float32"))
 
 
 def train(run: Training) -> tuple[list[float], dict[int, list[np.ndarray]]]:
-    """The loss of each step, and what enters the sigmoids of the test images at the snapshots."""
+    """Train; return the losses of the steps, and the inputs of the sigmoids at the snapshots."""
     losses: list[float] = []
     seen = {0: list(inspection.preactivations(run.model, images).values())}
     of_an_epoch = len(run.train) // 256
@@ -130,7 +130,7 @@ lesson.show(figure, "histograms")
 
 
 def spread(values: np.ndarray) -> float:
-    """The standard deviation within a feature, as batch norm sees it; of the median feature."""
+    """Return the median over all features of the standard deviation of a feature."""
     return float(np.median(np.std(values, axis=(0, 2, 3)[: values.ndim - 1])))
 
 
@@ -341,7 +341,7 @@ sizes = 2 ** np.arange(7)
 
 
 def noise_of_the_mean(values: np.ndarray, size: int) -> float:
-    """Standard deviation of the batch mean, by that of the values; over all features."""
+    """Return the standard deviation of the batch mean, divided by that of the values."""
     axes = (0, 2, 3)[: values.ndim - 1]
     of_batches = [np.mean(part, axis=axes) for part in np.split(values, len(values) // size)]
     return float(np.sqrt(np.mean(np.var(of_batches, axis=0) / np.var(values, axis=axes))))

@@ -151,7 +151,7 @@ assert 25 / 28**2 < 0.04
 
 
 def im2col(x: np.ndarray, k: int = 3, stride: int = 1) -> np.ndarray:
-    """The windows of x as columns."""
+    """Return a matrix whose columns are the windows of x."""
     places = range(0, len(x) - k + 1, stride)
     return np.stack([x[p : p + k, q : q + k].ravel() for p in places for q in places], axis=1)
 
@@ -182,7 +182,7 @@ lesson.show(figure, "im2col")
 
 
 def col2im(columns: np.ndarray, size: int = 4, k: int = 3, stride: int = 1) -> np.ndarray:
-    """The transpose of im2col: every column is added to the window that it came from."""
+    """Return the transpose of im2col: every column is added to its window."""
     x = np.zeros((size, size), columns.dtype)
     places = range(0, size - k + 1, stride)
     windows = [(p, q) for p in places for q in places]
@@ -334,7 +334,10 @@ for name, gradient, npbn_gradient in (
 
 
 def medians(functions: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
-    """Milliseconds that each function takes: the median of several repeats, taken in turns."""
+    """Return the median of the time that each function takes, in milliseconds.
+
+    The functions run in turns.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in functions}
     for _ in range(repeats + 1):  # the first is to warm up
         for name, function in functions.items():

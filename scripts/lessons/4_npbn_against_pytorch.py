@@ -40,7 +40,7 @@ from npbn.optim import SGD
 
 # %%
 class HandWritten(nn.Module):
-    """Batch norm for PyTorch, as the formulas say it; autograd finds the backward pass."""
+    """Batch norm as a PyTorch module, written by its formulas. Autograd computes the gradient."""
 
     running_mean: torch.Tensor
     running_var: torch.Tensor
@@ -80,7 +80,7 @@ class HandWritten(nn.Module):
 
 # %%
 def in_pytorch(model: LeNet, norm_of_maps: type, norm_of_vectors: type) -> nn.Sequential:
-    """PyTorch's network A, with the weights of npbn's."""
+    """Return network A as a PyTorch model with the weights of an npbn model."""
     network = nn.Sequential(
         *(nn.Conv2d(1, 6, 5), norm_of_maps(6), nn.Sigmoid(), nn.AvgPool2d(2)),
         *(nn.Conv2d(6, 16, 5), norm_of_maps(16), nn.Sigmoid(), nn.AvgPool2d(2)),
@@ -116,7 +116,7 @@ dataset = lesson.data()
 
 
 def batches(count: int, dtype: str) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Random batches of 256, of as many epochs as it takes."""
+    """Yield random batches of 256 examples, for as many epochs as are needed."""
     generator, examples = np.random.default_rng(1), len(dataset.train)
     epochs = math.ceil(256 * count / examples)
     order = np.concatenate([generator.permutation(examples) for _ in range(epochs)])
@@ -130,14 +130,14 @@ def new_model(dtype: str) -> Any:
 
 
 def forward_and_backward(model: LeNet, x: np.ndarray, labels: np.ndarray) -> float:
-    """npbn: by the formulas; the loss."""
+    """Run the forward and backward pass of npbn, and return the loss."""
     loss, cache = F.softmax_cross_entropy(model.forward(x), labels)
     model.backward(F.softmax_cross_entropy_backward(cache))
     return float(loss)
 
 
 def forward_and_autograd(network: nn.Module, x: np.ndarray, labels: np.ndarray) -> float:
-    """PyTorch: by itself; the loss."""
+    """Run the forward pass of PyTorch and autograd, and return the loss."""
     y = network(torch.from_numpy(x))
     loss = nn.functional.cross_entropy(y, torch.from_numpy(labels))
     network.zero_grad()
@@ -195,7 +195,11 @@ steps = 30 if lesson.quick else 100
 
 
 def train_side_by_side(dtype: str) -> tuple[dict[str, np.ndarray], Any, dict[str, Any]]:
-    """The losses of each, by name; npbn's network, and PyTorch's."""
+    """Train all networks on the same batches.
+
+    Returns:
+        The losses of each network by its name; npbn's network; and PyTorch's networks by name.
+    """
     model = new_model(dtype)
     theirs: dict[str, Any] = {name: make(model) for name, make in networks.items()}
     optimizer = SGD(model.parameters(), 1.0)
@@ -351,7 +355,10 @@ PUBLISHED = {
 
 
 def as_table(epochs: list[dict[str, float]]) -> np.ndarray:
-    """A row for each epoch; "moving" is the test accuracy with the moving averages."""
+    """Return a table with one row for each epoch.
+
+    The column "moving" is the test accuracy with the moving averages.
+    """
     return np.array([[e["loss"], e["train_accuracy"], e["moving"]] for e in epochs])
 
 

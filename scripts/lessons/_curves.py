@@ -1,10 +1,10 @@
-"""The measurements that take longer than a lesson should, and the files that keep them.
+"""Measure what takes too long for a lesson, and store the results.
 
-Each function here trains for minutes on Fashion-MNIST and returns what it found, which is kept in
-``curves/``, under its name, with the machine, the date and the versions. A lesson reads that file;
-with ``--regenerate``, it first measures and writes it. The files say how many minutes that took, on
-a machine that did other things at the same time. On another machine, rounding differs, and training
-at such learning rates magnifies that.
+Each function of this file trains for minutes on Fashion-MNIST and returns its results. The results
+are stored in the folder ``curves``, in a file with the name of the function. The file also has the
+machine, the date, the versions and the duration in minutes. (The machine was busy with other programs.) A lesson
+reads this file. With ``--regenerate``, the lesson first measures again. On another machine, rounding
+differs, and training with a high learning rate magnifies the difference.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ EPOCHS = 10
 
 
 def curves(lesson: Lesson, measure: Callable[..., Any], *arguments: Any) -> Any:
-    """Return the stored results of a function of this file; --regenerate measures them first."""
+    """Return the stored results of a function. With --regenerate, measure and store them first."""
     path = FOLDER / f"{measure.__name__}.json"
     if lesson.regenerate:
         try:
@@ -58,7 +58,10 @@ def curves(lesson: Lesson, measure: Callable[..., Any], *arguments: Any) -> Any:
 
 
 def learning_rates() -> list[dict[str, Any]]:
-    """Network A with and without batch norm, with sigmoid and ReLU: two epochs at each rate."""
+    """Train network A for two epochs with several learning rates.
+
+    This is done with and without batch norm, and with sigmoid and ReLU.
+    """
     dataset, found = data.load("fashion-mnist"), []
     for activation in (Sigmoid, ReLU):
         for batch_norm in (True, False):
@@ -82,10 +85,10 @@ def learning_rates() -> list[dict[str, Any]]:
 
 
 def batch_sizes() -> list[dict[str, Any]]:
-    """Network A with ReLU, with and without batch norm: 12,800 examples in batches of each size.
+    """Train network A with ReLU on 12,800 examples, in batches of several sizes.
 
-    The learning rate is 0.2 for 256 and proportional to the batch size, so that an example counts
-    alike in all of them.
+    This is done with and without batch norm. The learning rate is 0.2 for batches of 256. It is
+    proportional to the batch size, so that an example has the same weight for all sizes.
     """
     dataset, found = data.load("fashion-mnist"), []
     for batch_norm in (True, False):
@@ -103,7 +106,10 @@ def batch_sizes() -> list[dict[str, Any]]:
 
 
 def ten_epochs() -> list[dict[str, Any]]:
-    """Train as train.py does, with seeds 0 to 2; evaluate epochs with several statistics."""
+    """Train as train.py does, with the seeds 0 to 2.
+
+    Some epochs are evaluated with several kinds of statistics.
+    """
     dataset, found = data.load("fashion-mnist"), []
     for seed in SEEDS:
         run = new_run(dataset, 1.0, seed=seed)
@@ -131,10 +137,10 @@ def ten_epochs() -> list[dict[str, Any]]:
 
 
 def ten_epochs_of_pytorch(networks: dict[str, Callable[[LeNet], Any]]) -> list[dict[str, Any]]:
-    """Train in PyTorch with npbn's initial weights, on its batches in its order.
+    """Train in PyTorch with the initial weights of npbn, and on the same batches.
 
     Args:
-        networks: by name, what makes PyTorch's network, with the weights of the npbn model given.
+        networks: functions by name. Each returns a PyTorch model with the weights of an npbn model.
     """
     import torch
 
@@ -175,7 +181,7 @@ def ten_epochs_of_pytorch(networks: dict[str, Callable[[LeNet], Any]]) -> list[d
 def new_run(
     dataset: data.Dataset, lr: float, batch_size: int = 256, *, seed: int = 0, **options: Any
 ) -> Training:
-    """Network A before its first step, as train.py would set it up."""
+    """Return a training of network A before its first step, with the settings of train.py."""
     model = LeNet(generator=np.random.default_rng(seed), **options)
     optimizer, device = SGD(model.parameters(), lr), backend.get_backend("numpy")
     what = model, optimizer, dataset.train, dataset.test
@@ -184,21 +190,24 @@ def new_run(
 
 
 def steps(run: Training, examples: int, epoch: int) -> list[float]:
-    """Train on the first ``examples`` of an epoch's order; the loss of every step."""
+    """Train on the first examples of an epoch, and return the loss of every step."""
     order = np.random.default_rng((run.seed, epoch)).permutation(len(run.train))[:examples]
     with np.errstate(all="ignore"):  # a loss that becomes infinite is also a result
         return [float(result.loss) for result in run.engine.steps(order)]
 
 
 def in_parts(losses: list[float], count: int) -> list[float]:
-    """The mean loss of each of ``count`` parts of a training run."""
+    """Divide the losses of a training run into parts, and return the mean loss of each part."""
     return [float(np.mean(part)) for part in np.array_split(losses, count)]
 
 
 def accuracy_with_batch_statistics(
     model: Sequential, split: data.Split, batch_size: int = 256
 ) -> float:
-    """Evaluate with batch statistics of the test data, which no prediction should use."""
+    """Return the test accuracy with the statistics of the test batches.
+
+    A prediction should not use these statistics.
+    """
     correct = 0
     with inspection.batch_norm_momentum(model, 1.0):  # the moving averages stay as they are
         for x, labels in split.batches(batch_size, "float32"):
@@ -207,14 +216,14 @@ def accuracy_with_batch_statistics(
 
 
 def _precise(run: Training) -> float:
-    """Test accuracy with the statistics of the training split, for the weights as they are."""
+    """Return the test accuracy with statistics of the training split for the current weights."""
     model = copy.deepcopy(run.model)
     inspection.precise_statistics(model, run.train)
     return evaluate(model, run.test).accuracy
 
 
 def _standing_still(run: Training) -> dict[str, float]:
-    """Test accuracy after 1 to 40 batches that moved the averages, but not the weights."""
+    """Return the test accuracies after up to 40 batches that change only the moving averages."""
     model = copy.deepcopy(run.model)
     model.train()
     found = {}
@@ -255,7 +264,7 @@ def _write(path: Path, measure: Callable[..., Any], arguments: tuple[Any, ...]) 
 
 
 def _rounded(value: Any) -> Any:
-    """Round to four significant digits; None stands for what is not a finite number."""
+    """Return a number rounded to four digits, or None if the number is not finite."""
     if isinstance(value, dict):
         return {key: _rounded(part) for key, part in value.items()}
     if isinstance(value, list):

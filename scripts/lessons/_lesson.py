@@ -1,8 +1,8 @@
-"""Parts of all lessons: options, pictures, printed arrays.
+"""Define the common parts of all lessons: options, pictures, and printed arrays.
 
 A lesson is a Python file in cells (``# %%``). It opens as a notebook in VS Code and, with jupytext,
-in Jupyter, where its pictures appear below their cells. It also runs as a script, which prints the
-text and, after each part of it, what the code prints; and which saves the pictures:
+in Jupyter. There, pictures appear below their cells. A lesson also runs as a script, which prints
+the texts and the outputs of the cells in their order, and saves the pictures:
 
     python scripts/lessons/1_batch_norm_by_hand.py [--quick] [--pictures DIR]
 """
@@ -29,12 +29,12 @@ BLUE, ORANGE, GREEN = "#0072B2", "#E69F00", "#009E73"
 
 @dataclass(frozen=True)
 class Lesson:
-    """The options with which a lesson was started.
+    """The options of a lesson.
 
     Attributes:
-        quick: measure less; everything is still shown and checked.
-        pictures: the folder into which pictures are saved, if any.
-        regenerate: measure again what takes long, see `_curves`.
+        quick: whether to measure less. Everything is still shown and checked.
+        pictures: the folder for the pictures, or None.
+        regenerate: whether to repeat the measurements that take long; see `_curves`.
     """
 
     quick: bool = False
@@ -42,7 +42,7 @@ class Lesson:
     regenerate: bool = False
 
     def show(self, figure: Figure, name: str) -> None:
-        """Show a finished picture in a notebook; as a script, save it where that is wanted."""
+        """Show a finished picture in a notebook. In a script, save it if --pictures was given."""
         import matplotlib.pyplot as plt
 
         if _in_notebook():
@@ -70,13 +70,13 @@ class Lesson:
 
 
 def start(*, needs: tuple[str, ...] = (), curves: bool = False) -> Lesson:
-    """Return the lesson's options; exit with one clear line where something is missing.
+    """Return the options of the lesson. If a library is missing, exit with one clear line.
 
-    In a script, the first call runs the whole lesson, cell by cell, with its text, and exits.
+    In a script, the first call runs the whole lesson cell by cell, prints its text, and exits.
 
     Args:
-        needs: libraries, apart from matplotlib, that it cannot do without.
-        curves: it shows measurements of `_curves`, which --regenerate makes again.
+        needs: the libraries that the lesson needs beside matplotlib.
+        curves: whether the lesson shows measurements of `_curves`.
     """
     if _running:
         return _running[0]
@@ -131,9 +131,10 @@ def print_arrays(**arrays: Any) -> None:
 def draw_matrix(
     axes: Axes, matrix: Any, title: str, *, numbers: bool = True, largest: float | None = None
 ) -> None:
-    """A matrix as an image, green below 0, white at 0, brown above, with its numbers.
+    """Draw a matrix as an image with its numbers.
 
-    The colours reach up to ``largest``, or to the matrix's own largest number.
+    Negative numbers are green, 0 is white, and positive numbers are brown. The colours are darkest
+    at ``largest``, which is the largest absolute value of the matrix by default.
     """
     import numpy as np
 

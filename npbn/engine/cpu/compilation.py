@@ -83,7 +83,7 @@ def compile_kernels(arguments: tuple[Any, ...], report: Callable[[str], None] | 
                 raise
             except (
                 Exception
-            ):  # a truncated cache file, for instance after a power cut, can raise any exception
+            ):  # A cache file that is cut off after a power cut can raise any exception.
                 for path in directory.rglob("*.nb[ci]"):
                     path.unlink(missing_ok=True)
                 _compile(kernels, directory)
@@ -104,7 +104,7 @@ def _compile(kernels: dict[Dispatcher, tuple[Any, ...]], directory: Path) -> Non
                     numba.config.OPT = 1
                 try:
                     kernel.compile(types_)
-                except OSError:  # the kernel may be compiled, but not saved: the disk is full
+                except OSError:  # If the disk is full, the kernel may be compiled, but not saved.
                     if types_ not in kernel.overloads:
                         raise
     finally:

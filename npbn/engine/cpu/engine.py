@@ -85,7 +85,7 @@ class CpuEngine:
         self.prediction_program = launches.prediction_program()
         self._splits = {id(split): _arrays(split) for split in (train, test)}
         compile_kernels(self._arguments(self.prediction_program, test, np.arange(0)), report)
-        with _computing(self.threads):  # starts the threads
+        with _computing(self.threads):  # This starts the threads.
             pass
         self.description = f"by the fused engine on {self.threads} thread{'s' * (self.threads > 1)}"
         if self.threads > 1 and numba.threading_layer() == "workqueue":

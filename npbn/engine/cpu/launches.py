@@ -75,7 +75,9 @@ def execute(program: Any, net: Any, images: Any, labels: Any, order: Any, thread
         prepare(net, kernel, k, len(order))
         for thread in prange(threads):
             run(net, kernel, k, images, labels, order, np.int64(thread), threads)
-        if kernel == FORWARD:  # the last argument is not `True`: Numba compiles for each literal
+        if (
+            kernel == FORWARD
+        ):  # Numba compiles a function again for each literal, so the last argument is a variable.
             merge(net, k, len(order), kernel == FORWARD)
     return summed_up(net, len(order))
 
@@ -242,7 +244,7 @@ def cross_entropy(
             shifted = values[z + label * lanes] - values[z + best * lanes]
             loss += math.log(np.float64(values[ends * lanes + lane])) - np.float64(shifted)
         else:
-            loss = math.nan  # as in npbn.functional: there is no logit for a label out of range
+            loss = math.nan  # If the label is out of range, the loss is NaN, as in npbn.functional.
         correct += best == label
     net.found[stage.found, chunk] = loss
     net.found[stage.found + 1, chunk] = correct

@@ -194,7 +194,7 @@ def build(plan: Sequence[StagePlan], dtype: Any, *, batch: int, test: int, threa
         record["y_plane"] = rows * columns | 1
         record["y_size"] = sixes * record["y_plane"] | 1
         record["first_site"] = len(tables)
-        if stage.linear:  # a chunk has only one site, so the sites are the chunks
+        if stage.linear:  # A chunk has only one site, so the sites are the chunks.
             sites = [(m * record["x_size"], m * record["y_size"]) for m in range(chunks)]
         else:
             down, right = stage.stride[0] * row, stage.stride[1]

@@ -67,7 +67,7 @@ LIMIT32, MAGIC32, INVERSE_LN2_32 = _F(87), _F(1.5 * 2**23), _F(1 / math.log(2))
 HIGH32, LOW32 = _F(0.693359375), _F(math.log(2) - 0.693359375)
 LIMIT64, MAGIC64, INVERSE_LN2_64 = _D(708), _D(1.5 * 2**52), _D(1 / math.log(2))
 HIGH64 = _D(float.fromhex("0x1.62e42feep-1"))
-LOW64 = _D(float.fromhex("0x1.a39ef35793c76p-33"))  # as in fdlibm
+LOW64 = _D(float.fromhex("0x1.a39ef35793c76p-33"))  # This constant is the one of fdlibm.
 F2, F3, F4, F5, F6, F7 = (_F(1 / math.factorial(i)) for i in range(2, 8))
 D2, D3, D4, D5, D6, D7 = (_D(1 / math.factorial(i)) for i in range(2, 8))
 D8, D9, D10, D11, D12, D13 = (_D(1 / math.factorial(i)) for i in range(8, 14))
@@ -404,6 +404,6 @@ def merge_backward(net: Any, k: int, examples: int) -> None:
             slope = scale * dgamma * inverse / m
             values[stage.constants + SLOPE * stage.maps + o] = slope
             values[stage.constants + OFFSET * stage.maps + o] = slope * rest - scale * dbeta / m
-            dbias = 0.0  # batch norm subtracts the bias, so the loss does not depend on the bias
+            dbias = 0.0  # Batch norm subtracts the bias, so the loss does not depend on the bias.
         if stage.bias >= 0:
             values[stage.bias + stage.gradient + o] = dbias

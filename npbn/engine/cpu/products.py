@@ -46,7 +46,7 @@ The part of x that a block reads stays in the cache while the function goes thro
 OPTIONS: dict[str, Any] = {
     "error_model": "numpy",
     "nogil": True,
-    "no_cpython_wrapper": True,  # Python does not call the functions with these options
+    "no_cpython_wrapper": True,  # Python does not call functions with these options.
     "no_cfunc_wrapper": True,
 }
 INLINE = OPTIONS | {"forceinline": True}

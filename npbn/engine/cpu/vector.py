@@ -182,7 +182,7 @@ def power_of_two(typing_context: Any, shifted: Any) -> Any:
 
 
 def _vector(*operands: Any) -> Any:
-    """Return the first of these types that is a vector type, or None if there is no vector type."""
+    """Return the first vector type among the given types, or None if there is none."""
     return next((type_ for type_ in operands if isinstance(type_, Vector)), None)
 
 

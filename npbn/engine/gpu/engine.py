@@ -1,10 +1,10 @@
 """Train and evaluate a model on a GPU: run the programs of `npbn.engine.gpu.launch` with CuPy.
 
-CuPy captures the launches of a program as a CUDA graph. This module has not run on a GPU yet. In the
-tests, this module runs with the real CuPy on an emulated GPU (``tests/emulated_gpu``).
+CuPy captures the launches of a program as a CUDA graph. This module has not run on a GPU yet. In
+the tests, this module runs with the real CuPy on an emulated GPU (``tests/emulated_gpu``).
 
 The data sets, the parameters and all arrays of a step stay in the GPU's memory. An epoch is a
-sequence of launches of graphs. Most of the launched graphs contain STEPS_PER_GRAPH steps. The host
+sequence of launches of graphs. A graph contains either one step or STEPS_PER_GRAPH steps. The host
 waits for the GPU only at the end of the epoch, when the host reads the losses.
 """
 

@@ -1,73 +1,84 @@
-// The CUDA kernels of the fused engine: a training step, and an evaluation.
+// The CUDA kernels of the fused engine, which compute training steps and evaluations.
 //
 // `launch.py` decides which kernels run in which order. `npbn/functional` contains the formulas and
-// their derivations; the names of variables are the same here. The type `real` is float or double.
-// NVRTC compiles this file for GPUs. In tests without a GPU, g++ compiles it for the CPU: see
+// their derivations, with the same names of variables. The type `real` is float or double. NVRTC
+// compiles this file for GPUs. In tests without a GPU, g++ compiles this file for the CPU: see
 // `tests/emulated_gpu`.
 //
-// Stages. The network is divided into stages. A stage is an affine map (a convolution or a linear
-// layer), y = A x + b, followed by batch norm, an activation and pooling, each of which may be
-// missing. Batch norm needs sums over the whole batch, and the sums are complete only when the
-// launch has ended that computes y. So a launch does not compute a stage, but the end of one stage
-// and the beginning of the next:
+// Stages. The network is divided into stages. A stage begins with an affine map y = A x + b, which
+// is a convolution or a linear layer. Batch norm, an activation and pooling may follow. Batch norm
+// needs sums over the whole batch. These sums are complete only when the launch that computes y has
+// ended. So a launch computes the end of one stage and the beginning of the next stage:
 //
-// - A forward kernel reads the y of the stage before. It applies batch norm, activation and pooling
-//   to the numbers that it reads, and it writes the y of its own stage.
+// - A forward kernel reads the y of the previous stage. It applies batch norm, activation and
+//   pooling to the numbers that it reads, and it writes the y of its own stage.
 // - A backward kernel reads dz, the gradient with respect to the output of batch norm of its own
-//   stage. It writes the dz of the stage before.
+//   stage. It writes the dz of the previous stage, and the gradients of its own parameters.
+//
+// The brackets in this picture are launches. An apostrophe marks a backward pass:
 //
 //     y0 → [ norm, activation, pooling · affine map ] → y1 → [ ... ] → y2 → ... → loss
 //     dz0 ← [ pooling', activation' · affine map' · norm' ] ← dz1 ← [ ... ] ← dz2 ← ... ← dlogits
 //
-// In the comments below, S is the stage whose affine map a kernel computes, and P is the stage
-// before S. If S is the first stage, P stands for the images: a stage without any operation.
+// In the comments of this file, S is the stage whose affine map a kernel computes, and P is the
+// previous stage. If S is the first stage, P is the images: a stage without any operation.
 //
-// Kernels, and how a launch is divided among blocks (of THREADS threads, in one dimension):
+// Kernels. A block has THREADS threads, in one dimension. A part is a range of consecutive examples
+// of the batch. For arrays, the comments name the indices in their order: in an array (example,
+// channel, row, column), numbers of neighbouring columns are neighbours in memory.
 //
-//   conv_forward          convolution           a few examples in a block
-//   conv_backward         its backward pass     two kinds of blocks: for dx, and for dw and db
-//   linear_forward        linear layer          tiles of TILE examples × TILE outputs
-//   linear_backward       its backward pass     two kinds of blocks: for dx, and for dw and db
-//   linear_cross_entropy  last linear layer, loss, and their backward passes   TILE examples
-//   cross_entropy         loss and its backward pass, for other last stages    a few examples
-//   sgd                   sums of the parts of gradients, step of SGD          32 parameters
+//   conv_forward          computes the end of P and the convolution of S
+//                         grid: (parts)
+//   conv_backward         computes the backward pass of conv_forward
+//                         grid: (parts for dx, then other parts for dw and db)
+//   linear_forward        computes the end of P and the linear layer of S
+//                         grid: (parts, tiles of TILE outputs)
+//   linear_backward       computes the backward pass of linear_forward
+//                         grid: (parts × tiles of dx, then other parts × tiles of dw and db)
+//   linear_cross_entropy  computes the last linear layer, the loss, and their backward passes
+//                         grid: (parts)
+//   cross_entropy         computes the loss and its backward pass, after any other last stage
+//                         grid: (parts)
+//   sgd                   adds the partial sums of the gradients, and updates all parameters
+//                         grid: (ranges of PARAMETERS_PER_BLOCK parameters)
 //
-// No kernel allocates memory, waits for the host, or needs a number from the host that changes from
-// step to step. So the launches of a step can be captured in a CUDA graph, and the graph can be
-// launched again and again. A counter in the GPU's memory, *step, is the number of the step.
+// CUDA graphs. No kernel allocates memory, waits for the host, or needs a number from the host that
+// changes from step to step. A counter in the GPU's memory, *step, is the number of the step. So
+// the launches of a step can be captured in a CUDA graph, and the graph can be launched repeatedly.
 //
 // Reproducibility. The order of all sums is fixed: first within a thread, then over the threads of
 // a block, then over the blocks. There are no atomic additions. So two runs give the same bits.
 
 constexpr int THREADS = 256;
-constexpr int TILE = 16;            // the rows and the columns of a tile of a matrix product
-constexpr int TILE_K = 128;         // the terms of a product's sums in shared memory at a time
+constexpr int TILE = 16;            // the number of rows and of columns of a matrix product's tile
+constexpr int TILE_K = 128;         // the number of terms of each sum in shared memory at a time
 constexpr int VECTOR = 4;           // the numbers that a thread reads from shared memory at once
 constexpr int ROWS_PER_THREAD = 4;  // the rows of a convolution's output that a thread computes
 constexpr int MAPS_PER_THREAD = 2;  // the output maps for which a thread computes these rows
-constexpr int TAPS_PER_THREAD = 5;  // the weights in a row for which a thread computes gradients
-constexpr int BANKS = 32;           // the banks of shared memory; neighbours are in different banks
+constexpr int TAPS_PER_THREAD = 5;  // the weights in a kernel row whose gradients a thread computes
+constexpr int BANKS = 32;           // the banks of shared memory, which hold its words in turn
 constexpr int PARAMETERS_PER_BLOCK = 32;  // the parameters that a block of `sgd` updates
 
 // The number of blocks for which a multiprocessor must have room, in __launch_bounds__ of the
-// forward kernels. A low number allows each thread many registers, so a thread can wait for many
-// loads at the same time.
+// forward kernels. A low number allows each thread many registers. With many registers, a thread
+// can wait for many loads at the same time.
 template <typename real>
 constexpr int MIN_BLOCKS = sizeof(real) == 4 ? 2 : 1;
 
 // The sizes of a stage, as values that are known only at run time.
 struct Shape {
-    int channels, height, width;                                       // of x: (C, H, W)
+    int channels, height, width;                                       // of the input x: (C, H, W)
     int maps, rows, columns;                                           // of y: (O, H', W')
     int kernel_h, kernel_w, stride_h, stride_w, padding_h, padding_w;  // of the convolution
-    int window_h, window_w;  // of the pooling, whose windows do not overlap
+    int window_h, window_w;  // of a pooling window; windows do not overlap
     int maximum;             // 1: maximum pooling; 0: average pooling
     int activation;          // SIGMOID, RELU, or 0 if there is none
 };
 
 // The sizes of a stage, as constants that the compiler knows. The compiler replaces divisions by
-// these sizes by multiplications and unrolls loops over them. As S and P, every kernel accepts
-// either a Fixed or a Shape.
+// these sizes by multiplications, and it unrolls loops over these sizes. The stages S and P of each
+// kernel can be given as a Fixed or as a Shape. In this template, P and Q are numbers: the rows and
+// the columns of y.
 template <int C, int H, int W, int O, int P, int Q, int KH, int KW, int SH, int SW, int PH, int PW,
           int A, int B, int MAXIMUM, int ACTIVATION>
 struct Fixed {
@@ -82,21 +93,25 @@ struct Fixed {
 constexpr int SIGMOID = 1, RELU = 2;  // the values of `activation`; 0 means none
 
 // The examples of a batch. Example e of the batch is example order[*step · stride + e] of the data
-// set. If `order` is null, it is example *step · stride + e of the data set.
+// set. If `order` is null, example e of the batch is example *step · stride + e of the data set.
+// The array `images` contains the pixels of the data set, 0 to 255: (example, channel, row,
+// column). The array `labels` contains the class of each example of the data set: (example).
 struct Batch {
     const unsigned char* images;
     const int *labels, *order, *step;
     int stride;
 };
 
-// The batch norm of a stage. The pointer `gamma` is null if the stage has no batch norm.
+// The batch norm of a stage. The pointer `gamma` is null if the stage has no batch norm. All arrays
+// except `means` and `squares` contain one number for each channel: (channel).
 //
 // Statistics of the batch exist in two forms. The kernel that computes y divides the batch into
 // parts and writes the statistics of each part: means[o, part] is the mean of channel o over the
 // examples of the part, and squares[o, part] is the sum of the squared distances from this mean. A
-// part has `examples_per_part` examples; the last part may have fewer. The next forward kernel
-// merges the parts and writes the statistics of the whole batch, `mean` and `var`. Backward
-// kernels, and all kernels in prediction, use `mean` and `var`; there, `means` is null.
+// part has `examples_per_part` examples; the last part may have fewer. The next kernel of the
+// forward pass merges the parts and writes the statistics of the whole batch, `mean` and `var`. The
+// later kernels of the step, and all kernels in prediction, read `mean` and `var`. For these
+// kernels, the pointer `means` is null.
 //
 // The mean is stored as a sum of two numbers, mean + rest, because one float is not accurate enough
 // for a large mean: see "Rounding" in `functional/batch_norm.py`. In prediction, `rest` is null.
@@ -110,9 +125,11 @@ struct Norm {
     real eps, momentum;
 };
 
-// The sums that the backward pass of batch norm needs, for each channel o and each part of the
-// batch: sums[0, o, part] = Σ dz and sums[1, o, part] = Σ dz (y - μ). Over all parts, the first sum
-// is dβ and the second is s·dγ, where s is the standard deviation.
+// The sums that the backward pass of a stage's batch norm needs. The array `sums` has the indices
+// (kind, channel, part): for each channel o and each part of the batch, sums[0, o, part] = Σ dz and
+// sums[1, o, part] = Σ dz (y - μ), where μ is the channel's mean. Over all parts, the first kind
+// adds up to dβ, and the second kind adds up to s·dγ, where s is the standard deviation. The arrays
+// `dgamma` and `dbeta` contain the gradients dγ and dβ: (channel).
 template <typename real>
 struct Sums {
     real* sums;
@@ -120,10 +137,11 @@ struct Sums {
     real *dgamma, *dbeta;
 };
 
-// The place of a parameter tensor in the arrays of all parameters, for `sgd`. `offset` and `size`
-// are the place of the tensor. `partial_offset` and `partials` are the place and the number of the
-// partial sums of its gradient; if the number is 0, the gradient is complete already. `decays` is 1
-// if weight decay applies to the tensor.
+// An entry of the table of parameter tensors, for `sgd`. The numbers `offset` and `size` are the
+// place of the tensor in the array of all parameters. The gradient of the tensor is the sum of
+// `partials` partial sums, which begin at `partial_offset` of the array of partial sums: (partial
+// sum, parameter). If `partials` is 0, the gradient is complete already. The number `decays` is 1
+// if weight decay applies to the tensor, else 0.
 struct Tensor {
     int offset, size, partial_offset, partials, decays;
 };
@@ -132,28 +150,31 @@ struct Tensor {
 
 alignas(32) extern __shared__ double shared_memory[];
 
-// Divides the shared memory of a block among arrays. Each call of `allocate` returns a new array.
+// The part of a block's shared memory that is still free. Each call of `allocate` returns a new
+// array of `count` numbers.
 template <typename real>
 struct Memory {
     real* free = reinterpret_cast<real*>(shared_memory);
 
     __device__ real* allocate(int count) {
         real* allocated = free;
-        free += (count + VECTOR - 1) / VECTOR * VECTOR;  // The next array begins at a whole vector.
+        // The next array begins at a multiple of VECTOR, because threads read whole vectors.
+        free += (count + VECTOR - 1) / VECTOR * VECTOR;
         return allocated;
     }
 };
 
+// COUNT numbers, aligned so that a thread can read them together.
 template <typename real, int COUNT>
 struct alignas(COUNT * sizeof(real)) Vector {
     real v[COUNT];
 };
 
-// Calls store(t, load(t)) for each t from 0 to count - 1; the threads of the block share the work.
+// Calls store(t, load(t)) for each t from 0 to count - 1. The threads of the block share the work.
 // A load from global memory takes hundreds of cycles, and the compiler must assume that a store
-// changes what later loads read. So each thread starts IN_FLIGHT loads before its first store. A
-// thread whose t is out of range loads the last element again, because a branch would delay the
-// other loads.
+// changes what later loads read. So each thread repeatedly starts IN_FLIGHT loads and only then
+// stores their results. A thread whose t is out of range loads the last element again, because a
+// branch would delay the other loads.
 template <int IN_FLIGHT, typename real, typename Load, typename Store>
 __device__ __forceinline__ void batched_load_store(int count, Load load, Store store) {
     for (int start = threadIdx.x; start < count; start += IN_FLIGHT * THREADS) {
@@ -171,9 +192,10 @@ __device__ __forceinline__ void batched_load_store(int count, Load load, Store s
     }
 }
 
-// Replaces the values of each thread by their sums over a group of `group_size` consecutive
-// threads. `group_size` is a power of two and at most 32, so a group lies within a warp. All
-// threads of the block must call this function together. It is not a barrier for shared memory.
+// Replaces each of a thread's values by the sum of this value over a group of `group_size`
+// consecutive threads. The size of a group is a power of two and at most 32, so a group lies within
+// a warp. All threads of the block must call this function together. The function is not a barrier
+// for shared memory.
 template <int COUNT, typename T>
 __device__ void group_sums(T (&values)[COUNT], int group_size) {
     for (int distance = group_size / 2; distance > 0; distance /= 2) {
@@ -183,6 +205,7 @@ __device__ void group_sums(T (&values)[COUNT], int group_size) {
     }
 }
 
+// Returns the sum of a value over a group of threads. The rules of `group_sums` apply.
 template <typename T>
 __device__ T group_sum(T value, int group_size) {
     T values[] = {value};
@@ -191,7 +214,7 @@ __device__ T group_sum(T value, int group_size) {
 }
 
 // Returns the number of consecutive threads for each channel, if the threads of a block are divided
-// among all channels.
+// among all channels. The number is a power of two from 1 to 32.
 __device__ constexpr int threads_per_channel(int channels) {
     int group_size = 32;
     while (group_size > 1 && group_size * channels > THREADS) {
@@ -217,8 +240,9 @@ __device__ real activation_derivative(int activation, real a) {
     return activation == RELU && a == 0 ? real(0) : real(1);
 }
 
-// The constants of the batch norm of each channel, as arrays in shared memory. The function call
-// operator returns z = (y - mean - rest) · scale + beta.
+// The batch norm of a stage, as a function of the channel o and of y. The function call operator
+// returns z = (y - mean - rest) · scale + beta. If the stage has no batch norm, z = y. The arrays
+// are in shared memory and contain one number for each channel: (channel).
 template <typename real>
 struct Normalization {
     real *mean, *rest, *scale, *beta;
@@ -227,15 +251,18 @@ struct Normalization {
     __device__ real operator()(int o, real y) const { return centred(o, y) * scale[o] + beta[o]; }
 };
 
-// Returns the normalization of stage P. In training, the function first merges the statistics of
-// the parts of the batch. Part t has m_t values, the mean μ_t and the sum of squares q_t:
+// Returns the batch norm of stage P for a batch of n examples. If `norm.means` is not null, this
+// function first merges the statistics of the parts of the batch. For one channel, part t has m_t
+// values, the mean μ_t and the sum of squared distances q_t. The m values of the whole batch have
+// the mean μ and the variance v:
 //   μ = Σ_t m_t μ_t / m,   m v = Σ_t (q_t + m_t (μ_t - μ)²)
 // (Chan, Golub and LeVeque, "Updating formulae and a pairwise algorithm for computing sample
-// variances", 1979, equation 2.1b for several parts). Both sums are computed in one pass, relative
-// to the mean μ_0 of the first part: the last sum is Σ_t (q_t + m_t (μ_t - μ_0)²) - m (μ - μ_0)².
-// In double precision, this subtraction is accurate enough. Every block merges all parts, which
-// takes less time than a launch. The first block also writes μ and v to `mean`, `rest` and `var`,
-// and updates the moving averages.
+// variances", 1979, equation 2.1b for several parts). Both sums are computed in one pass. Because μ
+// is not known in this pass, distances are computed from the mean μ_0 of the first part:
+//   m v = Σ_t (q_t + m_t (μ_t - μ_0)²) - m (μ - μ_0)²
+// In double precision, this subtraction is accurate enough. Every block merges all parts, because
+// an additional launch would take longer. Only the first block writes μ and v to `mean`, `rest` and
+// `var`, and updates the moving averages.
 template <typename real, typename P>
 __device__ Normalization<real> normalization(P p, int n, const Norm<real>& norm,
                                              Memory<real>& memory) {
@@ -252,7 +279,7 @@ __device__ Normalization<real> normalization(P p, int n, const Norm<real>& norm,
             const double pivot = end > 0 ? means[0] : 0;
             // Σ m_t (μ_t - pivot), and Σ (q_t + m_t (μ_t - pivot)²)
             double sums[2] = {};
-            // Eight loads are started together; the sums keep their order.
+            // The loads of eight parts are started together. The order of the sums is unchanged.
 #pragma unroll 8
             for (int t = member; t < end; t += group_size) {
                 const double m =
@@ -291,8 +318,9 @@ __device__ Normalization<real> normalization(P p, int n, const Norm<real>& norm,
     return result;
 }
 
-// Returns the place in y where the pooling window of an output begins, and sets *channel to the
-// channel of the output. `item` is the index of the output in the example after pooling, (C, H, W).
+// Returns the index in y at which the pooling window of an output of stage P begins, and sets
+// *channel to the channel of this output. The output has the index `item` in the output of example
+// e after pooling: (channel, row, column).
 template <typename P>
 __device__ int window_of(P p, int e, int item, int* channel) {
     const int columns = p.columns / p.window_w, rows = p.rows / p.window_h;
@@ -301,8 +329,9 @@ __device__ int window_of(P p, int e, int item, int* channel) {
     return ((e * p.maps + *channel) * p.rows + r * p.window_h) * p.columns + q * p.window_w;
 }
 
-// Returns the largest activation in a pooling window, and sets *chosen to its place in y. If
-// several activations are equal, the first one is chosen. NaN counts as larger than any number.
+// Returns the largest activation in the pooling window that begins at y[first], and sets *chosen to
+// the index in y of this activation. If several activations are equal, the first one is chosen. NaN
+// counts as larger than any number.
 template <typename real, typename P>
 __device__ real largest_in(P p, const Normalization<real>& normalized, const real* y, int channel,
                            int first, int* chosen) {
@@ -320,15 +349,17 @@ __device__ real largest_in(P p, const Normalization<real>& normalized, const rea
     return largest;
 }
 
-// The input of stage S as a function: input(e, item) is number `item` of example e. It is computed
-// from the y of stage P. If y is null, P is the images, and the number is a pixel / 255.
+// The input x of stage S, as a function: input(e, item) is the element with the index `item` in
+// example e: (channel, row, column). The element is computed from y, the array of stage P (example,
+// channel, row, column), by batch norm, activation and pooling. If the pointer y is null, P is the
+// images, and the element is a pixel / 255.
 template <typename real, typename P>
 struct Input {
     P p;
     Normalization<real> normalized;
     const real* y;
     Batch batch;
-    int first;  // the index in `order` of the first example of the batch
+    int first;  // the index in `order` of the first example of the batch; 0 if y is not null
 
     __device__ real operator()(int e, int item) const {
         if (y == nullptr) {
@@ -351,16 +382,18 @@ struct Input {
     }
 };
 
+// Returns the input x of stage S. Only the images need the place where the batch begins.
 template <typename real, typename P>
 __device__ Input<real, P> input_of(P p, const Normalization<real>& normalized, const real* y,
                                    const Batch& batch) {
     return {p, normalized, y, batch, y == nullptr ? *batch.step * batch.stride : 0};
 }
 
-// Computes the backward pass of pooling and activation for one output of `Input`. g is the gradient
-// with respect to this output. The function writes dz, the gradient with respect to the output of
-// batch norm, and adds dz and dz (y - μ) to `sums` for the backward pass of batch norm. It computes
-// the activations again from y.
+// Computes the backward pass of pooling and activation of stage P for one output of P: the output
+// with the index `item` in example e. The number g is the gradient with respect to this output. For
+// each y in the output's pooling window, the function writes dz, the gradient with respect to the
+// output of batch norm. It also adds dz to sums[0] and dz (y - μ) to sums[1], for the backward pass
+// of batch norm. The activations are computed again from y.
 template <typename real, typename P>
 __device__ void input_backward(P p, const Normalization<real>& normalized, const real* y, int e,
                                int item, real g, real* dz, real (&sums)[2]) {
@@ -384,16 +417,18 @@ __device__ void input_backward(P p, const Normalization<real>& normalized, const
     }
 }
 
-// The gradient with respect to y, computed from dz by the backward pass of batch norm
-// (`functional.batch_norm_backward`). It is a function of the channel o and the place in y. A
-// channel has m values in the batch:
+// The gradient dy of the loss with respect to y, as a function: dy(o, at) is the gradient with
+// respect to y[at], a number of channel o. The function computes dy from dz by the backward pass of
+// batch norm (`functional.batch_norm_backward`). The arrays y and dz have the indices (example,
+// channel, row, column). A channel has m values in the batch, the mean μ and the standard deviation
+// s:
 //   dy = γ/s (dz - dβ/m - (y - μ) dγ/(s m)),   dβ = Σ dz,   dγ = Σ dz (y - μ) / s
 // If the stage has no batch norm, dy = dz.
 template <typename real>
 struct Gradient {
     const real *y, *dz;
     Normalization<real> normalized;
-    real *shift, *factor;  // dβ/m and dγ/(s m)
+    real *shift, *factor;  // dβ/m and dγ/(s m) of each channel: (channel)
     bool norm;
 
     __device__ real operator()(int o, int at) const {
@@ -404,8 +439,8 @@ struct Gradient {
     }
 };
 
-// Returns the gradient of stage S as a function. The caller must call __syncthreads before it uses
-// this function. The first block writes dβ and dγ.
+// Returns the gradient with respect to the y of stage S, as a function. Only the first block writes
+// dβ and dγ. The caller must call __syncthreads before it uses the returned function.
 template <typename real, typename S>
 __device__ Gradient<real> gradient_of(S s, int n, const Norm<real>& norm, const Sums<real>& sums,
                                       const real* y, const real* dz, Memory<real>& memory) {
@@ -436,10 +471,11 @@ __device__ Gradient<real> gradient_of(S s, int n, const Norm<real>& norm, const 
     return result;
 }
 
-// Adds `count` new values of a channel to the statistics of its part of the batch, which already
-// contain `had` values (Chan, Golub and LeVeque, equation 2.1). `mean` is the rounded mean of the
-// new values. `sums` contains the sum of their distances from this rounded mean, which corrects the
-// rounding, and the sum of the squared distances.
+// Updates *part_mean and *part_squares, the statistics of a channel in a part of the batch, by
+// `count` new values (Chan, Golub and LeVeque, equation 2.1). Before this update, the statistics
+// describe `had` values. The number `mean` is the rounded mean of the new values. The number
+// sums[0] is the sum of the differences between the new values and `mean`, which corrects the
+// rounding of `mean`. The number sums[1] is the sum of the squared differences.
 template <typename real>
 __device__ void merge(int had, int count, real mean, const real (&sums)[2], double* part_mean,
                       real* part_squares) {
@@ -452,15 +488,20 @@ __device__ void merge(int had, int count, real mean, const real (&sums)[2], doub
 
 // ------------------------------------------------------------------------------- matrix products
 
-// Computes one tile of a matrix product: Σ_k left(row, k) right(column, k) for begin <= k < end,
-// TILE rows and TILE columns. Thread t returns the sum for row t % TILE and column t / TILE.
+// Computes one tile of a matrix product: Σ_k left(row, k) right(column, k) for begin <= k < end. A
+// tile has TILE rows and TILE columns. Thread t returns the sum for row t % TILE and column
+// t / TILE. The arguments `rows` and `columns` are the numbers of rows and columns from the
+// beginning of the tile to the edges of the matrices.
 //
-// The block loads TILE_K terms of both matrices into shared memory at a time, and TILE threads read
-// each number there. Beyond the edges of the matrices, the numbers in shared memory are 0.
-// `left_along_k` is true if numbers of `left` with neighbouring k are neighbours in global memory,
-// and false if those of neighbouring rows are; likewise `right_along_k`. So neighbouring threads
-// can load neighbouring numbers. The function calls on_loaded(row, k, number) once for each number
-// of the left matrix.
+// The block loads TILE_K terms of both matrices into shared memory at a time: left (row, k) and
+// right (column, k). TILE threads read each number there. Beyond the edges of the matrices, the
+// numbers in shared memory are 0.
+//
+// If `left_along_k` is true, numbers of `left` with neighbouring k are neighbours in global memory.
+// If it is false, numbers of `left` in neighbouring rows are neighbours in global memory. The
+// argument `right_along_k` says the same about `right` and its columns. With these arguments,
+// neighbouring threads load neighbouring numbers. The function calls on_loaded(row, k, number) once
+// for each number of `left`.
 template <typename real, typename Left, typename Right, typename OnLoaded>
 __device__ real tile_of_product(int rows, int columns, int begin, int end, Left left,
                                 bool left_along_k, Right right, bool right_along_k, real* tiles,
@@ -471,7 +512,7 @@ __device__ real tile_of_product(int rows, int columns, int begin, int end, Left 
     real sums[VECTOR] = {};
     for (int start = begin; start < end; start += TILE_K) {
         const int depth = min(TILE_K, end - start);
-        // A load beyond the edge reads a number at the edge, and 0 is stored instead of it.
+        // A load beyond the edge reads a number at the edge, but 0 is stored in its place.
         const auto load_tile = [&](int count, auto matrix, bool along_k, real* tile,
                                    auto on_loaded) {
             batched_load_store<TILE * TILE_K / THREADS, real>(
@@ -491,7 +532,7 @@ __device__ real tile_of_product(int rows, int columns, int begin, int end, Left 
                     }
                 });
         };
-        __syncthreads();  // All threads have read the tiles before.
+        __syncthreads();  // All threads have finished reading the previous tiles.
         load_tile(rows, left, left_along_k, lefts, on_loaded);
         load_tile(columns, right, right_along_k, rights, [](int, int, real) {});
         __syncthreads();
@@ -507,13 +548,17 @@ __device__ real tile_of_product(int rows, int columns, int begin, int end, Left 
     return (sums[0] + sums[1]) + (sums[2] + sums[3]);
 }
 
-// The forward pass of a linear layer (`functional.linear`). x is the output of stage P:
+// Computes the forward pass of the linear layer of S (`functional.linear`). The input x is the
+// output of P:
 //   y[n,o] = Σ_k x[n,k] w[o,k] + b[o]
-// Writes y, and the statistics of this part of the batch for batch norm. If the pointer x is not
-// null, also writes x, for the backward pass.
+// In training, the kernel also writes x, for the backward pass. If S has batch norm, the kernel
+// also writes the statistics of each part of the batch. The pointers x, `means` and `squares` are
+// null if the arrays are not needed.
 //
-// Grid: (parts of `examples_per_block` examples, tiles of TILE outputs). Reads: P's y, w, b.
-// Writes: y, x, statistics.
+// Grid: (parts of `examples_per_block` examples, tiles of TILE outputs).
+// Reads: `before`, the y of P (example, channel, row, column), or the images if `before` is null;
+// `weight`, w (output, input); `bias`, b (output), or null.
+// Writes: y (example, output); x (example, input); `means` and `squares` (output, part).
 template <typename real, typename P, typename S>
 __global__ void __launch_bounds__(THREADS, MIN_BLOCKS<real>)
     linear_forward(P p, S s, int n, int examples_per_block, Batch batch, Norm<real> norm,
@@ -553,22 +598,27 @@ __global__ void __launch_bounds__(THREADS, MIN_BLOCKS<real>)
     }
 }
 
-// The backward pass of a linear layer (`functional.linear_backward`).
+// Computes the backward pass of the linear layer of S (`functional.linear_backward`). The grid
+// consists of two kinds of blocks.
 //
-// The first `input_blocks` blocks compute the gradient with respect to the input. From it they
-// compute the dz of stage P and the sums for the batch norm of P:
+// The first `input_blocks` blocks compute dx, the gradient with respect to the input of S:
 //   dx[n,k] = Σ_o dy[n,o] w[o,k]
-// If P is the images, `input_blocks` is 0.
+// They use dx to compute the dz of P and the sums for the batch norm of P. If P is the images,
+// `input_blocks` is 0.
 //
-// The other blocks compute the gradients with respect to the weight and the bias. Each block
-// computes a partial sum over `examples_per_weight_block` examples, and `sgd` adds the partial
-// sums. The bias is treated as the weight of an additional input that is always 1:
+// The other blocks compute dw and db, the gradients with respect to the weight and the bias. Each
+// block computes a partial sum over `examples_per_weight_block` examples, and `sgd` adds the
+// partial sums. The bias is treated as the weight of an additional input that is always 1:
 //   dw[o,k] = Σ_n dy[n,o] x[n,k]
 //
-// Grid: first the input blocks (tiles of TILE inputs × parts of `examples_per_block` examples),
-// then the other blocks (tiles of outputs × inputs, × parts of the batch). Reads: x, y, dz, w, P's
-// y. Writes: P's dz, partial sums. If `step` is not null, the kernel increments *step; no thread of
-// this launch reads it.
+// Grid: `input_blocks` blocks (parts of `examples_per_block` examples × tiles of TILE inputs), then
+// blocks (parts of `examples_per_weight_block` examples × tiles of TILE outputs × TILE inputs).
+// Reads: x (example, input); y and dz (example, output); `weight`, w (output, input); `before`, the
+// y of P (example, channel, row, column).
+// Writes: `dz_before`, the dz of P, with the indices of `before`; `sums_before`, for P's batch
+// norm; the partial sums dw (part, output, input) and db (part, output). The pointer db is null if
+// no gradient of the bias is needed. If `step` is not null, the kernel increments *step. No thread
+// of this launch reads *step.
 template <typename real, typename P, typename S>
 __global__ void linear_backward(P p, S s, int n, int input_blocks, int examples_per_block,
                                 int examples_per_weight_block, Norm<real> norm, Sums<real> sums,
@@ -600,7 +650,8 @@ __global__ void linear_backward(P p, S s, int n, int input_blocks, int examples_
         if (norm_before.gamma != nullptr) {
             group_sums(result, TILE);
             if (row == 0 && k < inputs) {
-                const int area = inputs / p.maps;  // Each input of a channel has a part of its own.
+                // Each of the `area` inputs in a channel of P has its own part in the sums.
+                const int area = inputs / p.maps;
                 const int at = k / area * sums_before.parts + part * area + k % area;
                 sums_before.sums[at] = result[0];
                 sums_before.sums[p.maps * sums_before.parts + at] = result[1];
@@ -632,22 +683,23 @@ __global__ void linear_backward(P p, S s, int n, int input_blocks, int examples_
 
 // ---------------------------------------------------------------------------------- convolutions
 
-// The layout of the maps of an example in shared memory. A map is stored as a "plane": rows of
-// `pitch` numbers, `area` numbers in all. The padding of rows and planes is chosen so that numbers
-// which neighbouring threads read at the same time lie in different banks where possible.
+// The layout of the maps of one example in shared memory: (map, row, column). Each map is stored as
+// a plane of `area` numbers. A plane has `height` rows of `pitch` numbers, of which `width` numbers
+// are used. The values of `pitch` and `area` are chosen so that numbers which neighbouring threads
+// read at the same time lie in different banks where possible.
 struct Planes {
     int height, width, pitch, area;
 };
 
-// Returns the smallest n >= number for which n - like is a multiple of the divisor. The divisor is
-// a power of two.
+// Returns the smallest n >= number for which n - like is a multiple of `divisor`, a power of two.
 __device__ constexpr int raised(int number, int like, int divisor) {
     return number + ((like - number) & (divisor - 1));
 }
 
-// Returns the layout of the planes that a convolution reads, if its output has rows × columns
-// numbers. A thread computes ROWS_PER_THREAD rows of the output. The pitch is chosen so that the
-// threads of one group of rows read from other banks than the threads of the next group.
+// Returns the layout of the padded input of a convolution whose output has rows × columns numbers.
+// The height is sufficient for whole groups of ROWS_PER_THREAD rows of the output, because a thread
+// computes such a group. The pitch is chosen so that the threads of one group of rows read from
+// other banks than the threads of the next group.
 __device__ constexpr Planes planes_read(int rows, int columns, int kernel_h, int kernel_w,
                                         int stride_h, int stride_w) {
     const int height =
@@ -659,9 +711,10 @@ __device__ constexpr Planes planes_read(int rows, int columns, int kernel_h, int
     return {height, width, pitch, height * pitch};
 }
 
-// Returns the layout of the planes from which the gradient with respect to the weights is computed.
-// There are threads for each row of the kernel and each channel. The area is chosen so that the
-// threads of one channel read from other banks than the threads of the next channel.
+// Returns the layout of the padded input from which the gradient with respect to the weights of a
+// convolution is computed. Each thread works on one row of the kernel and one channel. The area is
+// chosen so that the threads of one channel read from other banks than the threads of the next
+// channel.
 __device__ constexpr Planes planes_summed(int rows, int columns, int kernel_h, int kernel_w,
                                           int stride_h, int stride_w) {
     const int height = (rows - 1) * stride_h + kernel_h;
@@ -669,11 +722,14 @@ __device__ constexpr Planes planes_summed(int rows, int columns, int kernel_h, i
     return {height, width, pitch, raised(height * pitch, kernel_h * pitch, BANKS)};
 }
 
+// Returns the layout of maps of rows × columns numbers without the padding of a convolution. The
+// pitch is odd, so that neighbouring rows begin in different banks.
 __device__ constexpr Planes planes_of_maps(int rows, int columns) {
     return {rows, columns, columns | 1, rows * (columns | 1)};
 }
 
-// Sets all planes to 0. The padding of the planes is not written afterwards, so it stays 0.
+// Sets the `count` numbers of all planes to 0. The padding is not written afterwards, so the
+// padding stays 0. The function ends with a barrier.
 template <typename real>
 __device__ void clear(real* planes, int count) {
     for (int t = threadIdx.x; t < count; t += THREADS) {
@@ -682,9 +738,11 @@ __device__ void clear(real* planes, int count) {
     __syncthreads();
 }
 
-// Stores the maps of an example in planes. Number t of the example is load(t), at row i and column
-// j of its map. It is stored at row i · stride_h + above and column j · stride_w + left of the
-// plane, unless this place is outside of the plane. Then on_loaded(t, load(t)) is called.
+// Stores the maps of an example in `planes`: (map, row, column), as `layout` describes. The number
+// with the index t in the example (map, row, column) is load(t). If this number is at row i and
+// column j of its map, it is stored at row i · stride_h + above and column j · stride_w + left of
+// the plane. A number whose place is outside of the plane is not stored. For each number, the
+// function also calls on_loaded(t, load(t)).
 template <int IN_FLIGHT, typename real, typename Load, typename OnLoaded>
 __device__ __forceinline__ void scatter(int maps, int rows, int columns, Planes layout,
                                         int stride_h, int stride_w, int above, int left,
@@ -699,12 +757,16 @@ __device__ __forceinline__ void scatter(int maps, int rows, int columns, Planes 
     });
 }
 
-// Computes the sum of a convolution. The gradient with respect to the input is such a sum, too:
+// Computes the output of a convolution from its padded input. The gradient with respect to the
+// input of a convolution has the same form, so it is computed by this function, too:
 //   out[o,p,q] = bias(o) + Σ_cij w(o,c,i,j) in[c, p·stride_h + i, q·stride_w + j]
-// The arrays `in` and `out` are in shared memory. The weights of `weight_channels` channels at a
-// time are also in shared memory, where weights of neighbouring output maps are neighbours. A
-// thread computes ROWS_PER_THREAD rows of MAPS_PER_THREAD maps, so it uses each number that it
+// A thread computes ROWS_PER_THREAD rows of MAPS_PER_THREAD maps, so it uses each number that it
 // reads several times.
+//
+// Three arrays are in shared memory: `in` (channel, row, column) has the layout of `planes_read`,
+// `out` has the indices (map, row, column), and `weights` has the indices (channel, kernel column,
+// kernel row, map). The array `weights` contains the weights of `weight_channels` channels at a
+// time. The function ends with a barrier, so the caller can read `out`.
 template <typename real, typename Bias, typename Weight>
 __device__ __forceinline__ void correlate(int channels, const real* in, int maps, int rows,
                                           int columns, int kernel_h, int kernel_w, int stride_h,
@@ -718,14 +780,15 @@ __device__ __forceinline__ void correlate(int channels, const real* in, int maps
     const int taps = kernel_h * kernel_w;
     for (int first = 0; first < channels; first += weight_channels) {
         const int count = min(weight_channels, channels - first);
-        __syncthreads();  // All threads have read the weights before.
+        __syncthreads();  // All threads have finished reading the previous weights.
         batched_load_store<8, real>(
             count * taps * groups * MAPS_PER_THREAD,
             [&](int t) {
                 const int o = t % (groups * MAPS_PER_THREAD),
                           tap = t / (groups * MAPS_PER_THREAD) % taps;
                 const int c = first + t / (groups * MAPS_PER_THREAD * taps);
-                // The weights are stored column by column of the kernel: the order of their use.
+                // The kernel's weights are stored column by column, because they are used in that
+                // order.
                 return o < maps ? weight(o, c, tap % kernel_h, tap / kernel_h) : real(0);
             },
             [&](int t, real result) { weights[t] = result; });
@@ -771,14 +834,19 @@ __device__ __forceinline__ void correlate(int channels, const real* in, int maps
     __syncthreads();
 }
 
-// The forward pass of a convolution (`functional.conv2d`). x is the output of stage P:
-//   y[n,o,p,q] = b[o] + Σ_cij w[o,c,i,j] x[n, c, p·s+i-pad, q·s+j-pad]
-// Writes y, and the statistics of this part of the batch for batch norm. If the pointer x is not
-// null, also writes x, for the backward pass. A block has the maps of one example at a time in
-// shared memory.
+// Computes the forward pass of the convolution of S (`functional.conv2d`). The input x is the
+// output of P. The formula is written for the same stride and padding on both axes:
+//   y[n,o,p,q] = b[o] + Σ_cij w[o,c,i,j] x[n, c, p·stride+i-padding, q·stride+j-padding]
+// In training, the kernel also writes x, for the backward pass. If S has batch norm, the kernel
+// also writes the statistics of each part of the batch. The pointers x, `means` and `squares` are
+// null if the arrays are not needed. A block holds the maps of one example at a time in shared
+// memory.
 //
-// Grid: parts of `examples_per_block` examples. Reads: P's y or the images, w, b. Writes: y, x,
-// statistics.
+// Grid: (parts of `examples_per_block` examples).
+// Reads: `before`, the y of P (example, channel, row, column), or the images if `before` is null;
+// `weight`, w (map, channel, kernel row, kernel column); `bias`, b (map), or null.
+// Writes: y (example, map, row, column); x (example, channel, row, column); `means` and `squares`
+// (map, part).
 template <typename real, typename P, typename S>
 __global__ void __launch_bounds__(THREADS, MIN_BLOCKS<real>)
     conv_forward(P p, S s, int n, int examples_per_block, int weight_channels, Batch batch,
@@ -795,7 +863,7 @@ __global__ void __launch_bounds__(THREADS, MIN_BLOCKS<real>)
     clear(planes, s.channels * layout.area);
     const int begin = blockIdx.x * examples_per_block, end = min(begin + examples_per_block, n);
     for (int e = begin; e < end; ++e) {
-        scatter<4>(  // More loads in flight would not help: each number takes long to compute.
+        scatter<4>(  // More loads at once do not help, because computing a number takes long.
             s.channels, s.height, s.width, layout, 1, 1, s.padding_h, s.padding_w, planes,
             [&](int t) { return input(e, t); },
             [&](int t, real result) {
@@ -839,13 +907,18 @@ __global__ void __launch_bounds__(THREADS, MIN_BLOCKS<real>)
     }
 }
 
-// Adds the gradient of one example with respect to the weights (`functional.conv2d_backward`) to
-// dw:
-//   dw[o,c,i,j] += Σ_pq dy[o,p,q] x[c, p·s+i, q·s+j]   (x is padded)
-// For the first example, the gradient is stored instead of added. A thread computes TAPS_PER_THREAD
-// weights of a row for MAPS_PER_THREAD maps, so it uses each number that it reads several times. If
-// there are more threads than such groups of weights, `group_size` threads share the work of a
-// group: each thread adds up some rows p.
+// Adds the gradient of one example with respect to the weights of a convolution
+// (`functional.conv2d_backward`) to dw:
+//   dw[o,c,i,j] += Σ_pq dy[o,p,q] x[c, p·stride_h + i, q·stride_w + j]
+// If `first` is true, dw is set to this gradient, because this example is the first one. The array
+// dw is in global memory: (map, channel, kernel row, kernel column). The other arrays are in shared
+// memory: `planes` contains the padded x (channel, row, column), dy has the indices (map, row,
+// column), and `sums` has room for the sums of all threads (map, tap, thread).
+//
+// A group of weights consists of TAPS_PER_THREAD weights of one kernel row for MAPS_PER_THREAD
+// maps. A thread computes a whole group, so it uses each number that it reads several times. If the
+// block has more threads than there are groups, `group_size` threads share a group: each of these
+// threads adds up some rows p.
 template <typename real, typename S>
 __device__ __forceinline__ void add_weight_gradient(S s, bool first, Planes layout,
                                                     const real* planes, Planes map_layout,
@@ -878,7 +951,7 @@ __device__ __forceinline__ void add_weight_gradient(S s, bool first, Planes layo
                 }
             }
         }
-        __syncthreads();  // All threads have read the sums before.
+        __syncthreads();  // All threads have finished reading the previous sums.
         for (int m = 0; m < MAPS_PER_THREAD; ++m) {
             for (int t = 0; t < TAPS_PER_THREAD; ++t) {
                 sums[(m * TAPS_PER_THREAD + t) * THREADS + threadIdx.x] = result[m][t];
@@ -907,24 +980,29 @@ __device__ __forceinline__ void add_weight_gradient(S s, bool first, Planes layo
     }
 }
 
-// The backward pass of a convolution (`functional.conv2d_backward`).
+// Computes the backward pass of the convolution of S (`functional.conv2d_backward`). The grid
+// consists of two kinds of blocks.
 //
-// The first `input_blocks` blocks compute the gradient with respect to the input, each for
-// `examples_per_block` examples. From it they compute the dz of stage P and the sums for the batch
-// norm of P:
-//   dx[n,c,h,w] = Σ_oij w[o,c,i,j] dy[n, o, (h+pad-i)/s, (w+pad-j)/s]
-// where the sum is over those i and j for which both quotients are integers and in range. This is a
-// convolution with stride 1. Its kernel is the kernel rotated by 180°. Its input is dy with zeros
-// around it and, if the stride s is larger than 1, with s - 1 zeros between its numbers. If P is
-// the images, `input_blocks` is 0.
+// The first `input_blocks` blocks compute dx, the gradient with respect to the input of S:
+//   dx[n,c,h,w] = Σ_oij w[o,c,i,j] dy[n, o, (h+padding-i)/stride, (w+padding-j)/stride]
+// The sum is over those i and j for which both quotients are integers and in range. The formula is
+// written for the same stride and padding on both axes. This sum is a convolution with stride 1,
+// whose kernel is the kernel rotated by 180°. Its input is dy with zeros around dy and stride - 1
+// zeros between neighbouring numbers. The blocks use dx to compute the dz of P and the sums for the
+// batch norm of P. If P is the images, `input_blocks` is 0.
 //
-// The other blocks compute the gradients with respect to the weight and the bias. Each block
-// computes a partial sum over `examples_per_weight_block` examples, and `sgd` adds the partial
-// sums.
+// The other blocks compute dw and db, the gradients with respect to the weight and the bias. Each
+// block computes a partial sum over `examples_per_weight_block` examples, and `sgd` adds the
+// partial sums.
 //
-// Grid: first the input blocks, then the other blocks. Reads: x, y, dz, w, P's y. Writes: P's dz,
-// partial sums. If `step` is not null, the kernel increments *step; no thread of this launch reads
-// it.
+// Grid: `input_blocks` blocks (parts of `examples_per_block` examples), then blocks (parts of
+// `examples_per_weight_block` examples).
+// Reads: x (example, channel, row, column); y and dz (example, map, row, column); `weight`, w (map,
+// channel, kernel row, kernel column); `before`, the y of P (example, channel, row, column).
+// Writes: `dz_before`, the dz of P, with the indices of `before`; `sums_before`, for P's batch
+// norm; the partial sums dw (part, map, channel, kernel row, kernel column) and db (part, map). The
+// pointer db is null if no gradient of the bias is needed. If `step` is not null, the kernel
+// increments *step. No thread of this launch reads *step.
 template <typename real, typename P, typename S>
 __global__ void conv_backward(P p, S s, int n, int input_blocks, int examples_per_block,
                               int examples_per_weight_block, int weight_channels, Norm<real> norm,
@@ -981,7 +1059,7 @@ __global__ void conv_backward(P p, S s, int n, int input_blocks, int examples_pe
         const Planes map_layout = planes_of_maps(s.rows, s.columns);
         const Planes layout =
             planes_summed(s.rows, s.columns, s.kernel_h, s.kernel_w, s.stride_h, s.stride_w);
-        // Threads also read TAPS_PER_THREAD numbers behind the last plane, but do not use them.
+        // Threads read up to TAPS_PER_THREAD numbers behind the last plane, but do not use them.
         real* planes = memory.allocate(s.channels * layout.area + TAPS_PER_THREAD);
         real* gradients = memory.allocate((s.maps + MAPS_PER_THREAD - 1) / MAPS_PER_THREAD *
                                           MAPS_PER_THREAD * map_layout.area);
@@ -1014,7 +1092,7 @@ __global__ void conv_backward(P p, S s, int n, int input_blocks, int examples_pe
                 }
             }
             if (db != nullptr) {
-                __syncthreads();  // All threads have read `gradients`.
+                __syncthreads();  // All threads have finished reading `gradients`.
             }
         }
     }
@@ -1026,8 +1104,10 @@ __global__ void conv_backward(P p, S s, int n, int input_blocks, int examples_pe
 // -------------------------------------------------------------------------- loss and optimization
 
 // Computes softmax cross-entropy of one example in one thread (`functional.softmax_cross_entropy`).
-// Returns the loss, which is NaN if the label is out of range. Replaces the logits z by the
-// gradient of the mean loss of the n examples of the batch:
+// Returns the loss, which is NaN if the label is out of range. The array z contains the logits of
+// the example: (class). The function replaces the logits by the gradient of the mean loss of the n
+// examples of the batch. Here, p[k] is the probability of class k, and [k = label] is 1 if k is the
+// label, else 0:
 //   dlogits[k] = (p[k] - [k = label]) / n
 // Sets *right to 1 if the largest logit is at the label, else to 0. If several logits are equal,
 // the first one counts as the largest.
@@ -1060,10 +1140,11 @@ __device__ inline int label_of(const Batch& batch, int e) {
     return batch.labels[batch.order == nullptr ? place : batch.order[place]];
 }
 
-// Adds up the losses and the numbers of right predictions of groups of TILE threads, and writes the
-// sums to the rows losses[*step, :] and correct[*step, :]. The sum of a row of losses is the mean
-// loss of the n examples of the batch. The sum of a row of correct is the number of right
-// predictions.
+// Writes the losses and the numbers of right predictions of a block. Each thread passes the loss
+// and the number of right predictions of its own examples. The function adds up these values over
+// each group of TILE threads, and writes one sum for each group to the arrays `losses` and
+// `correct`: (step, group). The sum of a row of `losses` is the mean loss of the n examples of the
+// batch. The sum of a row of `correct` is the number of right predictions.
 template <typename real>
 __device__ void store_results(int n, const Batch& batch, real loss, int right, real* losses,
                               int* correct) {
@@ -1077,17 +1158,22 @@ __device__ void store_results(int n, const Batch& batch, real loss, int right, r
     }
 }
 
-// The last linear layer, the loss, and the backward passes of both. The layer must have no batch
-// norm, no activation and no pooling, and stage P must not be the images. x is the output of P:
+// Computes the last linear layer, the loss, and the backward passes of both. The layer, S, must
+// have no batch norm, no activation and no pooling. P must not be the images. The input x of the
+// layer is the output of P:
 //   logits[n,o] = Σ_k x[n,k] w[o,k] + b[o]
 //   dx[n,k] = Σ_o dlogits[n,o] w[o,k]
 //   dw[o,k] = Σ_n dlogits[n,o] x[n,k],   db[o] = Σ_n dlogits[n,o]
-// Writes the losses and the numbers of right predictions (`store_results`). If `dz_before` is not
-// null, also writes the dz of stage P, the sums for the batch norm of P, and the partial sums of dw
-// and db: one part for each block that has examples.
+// In training, the pointer `dz_before` is not null. Only then, the backward passes are computed.
 //
-// Grid: parts of `examples_per_block` examples; parts may be empty. A block computes TILE examples
-// at a time. Reads: P's y, w, b, labels. Writes: losses, correct, P's dz, partial sums.
+// Grid: (parts of `examples_per_block` examples). A part may be empty. A block computes TILE
+// examples at a time.
+// Reads: `before`, the y of P (example, channel, row, column); `weight`, w (class, input); `bias`,
+// b (class), or null; the labels.
+// Writes: `losses` and `correct` (step, group), by `store_results`. In training, the kernel also
+// writes `dz_before`, the dz of P, with the indices of `before`; `sums_before`, for P's batch norm;
+// the partial sums dw (part, class, input) and db (part, class). Blocks without examples write no
+// partial sums. The pointer db is null if the layer has no bias.
 template <typename real, typename P, typename S>
 __global__ void linear_cross_entropy(P p, S s, int n, int examples_per_block, Batch batch,
                                      Norm<real> norm_before, Sums<real> sums_before,
@@ -1100,7 +1186,8 @@ __global__ void linear_cross_entropy(P p, S s, int n, int examples_per_block, Ba
     const Normalization<real> normalized = normalization(p, n, norm_before, memory);
     const Input<real, P> input = input_of(p, normalized, before, batch);
     const int inputs = s.channels, classes = s.maps;
-    const int pitch = inputs | 1;  // Neighbouring rows begin in different banks if it is odd.
+    // The pitch is odd, so that neighbouring rows begin in different banks.
+    const int pitch = inputs | 1;
     real* x = memory.allocate(TILE * pitch);         // (example, input)
     real* w = memory.allocate(classes * pitch);      // (class, input)
     real* logits = memory.allocate(TILE * classes);  // (example, class); later their gradients
@@ -1113,7 +1200,7 @@ __global__ void linear_cross_entropy(P p, S s, int n, int examples_per_block, Ba
     for (int first = begin; first < end; first += TILE) {
         const int count = min(TILE, end - first);
         const bool begun = first > begin;  // whether this block has written partial sums already
-        __syncthreads();  // All threads have read `x` and `logits` of the examples before.
+        __syncthreads();  // All threads have finished reading the previous `x` and `logits`.
         batched_load_store<4, real>(
             count * inputs, [&](int t) { return input(first + t / inputs, t % inputs); },
             [&](int t, real result) { x[t / inputs * pitch + t % inputs] = result; });
@@ -1150,7 +1237,8 @@ __global__ void linear_cross_entropy(P p, S s, int n, int examples_per_block, Ba
             }
             if (norm_before.gamma != nullptr) {
                 group_sums(result, TILE);
-                const int area = inputs / p.maps;  // Each input of a channel has a part of its own.
+                // Each of the `area` inputs in a channel of P has its own part in the sums.
+                const int area = inputs / p.maps;
                 const int at = k / area * sums_before.parts + blockIdx.x * area + k % area;
                 for (int i = 0; i < 2 && row == 0 && k < inputs; ++i) {
                     real* sum = sums_before.sums + i * p.maps * sums_before.parts + at;
@@ -1158,7 +1246,7 @@ __global__ void linear_cross_entropy(P p, S s, int n, int examples_per_block, Ba
                 }
             }
         }
-        const int columns = inputs + (db != nullptr);  // The last column is the bias.
+        const int columns = inputs + (db != nullptr);  // The last column is that of the bias.
         for (int t = threadIdx.x; t < classes * columns; t += THREADS) {
             const int o = t / columns, k = t % columns;
             real* place = k < inputs ? dw + (blockIdx.x * classes + o) * inputs + k
@@ -1173,12 +1261,14 @@ __global__ void linear_cross_entropy(P p, S s, int n, int examples_per_block, Ba
     store_results(n, batch, loss, right, losses, correct);
 }
 
-// Softmax cross-entropy (`functional.softmax_cross_entropy`) of the output of the last stage, P,
-// and its backward pass. Writes the losses and the numbers of right predictions (`store_results`).
-// If dz is not null, as in training, also writes the dz of stage P and the sums for its batch norm.
+// Computes softmax cross-entropy (`functional.softmax_cross_entropy`) of the output of P, and its
+// backward pass. Here, P is the last stage of the network. The backward pass is computed only in
+// training. In prediction, the pointer dz is null. A thread computes the loss of one example.
 //
-// Grid: parts of `examples_per_block` examples, at most THREADS; parts may be empty. A thread
-// computes the loss of one example. Reads: y, labels. Writes: losses, correct, dz.
+// Grid: (parts of `examples_per_block` examples, at most THREADS). A part may be empty.
+// Reads: y, the y of P (example, channel, row, column); the labels.
+// Writes: `losses` and `correct` (step, group), by `store_results`. In training, the kernel also
+// writes the dz of P, with the indices of y, and `sums`, for P's batch norm.
 template <typename real, typename P>
 __global__ void cross_entropy(P p, int n, int examples_per_block, Batch batch, Norm<real> norm,
                               Sums<real> sums, const real* __restrict__ y, real* __restrict__ dz,
@@ -1187,6 +1277,7 @@ __global__ void cross_entropy(P p, int n, int examples_per_block, Batch batch, N
     const Normalization<real> normalized = normalization(p, n, norm, memory);
     const Input<real, P> input = input_of(p, normalized, y, batch);
     const int classes = p.maps * (p.rows / p.window_h) * (p.columns / p.window_w);
+    // (example, class); later their gradients
     real* logits = memory.allocate(examples_per_block * classes);
     const int begin = blockIdx.x * examples_per_block,
               count = max(0, min(examples_per_block, n - begin));
@@ -1224,22 +1315,24 @@ __global__ void cross_entropy(P p, int n, int examples_per_block, Batch batch, N
     }
 }
 
-// Adds the partial sums of all gradients, and does a step of `optim.SGD` for all parameters:
+// Adds the partial sums of all gradients, and computes a step of `optim.SGD` for all parameters.
+// For a parameter w with the gradient g and the velocity v:
 //   v ← momentum · v + (g + weight_decay · w),   w ← w - rate · v
-// rates[i] is the learning rate of step i. *step has been incremented already, so the rate of this
-// step is rates[*step - 1]. `tensors` is the table of the parameter tensors, which lie one after
-// the other and have `size` parameters in all.
+// Weight decay applies only to the tensors for which `Tensor::decays` is 1.
 //
-// Grid: a block updates PARAMETERS_PER_BLOCK neighbouring parameters. THREADS_PER_PARAMETER threads
-// add the partial sums of one parameter. Reads: parameters, velocities, partial sums. Writes:
-// parameters, velocities, gradients.
+// Grid: (ranges of PARAMETERS_PER_BLOCK parameters). THREADS_PER_PARAMETER threads add the partial
+// sums of one parameter.
+// Reads: `tensors`, the table of the parameter tensors in the order of their offsets (tensor);
+// `partials`, the partial sums of all tensors; `rates`, the learning rates (step). The kernel runs
+// after *step has been incremented, so the rate of this step is rates[*step - 1].
+// Updates: `parameters`, `gradients` and `velocities`, each with `size` numbers: (parameter).
 template <typename real>
 __global__ void sgd(const Tensor* __restrict__ tensors, int size, const real* __restrict__ partials,
                     const int* step, const real* rates, real momentum, real weight_decay,
                     real* __restrict__ parameters, real* __restrict__ gradients,
                     real* __restrict__ velocities) {
     constexpr int THREADS_PER_PARAMETER = THREADS / PARAMETERS_PER_BLOCK;
-    real* sums = reinterpret_cast<real*>(shared_memory);
+    real* sums = reinterpret_cast<real*>(shared_memory);  // (thread of a parameter, parameter)
     const int at = blockIdx.x * PARAMETERS_PER_BLOCK + threadIdx.x % PARAMETERS_PER_BLOCK,
               member = threadIdx.x / PARAMETERS_PER_BLOCK;
     const Tensor* own = tensors;
@@ -1249,7 +1342,7 @@ __global__ void sgd(const Tensor* __restrict__ tensors, int size, const real* __
     const Tensor t = *own;
     real sum = 0;
     if (at < size) {
-        // Sixteen loads are started together; the sums keep their order.
+        // The loads of 16 partial sums are started together. The order of the sum is unchanged.
 #pragma unroll 16
         for (int b = member; b < t.partials; b += THREADS_PER_PARAMETER) {
             sum += partials[t.partial_offset + b * t.size + at - t.offset];

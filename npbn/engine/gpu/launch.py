@@ -210,9 +210,9 @@ class _Writer:
     def _forward_and_loss(self, batch: Structure) -> list[tuple[int, ...]]:
         """Append the launches of the forward pass and of the loss.
 
-        If the last stage is only a linear layer, and small enough, one launch computes this layer,
-        the loss and the backward passes of both. In this case, in training, return the parameter
-        tensors of the layer for `_sgd`. Otherwise, return an empty list.
+        If the last of several stages is only a linear layer, and small enough, one launch computes
+        this layer, the loss and the backward passes of both. In this case, in training, return the
+        parameter tensors of the layer for `_sgd`. Otherwise, return an empty list.
         """
         before, last = self.pairs[-1]
         memory = [*normalization(before), *last.classifier]
@@ -234,7 +234,7 @@ class _Writer:
         before, last = self.pairs[-1]
         most = max(1, BLOCKS_PER_MULTIPROCESSOR * self.multiprocessors)
         examples_per_block = over(over(self.stride, TILE), most) * TILE
-        # A row of losses has the same length for all batch sizes n, because they share the array.
+        # All batch sizes share the array of losses, so the length of a row must not depend on n.
         rows = self.steps, over(self.stride, examples_per_block) * THREADS // TILE
         parts = over(self.n, examples_per_block)
         bias = self._parameter(last, "bias")
@@ -304,7 +304,7 @@ class _Writer:
         last = self.last
         most = LOGITS_AT_A_TIME // (last.outputs * self.dtype.itemsize)
         examples_per_block = min(EXAMPLES_OF_A_LOSS, max(1, most))
-        # A row of losses has the same length for all batch sizes n, because they share the array.
+        # All batch sizes share the array of losses, so the length of a row must not depend on n.
         num_blocks = over(self.stride, examples_per_block)
         rows = self.steps, num_blocks * THREADS // TILE
         dz = self._array(f"dz{last.name}", (self.n * last.values,)) if self.train else NULL
@@ -539,7 +539,7 @@ class _Writer:
         return found
 
     def _partial_sums(self, count: int) -> Pointer:
-        """Reserve ``count`` elements of the array of partial sums; return where they begin."""
+        """Reserve ``count`` elements of the array of partial sums. Return a pointer to them."""
         self.partials += count
         return Pointer("partials", self.partials - count)
 

@@ -102,7 +102,7 @@ def _raised(number: int, like: int, divisor: int) -> int:
 
 
 def images_of(channels: int, height: int, width: int) -> KernelStage:
-    """Return a stage without operations that stands for the images before the first stage."""
+    """Return the images as a stage without operations, which comes before the first stage."""
     shape = channels, height, width
     return KernelStage("images", None, (*shape, *shape, *(1, 1), *(1, 1), *(0, 0), *(1, 1), 0, 0))
 
