@@ -1,10 +1,10 @@
 """Measure what takes too long for a lesson, and store the results.
 
-Each function of this file trains for minutes on Fashion-MNIST and returns its results. The results
-are stored in the folder ``curves``, in a file with the name of the function. The file also has the
-machine, the date, the versions and the duration in minutes. (The machine was busy with other programs.) A lesson
-reads this file. With ``--regenerate``, the lesson first measures again. On another machine, rounding
-differs, and training with a high learning rate magnifies the difference.
+Each function of this file trains for minutes on Fashion-MNIST and returns its results. The folder
+``curves`` stores these results, in a file with the name of the function. The file also has the
+machine, the date, the versions and the duration in minutes. (The machine was busy with other
+programs.) A lesson reads this file. With ``--regenerate``, the lesson first measures again. On
+another machine, rounding differs, and training with a high learning rate magnifies the difference.
 """
 
 from __future__ import annotations
