@@ -5,8 +5,8 @@
 // (__syncthreads) or to a warp shuffle. When all threads of the block have come to the same
 // barrier, they go on, in another order; likewise the threads of a warp at a shuffle. So if a
 // barrier is missing, a thread reads numbers before others have written them, and results are wrong
-// here, too. Shared memory is full of NaN when a block begins, and what is behind it is out of
-// bounds to AddressSanitizer. Blocks run in a shuffled order.
+// here, too. Shared memory is full of NaN when a block begins. A page that may not be
+// accessed follows it. Blocks run in a shuffled order.
 //
 // ThreadSanitizer takes every fibre for a thread. Fibres are ordered only by a block's barriers,
 // and by the begin and the end of a launch. So if two threads access a number with none of these in
@@ -48,7 +48,8 @@ namespace {
 
 constexpr unsigned MOST_THREADS = 1024;  // of a block
 constexpr size_t STACK = 128 * 1024;
-constexpr size_t MOST_SHARED = 227 * 1024;  // bytes of a block, on Hopper
+constexpr size_t MOST_SHARED = 228 * 1024;  // bytes of a block; whole pages
+constexpr size_t GUARD = 4096;              // the page behind it, which may not be accessed
 #if defined(__SANITIZE_THREAD__)
 constexpr unsigned SLOTS = 4;
 #else
@@ -94,7 +95,7 @@ struct Slot {
     Fibre fibres[MOST_THREADS];
     unsigned made;  // so many fibres have a stack
     char* stacks;
-    void* memory;
+    char* memory;     // shared memory is at its end, before a page that may not be accessed
     unsigned blocks;  // the number of blocks that have been here
     // What orders threads. There are two of each, because a thread that is through one of them may
     // be at the next one already.
@@ -127,7 +128,9 @@ void make(Slot& into, unsigned threads) {
     if (into.stacks == nullptr) {
         into.stacks = static_cast<char*>(mmap(nullptr, MOST_THREADS * STACK, PROT_READ | PROT_WRITE,
                                               MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
-        into.memory = std::aligned_alloc(32, MOST_SHARED);
+        into.memory = static_cast<char*>(mmap(nullptr, MOST_SHARED + GUARD, PROT_READ | PROT_WRITE,
+                                              MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
+        mprotect(into.memory + MOST_SHARED, GUARD, PROT_NONE);
     }
     for (; into.made < threads; ++into.made) {
         Place& place = into.fibres[into.made].place;
@@ -143,7 +146,7 @@ void give_up() {  // threads are stuck in the middle of a kernel
     for (Slot& stuck : slots) {
         if (stuck.stacks != nullptr) {
             munmap(stuck.stacks, MOST_THREADS * STACK);
-            std::free(stuck.memory);
+            munmap(stuck.memory, MOST_SHARED + GUARD);
         }
         stuck = {};
     }
@@ -207,8 +210,9 @@ UNWATCHED bool run_block(unsigned number, size_t shared, Random& random) {
     slot = number % SLOTS;
     make(slots[slot], kernel->block == nullptr ? threads : 0);
     slots[slot].blocks += 1;
-    position.shared = slots[slot].memory;
-    ASAN_POISON_MEMORY_REGION(position.shared, MOST_SHARED);
+    char* memory = slots[slot].memory;
+    position.shared = memory + MOST_SHARED - (shared + 31) / 32 * 32;
+    ASAN_POISON_MEMORY_REGION(memory, MOST_SHARED);
     ASAN_UNPOISON_MEMORY_REGION(position.shared, shared);
     volatile uint32_t* words = static_cast<uint32_t*>(position.shared);
     for (size_t i = 0; i < shared / sizeof *words; ++i) {  // no memset, which is watched
