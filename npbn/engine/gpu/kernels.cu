@@ -15,7 +15,7 @@
 // - A backward kernel reads dz, the gradient with respect to the output of batch norm of its own
 //   stage. It writes the dz of the previous stage, and the gradients of its own parameters.
 //
-// The brackets in this picture are launches. An apostrophe marks a backward pass:
+// Each pair of brackets in this picture is a launch. An apostrophe marks a backward pass:
 //
 //     y0 → [ norm, activation, pooling · affine map ] → y1 → [ ... ] → y2 → ... → loss
 //     dz0 ← [ pooling', activation' · affine map' · norm' ] ← dz1 ← [ ... ] ← dz2 ← ... ← dlogits
@@ -95,7 +95,8 @@ constexpr int SIGMOID = 1, RELU = 2;  // the values of `activation`; 0 means non
 // The examples of a batch. Example e of the batch is example order[*step · stride + e] of the data
 // set. If `order` is null, example e of the batch is example *step · stride + e of the data set.
 // The array `images` contains the pixels of the data set, 0 to 255: (example, channel, row,
-// column). The array `labels` contains the class of each example of the data set: (example).
+// column). The array `labels` contains the class of each example of the data set: (example). The
+// array `order` contains indices of examples, batch after batch: (place in the epoch).
 struct Batch {
     const unsigned char* images;
     const int *labels, *order, *step;
@@ -127,8 +128,8 @@ struct Norm {
 
 // The sums that the backward pass of a stage's batch norm needs. The array `sums` has the indices
 // (kind, channel, part): for each channel o and each part of the batch, sums[0, o, part] = Σ dz and
-// sums[1, o, part] = Σ dz (y - μ), where μ is the channel's mean. Over all parts, the first kind
-// adds up to dβ, and the second kind adds up to s·dγ, where s is the standard deviation. The arrays
+// sums[1, o, part] = Σ dz (y - μ), where μ is the channel's mean. The total of sums[0, o] over all
+// parts is dβ, and the total of sums[1, o] is s·dγ, where s is the standard deviation. The arrays
 // `dgamma` and `dbeta` contain the gradients dγ and dβ: (channel).
 template <typename real>
 struct Sums {
@@ -319,8 +320,8 @@ __device__ Normalization<real> normalization(P p, int n, const Norm<real>& norm,
 }
 
 // Returns the index in y at which the pooling window of an output of stage P begins, and sets
-// *channel to the channel of this output. The output has the index `item` in the output of example
-// e after pooling: (channel, row, column).
+// *channel to the channel of this output. The output is element number `item` of example e after
+// pooling, in the order (channel, row, column).
 template <typename P>
 __device__ int window_of(P p, int e, int item, int* channel) {
     const int columns = p.columns / p.window_w, rows = p.rows / p.window_h;
@@ -349,10 +350,10 @@ __device__ real largest_in(P p, const Normalization<real>& normalized, const rea
     return largest;
 }
 
-// The input x of stage S, as a function: input(e, item) is the element with the index `item` in
-// example e: (channel, row, column). The element is computed from y, the array of stage P (example,
-// channel, row, column), by batch norm, activation and pooling. If the pointer y is null, P is the
-// images, and the element is a pixel / 255.
+// The input x of stage S, as a function: input(e, item) is element number `item` of example e, in
+// the order (channel, row, column). The element is computed from y, the output of P's affine map
+// (example, channel, row, column), by batch norm, activation and pooling. If the pointer y is null,
+// P is the images, and the element is a pixel / 255.
 template <typename real, typename P>
 struct Input {
     P p;
@@ -389,8 +390,8 @@ __device__ Input<real, P> input_of(P p, const Normalization<real>& normalized, c
     return {p, normalized, y, batch, y == nullptr ? *batch.step * batch.stride : 0};
 }
 
-// Computes the backward pass of pooling and activation of stage P for one output of P: the output
-// with the index `item` in example e. The number g is the gradient with respect to this output. For
+// Computes the backward pass of pooling and activation of stage P for one output of P: element
+// number `item` of example e. The number g is the gradient with respect to this output. For
 // each y in the output's pooling window, the function writes dz, the gradient with respect to the
 // output of batch norm. It also adds dz to sums[0] and dz (y - μ) to sums[1], for the backward pass
 // of batch norm. The activations are computed again from y.
@@ -603,8 +604,8 @@ __global__ void __launch_bounds__(THREADS, MIN_BLOCKS<real>)
 //
 // The first `input_blocks` blocks compute dx, the gradient with respect to the input of S:
 //   dx[n,k] = Σ_o dy[n,o] w[o,k]
-// They use dx to compute the dz of P and the sums for the batch norm of P. If P is the images,
-// `input_blocks` is 0.
+// These blocks use dx to compute the dz of P and the sums for the batch norm of P. If P is the
+// images, `input_blocks` is 0.
 //
 // The other blocks compute dw and db, the gradients with respect to the weight and the bias. Each
 // block computes a partial sum over `examples_per_weight_block` examples, and `sgd` adds the
@@ -615,10 +616,10 @@ __global__ void __launch_bounds__(THREADS, MIN_BLOCKS<real>)
 // blocks (parts of `examples_per_weight_block` examples × tiles of TILE outputs × TILE inputs).
 // Reads: x (example, input); y and dz (example, output); `weight`, w (output, input); `before`, the
 // y of P (example, channel, row, column).
-// Writes: `dz_before`, the dz of P, with the indices of `before`; `sums_before`, for P's batch
-// norm; the partial sums dw (part, output, input) and db (part, output). The pointer db is null if
-// no gradient of the bias is needed. If `step` is not null, the kernel increments *step. No thread
-// of this launch reads *step.
+// Writes: `dz_before`, the dz of P, with the indices of `before`; `sums_before`, the sums for P's
+// batch norm (kind, channel, part); the partial sums dw (part, output, input) and db (part,
+// output). The pointer db is null if no gradient of the bias is needed. If `step` is not null, the
+// kernel increments *step. No thread of this launch reads *step.
 template <typename real, typename P, typename S>
 __global__ void linear_backward(P p, S s, int n, int input_blocks, int examples_per_block,
                                 int examples_per_weight_block, Norm<real> norm, Sums<real> sums,
@@ -712,9 +713,9 @@ __device__ constexpr Planes planes_read(int rows, int columns, int kernel_h, int
 }
 
 // Returns the layout of the padded input from which the gradient with respect to the weights of a
-// convolution is computed. Each thread works on one row of the kernel and one channel. The area is
-// chosen so that the threads of one channel read from other banks than the threads of the next
-// channel.
+// convolution is computed. Each thread works on one row of the convolution kernel and one channel.
+// The area is chosen so that the threads of one channel read from other banks than the threads of
+// the next channel.
 __device__ constexpr Planes planes_summed(int rows, int columns, int kernel_h, int kernel_w,
                                           int stride_h, int stride_w) {
     const int height = (rows - 1) * stride_h + kernel_h;
@@ -787,8 +788,8 @@ __device__ __forceinline__ void correlate(int channels, const real* in, int maps
                 const int o = t % (groups * MAPS_PER_THREAD),
                           tap = t / (groups * MAPS_PER_THREAD) % taps;
                 const int c = first + t / (groups * MAPS_PER_THREAD * taps);
-                // The kernel's weights are stored column by column, because they are used in that
-                // order.
+                // Convolution kernels are stored column by column, the order in which they are
+                // used.
                 return o < maps ? weight(o, c, tap % kernel_h, tap / kernel_h) : real(0);
             },
             [&](int t, real result) { weights[t] = result; });
@@ -999,10 +1000,10 @@ __device__ __forceinline__ void add_weight_gradient(S s, bool first, Planes layo
 // `examples_per_weight_block` examples).
 // Reads: x (example, channel, row, column); y and dz (example, map, row, column); `weight`, w (map,
 // channel, kernel row, kernel column); `before`, the y of P (example, channel, row, column).
-// Writes: `dz_before`, the dz of P, with the indices of `before`; `sums_before`, for P's batch
-// norm; the partial sums dw (part, map, channel, kernel row, kernel column) and db (part, map). The
-// pointer db is null if no gradient of the bias is needed. If `step` is not null, the kernel
-// increments *step. No thread of this launch reads *step.
+// Writes: `dz_before`, the dz of P, with the indices of `before`; `sums_before`, the sums for P's
+// batch norm (kind, channel, part); the partial sums dw (part, map, channel, kernel row, kernel
+// column) and db (part, map). The pointer db is null if no gradient of the bias is needed. If
+// `step` is not null, the kernel increments *step. No thread of this launch reads *step.
 template <typename real, typename P, typename S>
 __global__ void conv_backward(P p, S s, int n, int input_blocks, int examples_per_block,
                               int examples_per_weight_block, int weight_channels, Norm<real> norm,
@@ -1164,16 +1165,16 @@ __device__ void store_results(int n, const Batch& batch, real loss, int right, r
 //   logits[n,o] = Σ_k x[n,k] w[o,k] + b[o]
 //   dx[n,k] = Σ_o dlogits[n,o] w[o,k]
 //   dw[o,k] = Σ_n dlogits[n,o] x[n,k],   db[o] = Σ_n dlogits[n,o]
-// In training, the pointer `dz_before` is not null. Only then, the backward passes are computed.
+// The backward passes are computed only in training, when the pointer `dz_before` is not null.
 //
 // Grid: (parts of `examples_per_block` examples). A part may be empty. A block computes TILE
 // examples at a time.
 // Reads: `before`, the y of P (example, channel, row, column); `weight`, w (class, input); `bias`,
 // b (class), or null; the labels.
 // Writes: `losses` and `correct` (step, group), by `store_results`. In training, the kernel also
-// writes `dz_before`, the dz of P, with the indices of `before`; `sums_before`, for P's batch norm;
-// the partial sums dw (part, class, input) and db (part, class). Blocks without examples write no
-// partial sums. The pointer db is null if the layer has no bias.
+// writes `dz_before`, the dz of P, with the indices of `before`; `sums_before`, the sums for P's
+// batch norm (kind, channel, part); the partial sums dw (part, class, input) and db (part, class).
+// Blocks without examples write no partial sums. The pointer db is null if the layer has no bias.
 template <typename real, typename P, typename S>
 __global__ void linear_cross_entropy(P p, S s, int n, int examples_per_block, Batch batch,
                                      Norm<real> norm_before, Sums<real> sums_before,
@@ -1263,12 +1264,13 @@ __global__ void linear_cross_entropy(P p, S s, int n, int examples_per_block, Ba
 
 // Computes softmax cross-entropy (`functional.softmax_cross_entropy`) of the output of P, and its
 // backward pass. Here, P is the last stage of the network. The backward pass is computed only in
-// training. In prediction, the pointer dz is null. A thread computes the loss of one example.
+// training, when the pointer dz is not null. A thread computes the loss of one example.
 //
 // Grid: (parts of `examples_per_block` examples, at most THREADS). A part may be empty.
 // Reads: y, the y of P (example, channel, row, column); the labels.
 // Writes: `losses` and `correct` (step, group), by `store_results`. In training, the kernel also
-// writes the dz of P, with the indices of y, and `sums`, for P's batch norm.
+// writes the dz of P, with the indices of y, and `sums`, the sums for P's batch norm (kind,
+// channel, part).
 template <typename real, typename P>
 __global__ void cross_entropy(P p, int n, int examples_per_block, Batch batch, Norm<real> norm,
                               Sums<real> sums, const real* __restrict__ y, real* __restrict__ dz,
@@ -1323,9 +1325,10 @@ __global__ void cross_entropy(P p, int n, int examples_per_block, Batch batch, N
 // Grid: (ranges of PARAMETERS_PER_BLOCK parameters). THREADS_PER_PARAMETER threads add the partial
 // sums of one parameter.
 // Reads: `tensors`, the table of the parameter tensors in the order of their offsets (tensor);
-// `partials`, the partial sums of all tensors; `rates`, the learning rates (step). The kernel runs
-// after *step has been incremented, so the rate of this step is rates[*step - 1].
-// Updates: `parameters`, `gradients` and `velocities`, each with `size` numbers: (parameter).
+// `partials`, for each tensor its partial sums (partial sum, parameter); `rates`, the learning
+// rates (step). The kernel runs after *step has been incremented, so the rate of this step is
+// rates[*step - 1]. Updates: `parameters`, `gradients` and `velocities`, each with `size` numbers:
+// (parameter).
 template <typename real>
 __global__ void sgd(const Tensor* __restrict__ tensors, int size, const real* __restrict__ partials,
                     const int* step, const real* rates, real momentum, real weight_decay,
