@@ -79,7 +79,7 @@ def multiply_add_kernel() -> Callable[[int], float]:
             multiply_add = cgutils.get_or_insert_function(
                 builder.module,
                 ir.FunctionType(vector, (vector,) * 3),
-                f"llvm.fmuladd.v{vector.count}f32",  # It is fused if the processor supports this.
+                f"llvm.fmuladd.v{vector.count}f32",  # one instruction if it has FMA
             )
             factors = ir.Constant(vector, ir.Undefined)
             for lane in range(vector.count):

@@ -50,7 +50,7 @@ def mutant(operation: str, name: str, explanation: str, *changes: tuple[str, str
     """Return an entry of the catalogue.
 
     Raises:
-        ValueError: the right code of a change does not occur exactly once in the plain source.
+        ValueError: the text that a change replaces is not in the plain source, or is there twice.
     """
     original = operation_source(operation)
     for old, _ in changes:

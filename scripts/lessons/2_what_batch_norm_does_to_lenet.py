@@ -288,10 +288,11 @@ for found in by_seed:
     assert max(last["gamma"][0]) > 3 and max(last["gamma"][1]) > 1
 
 # %% [markdown]
-# Most channels of the first convolution end with a $\gamma$ of 2 to 5: a standard deviation that is
-# no longer in the straight middle of the sigmoid. The network *wants* to be nonlinear there, and
-# $\beta$ chooses where. So batch norm does not keep the values near 0 for good; it puts two numbers
-# for each feature in charge of where they are, instead of all weights below together. (The
+# Most channels of the first convolution end with a $\gamma$ of 2 to 5. With such a standard
+# deviation, many values are outside of the part of the sigmoid that is almost a straight line. The
+# network *learns* to be nonlinear there, and $\beta$ determines the part of the sigmoid. So batch
+# norm does not keep the values near 0 for ever. But two numbers for each feature determine where
+# the values are. Without batch norm, all weights of the layers before determine this together. (The
 # published runs ended with $\gamma$ from 1.9 to 3.5 and $\beta$ from -3.6 to 2.3.)
 #
 # ## A batch of one
@@ -445,11 +446,12 @@ assert [last_loss[WITH, n] for n in (1, 2, 4, 8, 32)] == sorted(
 assert np.ptp([last_loss[WITHOUT, n] for n in (1, 2, 4, 8)]) < 0.05
 
 # %% [markdown]
-# Without batch norm, batches of 1 to 8 are the same: the lines lie on one another. With it, 1
-# learns nothing (the loss stays at $\ln 10$), 2 next to nothing, and each larger batch more than
-# the one before, up to 32. (256 means only 50 steps here, which is few, with or without.) That the
-# test accuracy for 1 is even worse than guessing also has a reason: the variance of one value is 0,
-# and so is the moving average of it, by whose root prediction divides.
+# Without batch norm, batches of 1 to 8 examples give the same losses: their lines lie on one
+# another. With batch norm, batches of 1 learn nothing (the loss stays at $\ln 10$), and batches of
+# 2 learn almost nothing. Up to 32, each larger batch size learns more than the one before. (Batches
+# of 256 give only 50 steps here, which are few with and without batch norm.) For batches of 1, the
+# test accuracy is even worse than that of guessing. The reason is that the variance of one value is
+# 0. So its moving average is 0, too, and prediction divides by the root of this moving average.
 #
 # ## Training is not prediction
 #

@@ -141,10 +141,10 @@ for _ in range(3):
 # %% [markdown]
 # ## im2col: write out the image, not the kernel
 #
-# $A$ is mostly zeros: for 28 × 28 pixels and a kernel of 5 × 5, all but 3 % of it. It is better to
-# turn the roles around. Each window of $x$ becomes a column of a matrix $X$ (the first is framed in
-# the picture), and the kernel one row of nine numbers. Then $y = w X$ is a small product, and
-# nothing in it is multiplied by a zero of $A$ in vain.
+# Most elements of $A$ are zero: 97 % of them for 28 × 28 pixels and a kernel of 5 × 5. It is better
+# to exchange the roles of image and kernel. Each window of $x$ becomes a column of a matrix $X$.
+# The kernel becomes a row $w$ of nine numbers. (The picture has a frame around the first window.)
+# Then $y = w X$ is a small product without multiplications by zeros of $A$.
 
 # %%
 assert 25 / 28**2 < 0.04
@@ -240,7 +240,8 @@ assert db == np.sum(dy * (y + 1)) - np.sum(dy * y)
 #
 # **Padding** writes the image into a larger one of zeros: a matrix $P$ with a single 1 in each
 # column. **Stride** keeps some elements of the result at stride 1 and drops the others: a matrix
-# $S$ with a single 1 in each row. With $A$ for the padded image, the whole is
+# $S$ with a single 1 in each row. Let $A$ be the matrix of the convolution of the padded image. The
+# convolution with padding and stride is the product
 #
 # $$y = S A P x \qquad dx = P^\top A^\top S^\top dy$$
 #
@@ -280,8 +281,8 @@ lesson.show(figure, "stride_and_padding")
 #
 # With $C$ channels, a column has the windows of all channels under one another, $C k^2$ numbers.
 # With $O$ kernels, the weight has $O$ rows. With $N$ images, their columns stand side by side. That
-# is all: $Y = W X + b \mathbf{1}^\top$. Here it is written down for images and compared with npbn,
-# which does it row by row.
+# is all: $Y = W X + b \mathbf{1}^\top$. The next cell computes this formula and compares the result
+# with npbn's. npbn computes one row of the output image at a time.
 
 # %%
 images = rng.normal(size=(2, 3, 7, 7))

@@ -70,8 +70,8 @@ def difference(
     for kind, arrays in right.items():
         largest = max(float(np.max(np.abs(value))) for value in arrays.values())
         errors = [np.max(np.abs(found[kind][name] - value)) for name, value in arrays.items()]
-        error = float(np.max(errors))  # Python's max may lose a NaN.
-        if not error <= bound * largest:  # This is also true if the error is NaN.
+        error = float(np.max(errors))  # NumPy's max is NaN if an error is NaN.
+        if not error <= bound * largest:  # With `not`, a NaN counts as too large.
             return (
                 f"in the first step, the {kind} of the fused engine differs from that of "
                 f"the layers by {error / largest:.1e} (bound {bound:.0e})"

@@ -37,7 +37,7 @@
 //                         grid: (parts × tiles of dx, then other parts × tiles of dw and db)
 //   linear_cross_entropy  computes the last linear layer, the loss, and their backward passes
 //                         grid: (parts)
-//   cross_entropy         computes the loss and its backward pass, after any other last stage
+//   cross_entropy         computes the loss and its backward pass, if linear_cross_entropy cannot
 //                         grid: (parts)
 //   sgd                   adds the partial sums of the gradients, and updates all parameters
 //                         grid: (ranges of PARAMETERS_PER_BLOCK parameters)
@@ -692,7 +692,8 @@ struct Planes {
     int height, width, pitch, area;
 };
 
-// Returns the smallest n >= number for which n - like is a multiple of `divisor`, a power of two.
+// Returns the smallest n for which n >= `number` and n - `like` is a multiple of `divisor`. The
+// argument `divisor` is a power of two.
 __device__ constexpr int raised(int number, int like, int divisor) {
     return number + ((like - number) & (divisor - 1));
 }
