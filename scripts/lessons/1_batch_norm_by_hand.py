@@ -133,7 +133,7 @@ print_arrays(dy=dy)
 # %% [markdown]
 # ## Backward
 #
-# Now against the arrows. Two rules are enough:
+# The backward pass goes against the arrows. Two rules are enough:
 #
 # - the gradient that arrives at a node is passed on times the derivative of the node;
 # - where a value goes several ways (to several nodes, or to all examples), the gradients of all
@@ -153,9 +153,9 @@ dx_hat = dy * gamma
 check("x_hat", dx_hat)
 
 # %% [markdown]
-# **x_hat = x_centred r.** A product: each factor gets the gradient times the other factor. `r`
-# serves all examples, hence the sum. `x_centred` has a second way to the loss, through `q`, so this
-# is only a part of its gradient, and there is nothing to check yet.
+# **x_hat = x_centred r.** This is a product, so each factor gets the gradient times the other
+# factor. `r` is used for all examples, so its gradient is a sum. `x_centred` has a second path to
+# the loss, through `q`. So this is only a part of its gradient, which cannot be checked yet.
 
 # %%
 dx_centred_direct = dx_hat * r
@@ -176,30 +176,32 @@ dv = ds / (2 * s)
 check("v", dv)
 
 # %% [markdown]
-# **v = mean(q).** Each of the $m$ elements has a share of $1 / m$, and so they all get the same.
+# **v = mean(q).** Each of the $m$ elements contributes with the factor $1 / m$, so all elements get
+# the same gradient.
 
 # %%
 dq = np.broadcast_to(dv / m, q.shape)
 check("q", dq)
 
 # %% [markdown]
-# **q = x_centred².** The second way of `x_centred`, with the derivative $2 \bar{x}$. Added to the
-# first, its gradient is complete.
+# **q = x_centred².** This is the second path from `x_centred` to the loss, with the derivative
+# $2 \bar{x}$. The sum over both paths is the complete gradient of `x_centred`.
 
 # %%
 dx_centred = dx_centred_direct + 2 * x_centred * dq
 check("x_centred", dx_centred)
 
 # %% [markdown]
-# **x_centred = x - mean.** The mean is subtracted from all examples: a sum, with a minus.
+# **x_centred = x - mean.** The mean is subtracted from all examples, so its gradient is minus the
+# sum over the examples.
 
 # %%
 dmean = -np.sum(dx_centred, axis=0, keepdims=True)
 check("mean", dmean)
 
 # %% [markdown]
-# **mean = mean(x).** Again a share of $1 / m$ each. And $x$ goes two ways: directly, and through
-# the mean. This is the end of the backward pass.
+# **mean = mean(x).** Each example contributes with the factor $1 / m$ again. $x$ has two paths:
+# directly, and through the mean. This is the end of the backward pass.
 
 # %%
 dx = dx_centred + dmean / m
@@ -249,8 +251,9 @@ print(f"    largest difference from the stages: {np.max(np.abs(closed_form - dx)
 # %% [markdown]
 # ## What the three terms mean
 #
-# $\gamma / s$ is the slope of the straight line from $x$ to $y$ if mean and variance stood still.
-# They do not: each $x_i$ moves them, and with them *all* elements of $y$.
+# If mean and variance were constants, $y$ would be a linear function of $x$ with the slope
+# $\gamma / s$. But mean and variance are no constants: each $x_i$ changes them, and so changes *all*
+# elements of $y$.
 #
 # **The mean path**, $-d\beta / m$, subtracts the mean of $dy$. Adding the same number to all $x_i$
 # of a feature changes nothing in $y$, so the gradient must not ask for it: every column of $dx$ has
@@ -428,9 +431,9 @@ lesson.show(figure, "derivatives")
 # refuses such a batch. npbn computes what the formula says. For images, $m = N H W$, and one image
 # is enough.)
 #
-# Two values are hardly better. With the usual $\epsilon$, $\hat{x}$ is $-1$ for the smaller and $1$
-# for the larger, whatever they are, and $dx$ is close to 0: two points lie on a line, and the
-# regression leaves nothing.
+# Two values are hardly better. With the usual $\epsilon$, $\hat{x}$ is $-1$ for the smaller value
+# and $1$ for the larger value, whatever the values are. $dx$ is close to 0, because two points
+# always lie on a straight line, so the linear regression above has no residuals.
 
 # %%
 for size in (1, 2):

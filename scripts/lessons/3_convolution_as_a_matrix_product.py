@@ -1,10 +1,11 @@
 # %% [markdown]
 # # Convolution as a matrix product, and its transpose
 #
-# A convolution is a linear map, so it is a matrix, and its backward pass is the transposed matrix.
-# That explains every part of it: where the kernel goes, why gradients add up where windows overlap,
-# and what stride and padding do. Then comes how it is computed in practice, and why the order of
-# the numbers in memory decides how fast.
+# A convolution is a linear map, so it is the product with a matrix. Its backward pass is the
+# product with the transposed matrix. This explains every part of the backward pass: where the
+# kernel goes, why gradients add up where windows overlap, and what stride and padding do. The
+# second half of the lesson shows how a convolution is computed in practice, and why the order of
+# the numbers in memory determines the speed.
 #
 # Every claim about the numbers is asserted: if it were wrong, this file would fail. (Except for the
 # speed, which is measured on the machine that runs it.) The code that trains is in
@@ -27,9 +28,10 @@ from npbn import functional as F
 # %% [markdown]
 # ## A convolution by hand
 #
-# The kernel $w$ is moved over the image $x$. At each place, what lies under it is multiplied by it,
-# element by element, and added up. (Mathematics calls this a cross-correlation and flips the kernel
-# for a convolution. Deep learning does not.)
+# The kernel $w$ is moved over the image $x$. At each place, the pixels under the kernel are
+# multiplied by the kernel, element by element, and the products are added up. (Mathematics calls
+# this a cross-correlation. A convolution in mathematics flips the kernel first; in deep learning it
+# does not.)
 #
 # $$y_{p q} = \sum_{i, j} w_{i j}  x_{p + i,  q + j}$$
 
@@ -51,9 +53,9 @@ assert y[0, 0] == np.sum(w * x[:3, :3])
 # %% [markdown]
 # ## The matrix
 #
-# Twice the image gives twice the result, and the sum of two images the sum of their results: the
-# convolution is linear in $x$. So with the pixels of $x$ and of $y$ written as vectors, row by row,
-# there is a matrix $A$ with $y = A x$. Its column number $n$ is the result for an image that is 1
+# Twice the image gives twice the result, and the sum of two images gives the sum of their results.
+# So the convolution is linear in $x$. Write the pixels of $x$ and of $y$ as vectors, row by row.
+# Then there is a matrix $A$ with $y = A x$. Column $n$ of $A$ is the result for an image that is 1
 # at pixel $n$ and 0 elsewhere.
 
 # %%
@@ -66,9 +68,9 @@ np.testing.assert_array_equal(A @ x.ravel(), y.ravel())
 print_arrays(A=A, A_times_x=A @ x.ravel(), y=y.ravel())
 
 # %% [markdown]
-# A row of $A$ is one place of the kernel: its three rows, with gaps as wide as the image is wider
-# than the kernel. From row to row it moves on; the same nine numbers stand in every row. (A layer
-# of `Linear` would have its own 64 numbers here.)
+# Each row of $A$ belongs to one place of the kernel. It contains the three rows of the kernel with
+# zeros between them. Every row of $A$ contains the same nine numbers, at other places. (A linear
+# layer would have 64 numbers of its own in each row.)
 
 # %%
 np.testing.assert_array_equal(A[0].reshape(4, 4)[:3, :3], w)
@@ -89,7 +91,8 @@ lesson.show(figure, "matrix")
 #
 # $$dx_n = \sum_m dy_m  A_{m n} \qquad\text{that is}\qquad dx = A^\top dy$$
 #
-# To check it, no small step is needed: a linear map changes by just as much with a step of 1.
+# A check of this gradient needs no small step, because the difference quotient of a linear map is
+# exact for a step of 1.
 
 # %%
 dy = np.array([[1, -2], [3, 1]])
@@ -100,9 +103,10 @@ by_steps = [np.sum(dy * convolve(x + pixel, w)) - np.sum(dy * y) for pixel in pi
 np.testing.assert_array_equal(dx, np.reshape(by_steps, (4, 4)))
 
 # %% [markdown]
-# A column of $A^\top$ is a row of $A$: the kernel in its place. So $A^\top dy$ puts down the kernel
-# at every place, times the $dy$ of that place, and adds up where kernels overlap. Forward, a window
-# is *gathered* into one number; backward, the number is *scattered* over the window.
+# A column of $A^\top$ is a row of $A$, which is the kernel at one place. So $A^\top dy$ is a sum of
+# kernels, one at every place, each multiplied by the $dy$ of its place. In the forward pass, a
+# window is *gathered* into one number. In the backward pass, one number is *scattered* over the
+# window.
 
 # %%
 parts = []
@@ -174,9 +178,9 @@ lesson.show(figure, "im2col")
 # %% [markdown]
 # ## col2im: its transpose
 #
-# The backward pass of a product $w X$ is simple: $dX = w^\top dy$ and $dw = dy  X^\top$. From $dX$
-# back to $dx$ leads the transpose of `im2col`. `im2col` copies a pixel into every window that it is
-# in; its transpose, `col2im`, adds up what comes back from all the copies.
+# The backward pass of a product $w X$ is simple: $dX = w^\top dy$ and $dw = dy X^\top$. The
+# transpose of `im2col` computes $dx$ from $dX$. `im2col` copies a pixel into every window that
+# contains it. Its transpose, `col2im`, adds up the gradients of all copies.
 
 # %%
 
@@ -221,9 +225,10 @@ lesson.show(figure, "counts")
 # %% [markdown]
 # ## The gradients of kernel and bias
 #
-# $dw = dy  X^\top$: each weight met one row of $X$, a pixel in every window, and its gradient is
-# the sum of $dy$ times that pixel. A bias is added to every element of $y$, so $db$ is the sum of
-# $dy$. The result is also linear in them, so that a step of 1 checks them.
+# In $dw = dy X^\top$, each weight was multiplied by one row of $X$, which has one pixel of every
+# window. The gradient of the weight is the sum of $dy$ times this pixel. A bias is added to every
+# element of $y$, so $db$ is the sum of $dy$. The result is also linear in weight and bias, so a
+# step of 1 checks both gradients.
 
 # %%
 dw = (dy.ravel() @ X.T).reshape(3, 3)
@@ -481,8 +486,8 @@ timed = medians(
 )
 
 # %% [markdown]
-# All three compute the same. What was folded here is the unfolded image itself, so that every pixel
-# comes back as often as it was copied: a check of both.
+# All three ways compute the same. Here, the unfolded image itself was folded. So every pixel is
+# multiplied by the number of its copies, which checks unfolding and folding.
 
 # %%
 expected = F.conv2d(first, kernels)[0]
