@@ -252,8 +252,8 @@ print(f"    largest difference from the stages: {np.max(np.abs(closed_form - dx)
 # ## What the three terms mean
 #
 # If mean and variance were constants, $y$ would be a linear function of $x$ with the slope
-# $\gamma / s$. But mean and variance are no constants: each $x_i$ changes them, and so changes *all*
-# elements of $y$.
+# $\gamma / s$. But mean and variance are no constants: each $x_i$ changes them, and so changes
+# *all* elements of $y$.
 #
 # **The mean path**, $-d\beta / m$, subtracts the mean of $dy$. Adding the same number to all $x_i$
 # of a feature changes nothing in $y$, so the gradient must not ask for it: every column of $dx$ has
