@@ -376,7 +376,7 @@ class BatchNorm(Layer):
 
 
 class AvgPool2d(Layer):
-    """Average pooling (`npbn.functional.avg_pool2d`), with the arguments of this function."""
+    """Average pooling, with the arguments of `npbn.functional.avg_pool2d`."""
 
     def __init__(
         self,
@@ -405,7 +405,7 @@ class AvgPool2d(Layer):
 
 
 class MaxPool2d(AvgPool2d):
-    """Maximum pooling (`npbn.functional.max_pool2d`), with the arguments of this function."""
+    """Maximum pooling, with the arguments of `npbn.functional.max_pool2d`."""
 
     def forward(self, x: Array) -> Array:
         y, self._cache = F.max_pool2d(x, self.kernel_size, stride=self.stride, padding=self.padding)

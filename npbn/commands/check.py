@@ -216,9 +216,9 @@ def operations() -> Checks:
 
 
 def with_dy(name: str, pair: Pair) -> Pair:
-    """Return the pair with a backward pass that takes dy and a cache.
+    """Return a forward and a backward pass with the arguments (dy, cache) of the backward pass.
 
-    The backward pass of a loss takes only a cache, so this function wraps it.
+    The backward pass of a loss has only the argument cache, so it is wrapped in a new function.
     """
     forward, backward = pair
     if name != "softmax_cross_entropy":

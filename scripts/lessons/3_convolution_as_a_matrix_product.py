@@ -225,10 +225,10 @@ lesson.show(figure, "counts")
 # %% [markdown]
 # ## The gradients of kernel and bias
 #
-# In $dw = dy X^\top$, each weight was multiplied by one row of $X$, which has one pixel of every
-# window. The gradient of the weight is the sum of $dy$ times this pixel. A bias is added to every
-# element of $y$, so $db$ is the sum of $dy$. The result is also linear in weight and bias, so a
-# step of 1 checks both gradients.
+# The forward pass multiplies each weight by one row of $X$, which has one pixel of every window. So
+# the gradient of the weight is a sum over the windows: $dy$ times this pixel. For all weights
+# together, this is $dw = dy X^\top$. The bias is added to every element of $y$, so $db$ is the sum
+# of $dy$. $y$ is linear in weight and bias, so a step of 1 checks both gradients.
 
 # %%
 dw = (dy.ravel() @ X.T).reshape(3, 3)

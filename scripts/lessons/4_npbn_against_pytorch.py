@@ -137,7 +137,7 @@ def forward_and_backward(model: LeNet, x: np.ndarray, labels: np.ndarray) -> flo
 
 
 def forward_and_autograd(network: nn.Module, x: np.ndarray, labels: np.ndarray) -> float:
-    """Run the forward pass of PyTorch and autograd, and return the loss."""
+    """Run the forward pass in PyTorch, then autograd, and return the loss."""
     y = network(torch.from_numpy(x))
     loss = nn.functional.cross_entropy(y, torch.from_numpy(labels))
     network.zero_grad()

@@ -292,8 +292,8 @@ class GpuEngine:
                 array.data = view
         for parameter, view in self._gradients:
             if parameter.gradient is not view:
-                # The old values are not copied, because a step computes all gradients. The only
-                # exception is a bias before batch norm, whose gradient stays 0.
+                # A step computes all gradients, so the old values are not copied. A step does not
+                # compute the gradient of a bias before batch norm: this gradient stays 0.
                 view[...] = 0
                 parameter.gradient = view
         velocities = self.optimizer.velocity

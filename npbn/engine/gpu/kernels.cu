@@ -472,8 +472,8 @@ __device__ Gradient<real> gradient_of(S s, int n, const Norm<real>& norm, const 
     return result;
 }
 
-// Updates *part_mean and *part_squares, the statistics of a channel in a part of the batch, by
-// `count` new values (Chan, Golub and LeVeque, equation 2.1). Before this update, the statistics
+// Adds `count` new values to *part_mean and *part_squares, the statistics of a channel in a part of
+// the batch (Chan, Golub and LeVeque, equation 2.1). Before this update, the statistics
 // describe `had` values. The number `mean` is the rounded mean of the new values. The number
 // sums[0] is the sum of the differences between the new values and `mean`, which corrects the
 // rounding of `mean`. The number sums[1] is the sum of the squared differences.
@@ -651,7 +651,7 @@ __global__ void linear_backward(P p, S s, int n, int input_blocks, int examples_
         if (norm_before.gamma != nullptr) {
             group_sums(result, TILE);
             if (row == 0 && k < inputs) {
-                // Each of the `area` inputs in a channel of P has its own part in the sums.
+                // Each of the `area` inputs in a channel of P has its own element in the sums.
                 const int area = inputs / p.maps;
                 const int at = k / area * sums_before.parts + part * area + k % area;
                 sums_before.sums[at] = result[0];
@@ -724,7 +724,7 @@ __device__ constexpr Planes planes_summed(int rows, int columns, int kernel_h, i
     return {height, width, pitch, raised(height * pitch, kernel_h * pitch, BANKS)};
 }
 
-// Returns the layout of maps of rows × columns numbers without the padding of a convolution. The
+// Returns the layout of maps that are not padded. A map has `rows` rows and `columns` columns. The
 // pitch is odd, so that neighbouring rows begin in different banks.
 __device__ constexpr Planes planes_of_maps(int rows, int columns) {
     return {rows, columns, columns | 1, rows * (columns | 1)};
@@ -741,10 +741,10 @@ __device__ void clear(real* planes, int count) {
 }
 
 // Stores the maps of an example in `planes`: (map, row, column), as `layout` describes. The number
-// with the index t in the example (map, row, column) is load(t). If this number is at row i and
-// column j of its map, it is stored at row i · stride_h + above and column j · stride_w + left of
-// the plane. A number whose place is outside of the plane is not stored. For each number, the
-// function also calls on_loaded(t, load(t)).
+// with the index t in the example (map, row, column) is load(t). A number at row i and column j of
+// its map is stored in row `i * stride_h + above` and in column `j * stride_w + left` of its plane.
+// A number whose place is outside of the plane is not stored. For each number, the function also
+// calls on_loaded(t, load(t)).
 template <int IN_FLIGHT, typename real, typename Load, typename OnLoaded>
 __device__ __forceinline__ void scatter(int maps, int rows, int columns, Planes layout,
                                         int stride_h, int stride_w, int above, int left,
@@ -1239,7 +1239,7 @@ __global__ void linear_cross_entropy(P p, S s, int n, int examples_per_block, Ba
             }
             if (norm_before.gamma != nullptr) {
                 group_sums(result, TILE);
-                // Each of the `area` inputs in a channel of P has its own part in the sums.
+                // Each of the `area` inputs in a channel of P has its own element in the sums.
                 const int area = inputs / p.maps;
                 const int at = k / area * sums_before.parts + blockIdx.x * area + k % area;
                 for (int i = 0; i < 2 && row == 0 && k < inputs; ++i) {
