@@ -305,8 +305,8 @@ def train(
             instance ``print``.
 
     Returns:
-        The training. Its attribute ``best`` is the best test accuracy. ``run(epochs)`` trains until
-        ``epochs`` epochs are done in all.
+        The training. Its attribute ``best`` is the best test accuracy. Its method ``run(n)``
+        trains on until the training has n epochs in all.
 
     Raises:
         ValueError, TypeError: an option is not allowed, or the model does not fit the data.

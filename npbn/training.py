@@ -356,7 +356,7 @@ class Training:
         self._totals = None if totals is None else _Totals(**totals)
 
     def locate_non_finite(self) -> str:
-        """Repeat the current epoch by layers until the first NaN or infinity.
+        """Repeat the current epoch with the layers engine until the first NaN or infinity.
 
         Returns:
             A text that says in which step and in which array NaN or infinity appears first, and

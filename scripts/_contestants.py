@@ -214,7 +214,8 @@ def engine_contestant(settings: Settings) -> Contestant:
     def evaluator(tested: int) -> engine.Engine:
         """Return an engine for a test split of this size.
 
-        A new engine only evaluates. Its training batch size is 1, to save memory.
+        If the function returns a new engine, this engine is used only for evaluation. Its training
+        batch size is 1, to save memory.
         """
         return trainer if tested == size else build(tested, 1)
 

@@ -142,7 +142,7 @@ class Peaks:
             self._kernel = None
 
     def measure(self, threads: int, seconds: float = 0.03) -> dict[str, float]:
-        """Return the operations per second in each way, measured with this number of threads.
+        """Measure several loops of operations; return the operations per second of each loop.
 
         The value of "multiply-add" is the highest of three measurements, which take about
         ``seconds`` each; the value of "product" is a single measurement.

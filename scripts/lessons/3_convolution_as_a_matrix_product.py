@@ -527,6 +527,6 @@ lesson.show(figure, "memory_order")
 
 # %% [markdown]
 # The product takes about as long in all three: it is the same arithmetic. The rest is the order of
-# the numbers in memory. On the two cores of an AMD EPYC where this was written, on which other
-# things ran, unfolding and folding a batch of 256 took 12 to 22 ms batch first, 3 ms batch last and
-# 1 ms in strips, and the product 5 to 7 ms.
+# the numbers in memory. These times were measured on two cores of an AMD EPYC that was busy with
+# other programs. For a batch of 256, unfolding and folding took 12 to 22 ms with the batch first,
+# 3 ms with the batch last, and 1 ms in strips. The product took 5 to 7 ms.

@@ -257,7 +257,7 @@ def build(plan: Sequence[StagePlan], dtype: Any, *, batch: int, test: int, threa
 
 
 def places(stage: StagePlan, record: Any) -> Iterator[tuple[str, int]]:
-    """Yield the name and the place in ``values`` of a stage's parameters and moving averages."""
+    """Yield (name, place) for each parameter and moving average of a stage; see ``values``."""
     moving = int(record["moving"])
     for name, array in stage.state().items():
         if isinstance(array, Parameter):

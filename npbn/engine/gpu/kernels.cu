@@ -421,8 +421,7 @@ __device__ void input_backward(P p, const Normalization<real>& normalized, const
 // The gradient dy of the loss with respect to y, as a function: dy(o, at) is the gradient with
 // respect to y[at], a number of channel o. The function computes dy from dz by the backward pass of
 // batch norm (`functional.batch_norm_backward`). The arrays y and dz have the indices (example,
-// channel, row, column). A channel has m values in the batch, the mean μ and the standard deviation
-// s:
+// channel, row, column). A channel has m values in the batch, with mean μ and standard deviation s:
 //   dy = γ/s (dz - dβ/m - (y - μ) dγ/(s m)),   dβ = Σ dz,   dγ = Σ dz (y - μ) / s
 // If the stage has no batch norm, dy = dz.
 template <typename real>
@@ -789,8 +788,7 @@ __device__ __forceinline__ void correlate(int channels, const real* in, int maps
                 const int o = t % (groups * MAPS_PER_THREAD),
                           tap = t / (groups * MAPS_PER_THREAD) % taps;
                 const int c = first + t / (groups * MAPS_PER_THREAD * taps);
-                // Convolution kernels are stored column by column, the order in which they are
-                // used.
+                // Convolution kernels are stored by columns, because they are used in this order.
                 return o < maps ? weight(o, c, tap % kernel_h, tap / kernel_h) : real(0);
             },
             [&](int t, real result) { weights[t] = result; });
@@ -1192,7 +1190,7 @@ __global__ void linear_cross_entropy(P p, S s, int n, int examples_per_block, Ba
     const int pitch = inputs | 1;
     real* x = memory.allocate(TILE * pitch);         // (example, input)
     real* w = memory.allocate(classes * pitch);      // (class, input)
-    real* logits = memory.allocate(TILE * classes);  // (example, class); later their gradients
+    real* logits = memory.allocate(TILE * classes);  // (example, class); later dlogits
     const int begin = blockIdx.x * examples_per_block, end = min(begin + examples_per_block, n);
     batched_load_store<8, real>(
         classes * inputs, [&](int t) { return weight[t]; },
@@ -1280,7 +1278,7 @@ __global__ void cross_entropy(P p, int n, int examples_per_block, Batch batch, N
     const Normalization<real> normalized = normalization(p, n, norm, memory);
     const Input<real, P> input = input_of(p, normalized, y, batch);
     const int classes = p.maps * (p.rows / p.window_h) * (p.columns / p.window_w);
-    // (example, class); later their gradients
+    // (example, class); later dlogits, the gradient with respect to the logits
     real* logits = memory.allocate(examples_per_block * classes);
     const int begin = blockIdx.x * examples_per_block,
               count = max(0, min(examples_per_block, n - begin));
@@ -1328,8 +1326,8 @@ __global__ void cross_entropy(P p, int n, int examples_per_block, Batch batch, N
 // Reads: `tensors`, the table of the parameter tensors in the order of their offsets (tensor);
 // `partials`, for each tensor its partial sums (partial sum, parameter); `rates`, the learning
 // rates (step). The kernel runs after *step has been incremented, so the rate of this step is
-// rates[*step - 1]. Updates: `parameters`, `gradients` and `velocities`, each with `size` numbers:
-// (parameter).
+// rates[*step - 1].
+// Updates: `parameters`, `gradients` and `velocities`, each with `size` numbers: (parameter).
 template <typename real>
 __global__ void sgd(const Tensor* __restrict__ tensors, int size, const real* __restrict__ partials,
                     const int* step, const real* rates, real momentum, real weight_decay,
