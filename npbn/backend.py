@@ -190,8 +190,8 @@ def cpu_quota(groups: Path, mounted: Path) -> float:
         else:
             continue
         group = PurePosixPath(path.lstrip("/"))
-        # The limit of a group also applies to the groups inside it. In a container, perhaps only the
-        # group of the container is mounted.
+        # The limit of a group also applies to the groups inside it. In a container, sometimes only
+        # the group of the container is mounted.
         for each in (group, *group.parents):
             try:
                 texts = [(hierarchy / each / name).read_text() for name in files]
