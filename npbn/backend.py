@@ -76,7 +76,8 @@ class Backend:
         import cupy
 
         failures = (
-            *(cupy.cuda.runtime.CUDARuntimeError, cupy.cuda.driver.CUDADriverError),
+            cupy.cuda.runtime.CUDARuntimeError,
+            cupy.cuda.driver.CUDADriverError,
             cupy.cuda.cublas.CUBLASError,
         )
         try:

@@ -35,7 +35,7 @@ def check_matplotlib() -> None:
         NpbnError: matplotlib is not installed, or does not work.
     """
     try:
-        import matplotlib.figure  # noqa: F401
+        import matplotlib.figure  # noqa: F401  # Only whether this works is of interest.
     except ImportError as error:
         if error.name == "matplotlib":
             problem = "not installed: pip install 'matplotlib>=3.9'"

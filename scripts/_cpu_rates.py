@@ -72,6 +72,7 @@ def multiply_add_kernel() -> Callable[[int], float]:
 
     vector = ir.VectorType(ir.FloatType(), lanes())
 
+    # Numba's decorators have no types.
     @extending.intrinsic  # type: ignore[untyped-decorator]
     def chains(context: Any, count: Any, factor: Any) -> Any:
         def generate(_: Any, builder: Any, __: Any, arguments: Any) -> Any:

@@ -33,6 +33,7 @@ from npbn.backend import Backend, to_numpy
 from npbn.checkpoint import write_file
 from npbn.data import Split
 from npbn.engine.gpu import GpuEngine
+from npbn.engine.gpu.first_step import largest_error
 from npbn.engine.layers import LayersEngine
 from npbn.errors import DataError, NpbnError
 from npbn.layers import Sequential
@@ -223,8 +224,8 @@ def check_step(setting: Setting, name: str, dtype: str) -> Finding:
         for m in (model, layers.model)
     )
     numbers = {
-        "gradients": difference(found, right),
-        "state": difference(model.state_dict(), layers.model.state_dict()),
+        "gradients": largest_error(found, right),
+        "state": largest_error(model.state_dict(), layers.model.state_dict()),
         "loss": abs(float(losses[0]) - float(right_step.loss)),
         "test_loss": abs(float(result.loss) - right_test.loss),
     }
@@ -235,14 +236,6 @@ def check_step(setting: Setting, name: str, dtype: str) -> Finding:
     )
     ok = all(error <= BOUNDS[dtype] for error in numbers.values())  # NaN counts as too large.
     return Finding(verdict(ok), text.format(**numbers), numbers)
-
-
-def difference(found: Mapping[str, np.ndarray], right: Mapping[str, np.ndarray]) -> float:
-    """Return the largest difference, divided by the largest absolute value in ``right``."""
-    largest = max(np.max(np.abs(value)) for value in right.values())
-    # np.max returns NaN if a value is NaN; Python's max may not.
-    errors = [np.max(np.abs(found[name] - value)) for name, value in right.items()]
-    return float(np.max(errors) / largest)
 
 
 def check_repetition(setting: Setting) -> Finding:

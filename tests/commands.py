@@ -43,6 +43,15 @@ def assert_refused(process: subprocess.CompletedProcess[str], *expected: str) ->
         assert text in lines[0]
 
 
+GPU = f"""
+import sys
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+import emulated_gpu
+if not emulated_gpu.driver():
+    emulated_gpu.install()
+"""
+"""A prelude: CuPy computes in this process, on an emulated GPU if there is no other."""
+
 CTRL_C = "os.kill(os.getpid(), signal.SIGINT)"
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import math
+import os
 
 import array_api_compat
 import numpy as np
@@ -31,6 +32,16 @@ def test_auto_is_a_gpu_if_there_is_a_usable_one():
     chosen = backend.get_backend("auto")
     assert chosen.name == ("cupy" if len(AVAILABLE) == 2 else "numpy")
     assert bool(chosen.note) == (chosen.name == "numpy")
+
+
+@pytest.mark.parametrize(("given", "expected"), [(None, ""), ("cub", "cub")])
+def test_cupy_compiles_no_kernels_of_cub_unless_asked(given, expected, monkeypatch):
+    """Whether or not CuPy can be used here: the variable counts when it is imported."""
+    monkeypatch.delenv("CUPY_ACCELERATORS", raising=False)
+    if given is not None:
+        monkeypatch.setenv("CUPY_ACCELERATORS", given)
+    backend.get_backend("auto")
+    assert os.environ["CUPY_ACCELERATORS"] == expected
 
 
 @every_backend

@@ -87,15 +87,6 @@ class Windows:
         (h, w), (kh, kw), (sh, sw) = self.padded_size, self.kernel_size, self.stride
         return (h - kh) // sh + 1, (w - kw) // sw + 1
 
-    def rows(self) -> Iterator[tuple[int, slice]]:
-        """Yield (p, slice) for each output row p, which depends on the image rows in the slice.
-
-        The kH rows are rows of the padded image.
-        """
-        for p in range(self.output_size[0]):
-            first = p * self.stride[0]
-            yield p, slice(first, first + self.kernel_size[0])
-
     def columns(self) -> Iterator[tuple[int, slice]]:
         """Yield (j, slice) for each column j of a window.
 

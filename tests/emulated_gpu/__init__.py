@@ -72,8 +72,7 @@ def installed() -> bool:
 def install() -> None:
     """Give CuPy an emulated GPU, in this process and for good. CuPy must not be imported yet.
 
-    The environment's EMULATED_GPU_STREAMS is "early" or "late"; EMULATED_GPU_FAIL holds the
-    arguments of `fail`.
+    The environment variable EMULATED_GPU_STREAMS is "early", the default, or "late".
     """
     global _device
     if _device is not None:
@@ -104,9 +103,6 @@ def install() -> None:
         compiler._NVRTCProgram = Program
         cupy.cuda.driver.ctxGetCurrent()  # CuPy loads the driver with the first call
     reset()
-    if os.environ.get("EMULATED_GPU_FAIL"):
-        kind, calls, error, lasting = os.environ["EMULATED_GPU_FAIL"].split()
-        fail(kind, int(calls), int(error), lasting=bool(int(lasting)))
 
 
 def reset() -> None:
@@ -239,6 +235,7 @@ def _without_cuda(library: str) -> Iterator[None]:
 
     ctypes.CDLL = CDLL
     pathfinder.load_nvidia_dynamic_lib = lambda name: None
+    # This stays: CuPy asks for the headers of CCCL when it compiles its first kernel.
     pathfinder.find_nvidia_header_directory = lambda name: str(_HERE / "include")
     try:
         yield

@@ -7,8 +7,9 @@
 // stream captures is refused here, too.
 //
 // `emulated_log` tells what was called; `emulated_fail` lets a call fail. Functions of the runtime
-// have the prefix `emulated_`: `device.py` lets CuPy's calls jump to them. Those of the driver have
-// their own names. Numbers of errors, attributes and offsets in structures are those of CUDA 13.
+// have the prefix `emulated_`: `__init__.py` lets CuPy's calls jump to them. Those of the driver
+// have their own names. Numbers of errors, attributes and offsets in structures are those of
+// CUDA 13.
 
 #include <dlfcn.h>
 #include <elf.h>
@@ -45,7 +46,6 @@ enum Error {
     LAUNCH_FAILED = 719,
     CAPTURE_UNSUPPORTED = 900,
     CAPTURE_INVALIDATED = 901,
-    CAPTURE_UNJOINED = 904,
     CAPTURE_ISOLATION = 905,
     CAPTURE_IMPLICIT = 906,
 };
@@ -184,7 +184,11 @@ int wait(Stream* stream) {
 constexpr size_t PAGE = 4096;
 size_t total_memory = size_t(80) << 30, used_memory;
 bool guarded;  // a page that nobody may access behind every array; freed arrays are unmapped
-std::map<char*, size_t> allocated, pinned;
+struct Piece {
+    size_t bytes;
+    bool guarded;
+};
+std::map<char*, Piece> allocated, pinned;
 
 char* allocate(size_t bytes) {
     char* memory = nullptr;
@@ -201,18 +205,22 @@ char* allocate(size_t bytes) {
     return memory + body - (bytes + 15) / 16 * 16;
 }
 
-void release(char* memory, size_t bytes) {
-    if (!guarded) {
+void release(char* memory, Piece piece) {
+    if (!piece.guarded) {
         std::free(memory);
         return;
     }
-    const size_t body = (bytes + PAGE - 1) / PAGE * PAGE;
-    munmap(memory + (bytes + 15) / 16 * 16 - body, body + PAGE);
+    const size_t body = (piece.bytes + PAGE - 1) / PAGE * PAGE;
+    munmap(memory + (piece.bytes + 15) / 16 * 16 - body, body + PAGE);
 }
 
-bool is_in(const std::map<char*, size_t>& pieces, const void* memory) {
+bool is_in(const std::map<char*, Piece>& pieces, const void* memory) {
     auto next = pieces.upper_bound(static_cast<char*>(const_cast<void*>(memory)));
-    return next != pieces.begin() && memory < std::prev(next)->first + std::prev(next)->second;
+    if (next == pieces.begin()) {
+        return false;
+    }
+    const auto& [begin, piece] = *std::prev(next);
+    return memory < begin + piece.bytes;
 }
 
 bool capturing_anywhere() {
@@ -321,7 +329,6 @@ void emulated_submit_product(void* stream, void (*run)(void*), void* data) {
     }
     submit(s, [=] { run(data); });
 }
-int emulated_parameters(const Function* function) { return function->kernel->parameters; }
 
 // ------------------------------------------------------------------------- the runtime
 
@@ -361,10 +368,11 @@ int emulated_cudaMalloc(void** memory, size_t bytes) {
     if (used_memory + bytes > total_memory) {
         return OUT_OF_MEMORY;
     }
-    char* piece = allocate(bytes == 0 ? 1 : bytes);
-    allocated[piece] = bytes == 0 ? 1 : bytes;
+    bytes = std::max(bytes, size_t(1));
+    char* begin = allocate(bytes);
+    allocated[begin] = {bytes, guarded};
     used_memory += bytes;
-    *memory = piece;
+    *memory = begin;
     return SUCCESS;
 }
 
@@ -373,7 +381,7 @@ int emulated_cudaFree(void* memory) {
     finish_all();  // cudaFree waits for the device
     const auto found = allocated.find(static_cast<char*>(memory));
     if (found != allocated.end()) {
-        used_memory -= found->second;
+        used_memory -= found->second.bytes;
         release(found->first, found->second);
         allocated.erase(found);
     }
@@ -383,7 +391,7 @@ int emulated_cudaFree(void* memory) {
 int emulated_cudaHostAlloc(void** memory, size_t bytes, unsigned) {
     note("allocate %zu on the host%s", bytes, in_capture());
     char* piece = static_cast<char*>(std::aligned_alloc(PAGE, (bytes + PAGE - 1) / PAGE * PAGE));
-    pinned[piece] = bytes;
+    pinned[piece] = {bytes, false};
     *memory = piece;
     return lost;
 }
@@ -658,7 +666,7 @@ int cuGetErrorName(int error, const char** name) {
 }
 int cuGetErrorString(int, const char** text) { return *text = "on the emulated GPU", SUCCESS; }
 
-// The image is a shared library, as `device.py` compiled it. Its size is not given: an ELF file
+// The image is a shared library, as `__init__.py` compiled it. Its size is not given: an ELF file
 // ends with its table of sections or with the last section.
 int cuModuleLoadData(Module** module, const char* image) {
     if (memcmp(image, ELFMAG, SELFMAG) != 0) {

@@ -6,6 +6,7 @@ import dataclasses
 import re
 import subprocess
 import sys
+import threading
 import types
 
 import numpy as np
@@ -13,6 +14,7 @@ import pytest
 from models import NUMPY, TINY, a_split, a_tiny_model
 
 from npbn.engine import build
+from npbn.engine.gpu.first_step import saying_if_slow
 from npbn.engine.layers import LayersEngine
 from npbn.errors import UnsupportedError
 from npbn.optim import SGD
@@ -115,6 +117,21 @@ def test_a_model_in_prediction_mode_is_compared_in_training_mode(cupy_backend):
     optimizer = SGD(model.parameters(), 0.1)
     engine = build("auto", model, optimizer, split, split, batch_size=8, backend=cupy_backend)
     assert engine.kind == "fused" and not model.training
+
+
+def test_the_user_is_told_if_kernels_take_long():
+    told = threading.Event()
+    lines = []
+
+    def report(line):
+        lines.append(line)
+        told.set()
+
+    with saying_if_slow(report, "compiling kernels, once"):
+        assert told.wait(timeout=60)
+    assert lines == ["compiling kernels, once"]
+    with saying_if_slow(None, "nobody listens"):
+        pass
 
 
 def test_on_other_libraries_there_are_layers_only():

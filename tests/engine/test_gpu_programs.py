@@ -3,30 +3,17 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
 
-from commands import run
+from commands import GPU, run
 from npbn.checkpoint import load_checkpoint
 
-GPU = """
-import sys
-sys.path.insert(0, {tests!r})
-import emulated_gpu
-if not emulated_gpu.driver():
-    emulated_gpu.install()
-"""
+pytestmark = pytest.mark.usefixtures("cupy_backend")
 
 SHORT = ("--dataset", "digits", "--limit-train", "48", "--batch-size", "16", "--lr", "0.1")
 SHORT += ("--epochs", "4", "--momentum", "0.9")
-
-
-@pytest.fixture
-def gpu(cupy_backend):
-    """A prelude for programs."""
-    return GPU.format(tests=str(Path(__file__).parent.parent))
 
 
 def losses(path) -> list[float]:
@@ -37,7 +24,7 @@ def losses(path) -> list[float]:
 
 @pytest.mark.parametrize("network", ["lenet", "blenet"])
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
-def test_losses_are_those_of_numpy(network, dtype, gpu, tmp_path):
+def test_losses_are_those_of_numpy(network, dtype, tmp_path):
     """By layers and by the engine, with early and with late streams.
 
     In float32, twelve steps spread the roundings of a step, about 1e-7, by a factor of a few
@@ -52,7 +39,7 @@ def test_losses_are_those_of_numpy(network, dtype, gpu, tmp_path):
         process = run(
             *("train.py", *options, "--backend", "cupy", "--engine", engine, "--run", name),
             cwd=tmp_path,
-            prelude=gpu,
+            prelude=GPU,
             env={"EMULATED_GPU_STREAMS": streams},
         )
         assert process.returncode == 0, process.stderr
@@ -68,11 +55,23 @@ def test_losses_are_those_of_numpy(network, dtype, gpu, tmp_path):
         np.testing.assert_array_equal(value, others[name], err_msg=name)
 
 
-def test_gradients_are_checked_and_images_are_classified(gpu, tmp_path):
+ON_THE_CPU = """
+import numpy
+from npbn import verify
+
+def check_model(model, x, labels, original=verify.check_model):
+    assert type(x) is type(labels) is numpy.ndarray
+    return original(model, x, labels)
+
+verify.check_model = check_model
+"""
+
+
+def test_gradients_are_checked_and_images_are_classified(tmp_path):
     from PIL import Image
 
     options = (*SHORT, "--backend", "cupy", "--check-gradients", "--precise-bn", "--run", "run")
-    process = run("train.py", *options, cwd=tmp_path, prelude=gpu)
+    process = run("train.py", *options, cwd=tmp_path, prelude=GPU + ON_THE_CPU)
     assert process.returncode == 0, process.stderr
     assert process.stdout.count("  right") == 19
     Image.fromarray(np.full((28, 28), 255, np.uint8)).save(tmp_path / "white.png")

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import NUMPY, SMALL, a_split, small_model
 
+import commands
 import emulated_gpu
 from commands import CTRL_C, after_step, assert_refused
 from npbn import training
@@ -203,9 +204,7 @@ data.load = lambda *_, **__: dataclasses.replace(digits, test=few)
 """
 
 GPU = f"""{FEW}
-import emulated_gpu
-if not emulated_gpu.driver():
-    emulated_gpu.install()
+{commands.GPU}
 from npbn.engine.gpu import engine
 engine.STEPS_PER_GRAPH = 2
 """
