@@ -157,7 +157,7 @@ class Emulator:
                 assert code[0] == "*", step
             elif isinstance(argument, Pointer):
                 name = self.arrays[argument.array].dtype.name
-                structure = argument.array.startswith("tensors")
+                structure = argument.array.startswith(("tensors", "means"))
                 assert code == "*" + ("s" if structure else codes[name]), (step, argument)
             elif isinstance(argument, Structure):
                 assert code == "s", (step, argument)

@@ -270,12 +270,15 @@ def test_a_hundred_losses_in_float32():
     device.close()
 
 
-def test_a_variance_far_from_zero_in_float32():
+@pytest.mark.parametrize("multiprocessors", [1, MANY])
+def test_a_variance_far_from_zero_in_float32(multiprocessors):
     """A mean of 1e4, a deviation of about 1e-2: a float32 of that size has steps of 1e-3.
 
+    With one multiprocessor, a part of the batch has several examples.
+
     Batch norm and its gradients from the very y that the convolution gave, in float64. The bound is
-    a few roundings of a sum of 18 × 16 terms, shared out; without the second centring, or means in
-    single precision, errors are over a thousand times as large.
+    a few roundings of a sum of 18 × 16 terms, shared out; without the second centring, or means of
+    one float, errors are over a thousand times as large.
     """
     model = Sequential(
         *(Conv2d(2, 3, 3, generator=np.random.default_rng(0)), BatchNorm(3, 4), Flatten()),
@@ -283,7 +286,7 @@ def test_a_variance_far_from_zero_in_float32():
     )
     model.layers[0].weight.data[...] *= 0.04
     model.layers[0].bias.data[...] = 1e4
-    stages, programs, _ = programs_of(model, SMALL, (18,))
+    stages, programs, _ = programs_of(model, SMALL, (18,), multiprocessors=multiprocessors)
     device = Emulator(library(), programs.values())
     arrays = device.arrays
     write(arrays, stages, a_split(SMALL, 60, 1))

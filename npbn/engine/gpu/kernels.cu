@@ -103,6 +103,15 @@ struct Batch {
     int stride;
 };
 
+// A mean, stored as a sum of two numbers, mean + rest, because one float is not accurate enough for
+// a large mean: see "Rounding" in `functional/batch_norm.py`. The number `mean` is the sum after
+// rounding, and `rest` is the rounding error. Two floats together have 48 bits. A double has 53,
+// but many GPUs compute doubles at 1/64 of the speed of floats.
+template <typename real>
+struct alignas(2 * sizeof(real)) Mean {
+    real mean, rest;
+};
+
 // The batch norm of a stage. The pointer `gamma` is null if the stage has no batch norm. All arrays
 // except `means` and `squares` contain one number for each channel: (channel).
 //
@@ -114,12 +123,12 @@ struct Batch {
 // later kernels of the step, and all kernels in prediction, read `mean` and `var`. For these
 // kernels, the pointer `means` is null.
 //
-// The mean is stored as a sum of two numbers, mean + rest, because one float is not accurate enough
-// for a large mean: see "Rounding" in `functional/batch_norm.py`. In prediction, `rest` is null.
+// The arrays `mean` and `rest` contain the two numbers of each channel's `Mean`. In prediction,
+// `rest` is null.
 template <typename real>
 struct Norm {
     const real *gamma, *beta;
-    const double* means;
+    const Mean<real>* means;
     const real* squares;
     real *mean, *rest, *var, *moving_mean, *moving_var;
     int parts, examples_per_part;
@@ -224,6 +233,21 @@ __device__ constexpr int threads_per_channel(int channels) {
     return group_size;
 }
 
+// Returns a + b without rounding (Knuth, "The Art of Computer Programming", volume 2,
+// section 4.2.2, theorem B).
+template <typename real>
+__device__ Mean<real> exact_sum(real a, real b) {
+    const real sum = a + b, b_in_sum = sum - a;
+    return {sum, (a - (sum - b_in_sum)) + (b - b_in_sum)};
+}
+
+// Returns a - b. If the difference is small compared with a and b, the first subtraction is exact
+// (Sterbenz's lemma), so the result always has the relative accuracy of `real`.
+template <typename real>
+__device__ real difference(Mean<real> a, Mean<real> b) {
+    return (a.mean - b.mean) + (a.rest - b.rest);
+}
+
 template <typename real>
 __device__ real activated(int activation, real z) {
     if (activation == SIGMOID) {
@@ -258,12 +282,10 @@ struct Normalization {
 // the mean μ and the variance v:
 //   μ = Σ_t m_t μ_t / m,   m v = Σ_t (q_t + m_t (μ_t - μ)²)
 // (Chan, Golub and LeVeque, "Updating formulae and a pairwise algorithm for computing sample
-// variances", 1979, equation 2.1b for several parts). Both sums are computed in one pass. Because μ
-// is not known in this pass, distances are computed from the mean μ_0 of the first part:
-//   m v = Σ_t (q_t + m_t (μ_t - μ_0)²) - m (μ - μ_0)²
-// In double precision, this subtraction is accurate enough. Every block merges all parts, because
-// an additional launch would take longer. Only the first block writes μ and v to `mean`, `rest` and
-// `var`, and updates the moving averages.
+// variances", 1979, equation 2.1b for several parts). The first sum adds only distances from the
+// mean of the first part, because distances are small numbers. Every block merges all parts,
+// because an additional launch would take longer. Only the first block writes μ and v to `mean`,
+// `rest` and `var`, and updates the moving averages.
 template <typename real, typename P>
 __device__ Normalization<real> normalization(P p, int n, const Norm<real>& norm,
                                              Memory<real>& memory) {
@@ -276,24 +298,30 @@ __device__ Normalization<real> normalization(P p, int n, const Norm<real>& norm,
         real mean = 0, rest = 0, var = 0;
         if (norm.means != nullptr) {
             const int end = o < p.maps ? norm.parts : 0;
-            const double* means = norm.means + o * norm.parts;
-            const double pivot = end > 0 ? means[0] : 0;
-            // Σ m_t (μ_t - pivot), and Σ (q_t + m_t (μ_t - pivot)²)
-            double sums[2] = {};
+            const Mean<real>* means = norm.means + o * norm.parts;
+            const real* squares = norm.squares + o * norm.parts;
+            const Mean<real> first_mean = end > 0 ? means[0] : Mean<real>{};
+            const real m = real(area) * n;
+            const auto part_size = [&](int t) {
+                return real(area) * min(norm.examples_per_part, n - t * norm.examples_per_part);
+            };
             // The loads of eight parts are started together. The order of the sums is unchanged.
+            real sum = 0;
 #pragma unroll 8
             for (int t = member; t < end; t += group_size) {
-                const double m =
-                    double(area) * min(norm.examples_per_part, n - t * norm.examples_per_part);
-                const double d = means[t] - pivot;
-                sums[0] += m * d;
-                sums[1] += norm.squares[o * norm.parts + t] + m * d * d;
+                sum += part_size(t) * difference(means[t], first_mean);
             }
-            group_sums(sums, group_size);
-            const double m = double(area) * n, d = sums[0] / m, mu = pivot + d;
-            var = sums[1] / m - d * d;
-            mean = mu;
-            rest = mu - mean;
+            const Mean<real> total =
+                exact_sum(first_mean.mean, first_mean.rest + group_sum(sum, group_size) / m);
+            sum = 0;
+#pragma unroll 8
+            for (int t = member; t < end; t += group_size) {
+                const real d = difference(means[t], total);
+                sum += squares[t] + part_size(t) * d * d;
+            }
+            var = group_sum(sum, group_size) / m;
+            mean = total.mean;
+            rest = total.rest;
             if (blockIdx.x == 0 && blockIdx.y == 0 && member == 0 && o < p.maps) {
                 norm.mean[o] = mean;
                 norm.rest[o] = rest;
@@ -477,13 +505,18 @@ __device__ Gradient<real> gradient_of(S s, int n, const Norm<real>& norm, const 
 // sums[0] is the sum of the differences between the new values and `mean`, which corrects the
 // rounding of `mean`. The number sums[1] is the sum of the squared differences.
 template <typename real>
-__device__ void merge(int had, int count, real mean, const real (&sums)[2], double* part_mean,
+__device__ void merge(int had, int count, real mean, const real (&sums)[2], Mean<real>* part_mean,
                       real* part_squares) {
-    const double rest = sums[0] / count, squares = sums[1] - sums[0] * rest;
-    const double d = mean + rest - (had == 0 ? 0 : *part_mean);
-    const double weight = count / double(had + count);
-    *part_mean = had == 0 ? d : *part_mean + d * weight;
-    *part_squares = had == 0 ? squares : *part_squares + squares + d * d * had * weight;
+    const real rest = sums[0] / count, squares = sums[1] - sums[0] * rest;
+    const Mean<real> added = exact_sum(mean, rest);
+    if (had == 0) {
+        *part_mean = added;
+        *part_squares = squares;
+        return;
+    }
+    const real d = difference(added, *part_mean), weight = count / real(had + count);
+    *part_mean = exact_sum(part_mean->mean, part_mean->rest + d * weight);
+    *part_squares += squares + d * d * had * weight;
 }
 
 // ------------------------------------------------------------------------------- matrix products
@@ -564,7 +597,7 @@ __global__ void __launch_bounds__(THREADS, MIN_BLOCKS<real>)
     linear_forward(P p, S s, int n, int examples_per_block, Batch batch, Norm<real> norm,
                    const real* __restrict__ before, const real* __restrict__ weight,
                    const real* __restrict__ bias, real* __restrict__ x, real* __restrict__ y,
-                   double* __restrict__ means, real* __restrict__ squares) {
+                   Mean<real>* __restrict__ means, real* __restrict__ squares) {
     Memory<real> memory;
     const Input<real, P> input = input_of(p, normalization(p, n, norm, memory), before, batch);
     const int inputs = s.channels, begin = blockIdx.x * examples_per_block,
@@ -852,7 +885,7 @@ __global__ void __launch_bounds__(THREADS, MIN_BLOCKS<real>)
     conv_forward(P p, S s, int n, int examples_per_block, int weight_channels, Batch batch,
                  Norm<real> norm, const real* __restrict__ before, const real* __restrict__ weight,
                  const real* __restrict__ bias, real* __restrict__ x, real* __restrict__ y,
-                 double* __restrict__ means, real* __restrict__ squares) {
+                 Mean<real>* __restrict__ means, real* __restrict__ squares) {
     Memory<real> memory;
     const Input<real, P> input = input_of(p, normalization(p, n, norm, memory), before, batch);
     const int pixels = s.channels * s.height * s.width, area = s.rows * s.columns;

@@ -272,7 +272,7 @@ class _Writer:
         if self.train:
             x = self._array(f"x{name}", (self.n * stage.inputs,))
             if stage.norm is not None:
-                means = self._array(f"means{name}", (stage.maps * num_blocks,), np.float64)
+                means = self._array(f"means{name}", (stage.maps * num_blocks, 2))
                 squares = self._array(f"squares{name}", (stage.maps * num_blocks,))
                 self.partition[name] = examples_per_block, num_blocks
         sizes = [np.int32(self.n), np.int32(examples_per_block)]
