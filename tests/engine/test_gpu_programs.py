@@ -12,8 +12,8 @@ from npbn.checkpoint import load_checkpoint
 
 pytestmark = pytest.mark.usefixtures("cupy_backend")
 
-SHORT = ("--dataset", "digits", "--limit-train", "48", "--batch-size", "16", "--lr", "0.1")
-SHORT += ("--epochs", "4", "--momentum", "0.9")
+SHORT = ("--dataset", "digits", "--limit-train", "24", "--batch-size", "8", "--lr", "0.1")
+SHORT += ("--epochs", "4", "--eval-every", "4", "--momentum", "0.9")
 
 
 def losses(path) -> list[float]:
@@ -22,10 +22,23 @@ def losses(path) -> list[float]:
     return [part["loss"] for part in parts if part is not None]
 
 
+def train(folder, *options, streams):
+    """Train with CuPy, in a run with the name of the engine."""
+    name = options[options.index("--engine") + 1]
+    process = run(
+        *("train.py", *options, "--backend", "cupy", "--run", name),
+        cwd=folder,
+        prelude=GPU,
+        env={"EMULATED_GPU_STREAMS": streams},
+    )
+    assert process.returncode == 0, process.stderr
+    return process
+
+
 @pytest.mark.parametrize("network", ["lenet", "blenet"])
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_losses_are_those_of_numpy(network, dtype, tmp_path):
-    """By layers and by the engine, with early and with late streams.
+    """By layers and by the engine.
 
     In float32, twelve steps spread the roundings of a step, about 1e-7, by a factor of a few
     hundred: the batches are small.
@@ -34,24 +47,23 @@ def test_losses_are_those_of_numpy(network, dtype, tmp_path):
     process = run(*("train.py", *options, "--backend", "numpy", "--run", "right"), cwd=tmp_path)
     assert process.returncode == 0, process.stderr
     right = losses(tmp_path / "right")
-    for engine, streams in (("layers", "late"), ("fused", "late"), ("auto", "early")):
-        name = f"{engine}-{streams}"
-        process = run(
-            *("train.py", *options, "--backend", "cupy", "--engine", engine, "--run", name),
-            cwd=tmp_path,
-            prelude=GPU,
-            env={"EMULATED_GPU_STREAMS": streams},
-        )
-        assert process.returncode == 0, process.stderr
+    for engine in ("layers", "fused"):
+        process = train(tmp_path, *options, "--engine", engine, streams="late")
         said = "by layers" if engine == "layers" else "by the fused engine on the GPU"
         assert f"{dtype}, {said}\n" in process.stdout
         bound = {"float32": 2e-3, "float64": 1e-9}[dtype]
-        np.testing.assert_allclose(losses(tmp_path / name), right, rtol=bound, err_msg=name)
+        np.testing.assert_allclose(losses(tmp_path / engine), right, rtol=bound, err_msg=engine)
+
+
+def test_the_default_is_the_engine_to_the_bit_with_early_streams(tmp_path):
+    """The comparison of the first step leaves nothing behind."""
+    for engine, streams in (("fused", "late"), ("auto", "early")):
+        process = train(tmp_path, *SHORT, "--engine", engine, streams=streams)
+        assert "by the fused engine on the GPU\n" in process.stdout
     arrays, others = (
-        load_checkpoint(tmp_path / name / "last.safetensors")[0]
-        for name in ("fused-late", "auto-early")
+        load_checkpoint(tmp_path / name / "last.safetensors")[0] for name in ("fused", "auto")
     )
-    for name, value in arrays.items():  # the comparison of the first step left nothing behind
+    for name, value in arrays.items():
         np.testing.assert_array_equal(value, others[name], err_msg=name)
 
 
