@@ -258,6 +258,20 @@ def _one_line(error: Exception) -> str:
     return f"{type(error).__name__}: " + " ".join(str(error).split())
 
 
+def describe_numpy() -> dict[str, str]:
+    """Return the versions of NumPy and BLAS, and the kinds of processors they compute for."""
+    features = np.show_config(mode="dicts")["SIMD Extensions"]["found"]
+    blas = {
+        f"{pool['internal_api']} {pool['version']} for {pool.get('architecture', 'any processor')}"
+        for pool in threadpoolctl.threadpool_info()
+        if pool["user_api"] == "blas"
+    }
+    return {
+        "NumPy": f"{np.__version__} with {' '.join(features) or 'no CPU features'}",
+        "BLAS": ", ".join(sorted(blas)) or "unknown",
+    }
+
+
 def cpu_name() -> str:
     """Return the name of the processor."""
     if sys.platform == "linux":

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import stat
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,35 @@ def write_file(path: PathLike, content: bytes) -> None:
         raise
 
 
+LARGEST = 2**30
+"""The size of the largest file that `read_file` reads, in bytes."""
+
+
+def read_file(path: PathLike) -> bytes:
+    """Return the content of a file.
+
+    Raises:
+        CheckpointError: the path is not that of a file, or the file cannot be read.
+    """
+    try:
+        _check_file(path)
+        if os.stat(path).st_size > LARGEST:
+            raise CheckpointError(f"{path} is damaged: it has {os.stat(path).st_size:,} bytes")
+        return Path(path).read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from None
+
+
+def _check_file(path: PathLike) -> None:
+    """Raise an error if a path is that of something else, such as a pipe, which may never end.
+
+    Raises:
+        CheckpointError, OSError: the path is not that of a file.
+    """
+    if not stat.S_ISREG(os.stat(path).st_mode) and not os.path.isdir(path):
+        raise CheckpointError(f"{path} cannot be read: it is not a file")
+
+
 def save_checkpoint(path: PathLike, arrays: Mapping[str, np.ndarray], record: Record) -> None:
     """Write a checkpoint with named arrays and a record.
 
@@ -90,7 +120,7 @@ def load_checkpoint(path: PathLike) -> tuple[Arrays, Record]:
         raise CheckpointError(f"{path} is no checkpoint of npbn: it has no record")
     try:
         record = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         record = None
     if not isinstance(record, dict):
         raise CheckpointError(f"{path} is damaged: its record is not JSON")
@@ -106,6 +136,7 @@ def load_checkpoint(path: PathLike) -> tuple[Arrays, Record]:
 
 def _read(path: PathLike) -> tuple[Arrays, dict[str, str]]:
     try:
+        _check_file(path)
         # For a missing file, the error message of open is clearer than that of safetensors.
         with open(path, "rb") as file:
             empty = not file.read(1)
@@ -118,6 +149,10 @@ def _read(path: PathLike) -> tuple[Arrays, dict[str, str]]:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from None
     except (safetensors.SafetensorError, TypeError, ValueError, AttributeError) as error:
         # TypeError and AttributeError mean that the file has a dtype that NumPy does not have.
+        raise CheckpointError(f"{path} is damaged, or no safetensors file: {error}") from None
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":  # safetensors raises it for absurd sizes.
+            raise
         raise CheckpointError(f"{path} is damaged, or no safetensors file: {error}") from None
 
 

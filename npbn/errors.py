@@ -19,6 +19,10 @@ class CheckpointError(NpbnError):
     """A checkpoint or a run cannot be read or written, is damaged, or is another than expected."""
 
 
+class RunExistsError(CheckpointError):
+    """A new run was to be created in a folder that exists."""
+
+
 class SubmissionError(NpbnError):
     """A submission could not be examined, because the request names a wrong file or function."""
 

@@ -225,7 +225,8 @@ def build_schedule(config: Config, steps: int) -> optim.Schedule:
     if config.schedule == "step":
         return optim.StepDecay(config.lr, (config.lr_epochs or 3) * steps, config.lr_factor or 0.1)
     if config.schedule == "cosine":
-        return optim.Cosine(config.lr, config.epochs * steps)
+        end = config.epochs * steps
+        return optim.Cosine(config.lr, min(end, config.max_steps or end))
     return optim.Constant(config.lr)
 
 

@@ -3,31 +3,45 @@
     config.json        the options
     environment.json   versions, device, threads, commit, command line
     metrics.jsonl      one JSON object in each line: epoch 0 (before training), epoch 1, ...
+    layers.jsonl       γ, β and histograms of the layers, with the same lines
     last.safetensors   the last checkpoint, from which the run can be resumed
     best.safetensors   the checkpoint with the best test accuracy
+    lock               the process that writes this run, or that wrote it last
+
+A process locks a run before it writes to the folder, so that only one process writes at a time. The
+operating system releases the lock when the process ends, however it ends. Reading needs no lock.
 
 The folder is created in a hidden folder next to it and then renamed, so that a run exists
 completely or not at all. (If the process is killed before the renaming, the hidden folder remains.
-Nothing reads the hidden folder.) Later, each file is replaced in one step, except for
-metrics.jsonl, to which lines are appended. If a run is interrupted before it saves the checkpoint
-of an epoch, metrics.jsonl may have a line, or a part of a line, after that of the last checkpoint.
-Such lines are removed when the run is resumed.
+Nothing reads the hidden folder.) Later, each file is replaced in one step, except for metrics.jsonl
+and layers.jsonl, to which lines are appended. If a run is interrupted before it saves the
+checkpoint of an epoch, these files may have a line, or a part of a line, after that of the last
+checkpoint. Such lines are removed when the run is resumed.
 """
 
 from __future__ import annotations
 
+import datetime
+import errno
 import hashlib
 import json
 import os
+import platform
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
-from npbn.checkpoint import Arrays, Record, load_checkpoint, save_checkpoint, write_file
-from npbn.errors import CheckpointError
+import portalocker
+
+from npbn.checkpoint import Arrays, Record, load_checkpoint, read_file, save_checkpoint, write_file
+from npbn.errors import CheckpointError, RunExistsError
 
 CHECKPOINTS = ("last", "best")
+LIMITS = ("epochs", "max_steps")
+"""The options that may change when a run is resumed."""
+_LINES = _METRICS, _LAYERS = "metrics.jsonl", "layers.jsonl"
+_MEASURED = ("loss", "accuracy", "examples", "seconds")
 
 
 class Run:
@@ -41,6 +55,10 @@ class Run:
     def __init__(self, path: str | os.PathLike[str], config: Mapping[str, Any]) -> None:
         self.path = Path(path)
         self.config = dict(config)
+        self._lock: IO[str] | None = None
+
+    def __del__(self) -> None:
+        self.unlock()
 
     @classmethod
     def create(
@@ -48,39 +66,48 @@ class Run:
         path: str | os.PathLike[str],
         config: Mapping[str, Any],
         environment: Mapping[str, Any],
-        start: tuple[Mapping[str, Any], Arrays, Record],
+        start: tuple[Record, Record, Arrays, Record],
         *,
         overwrite: bool = False,
     ) -> Run:
-        """Create the folder of a new run, and return the run.
+        """Create the folder of a new run, and return the run, locked by this process.
+
+        If several processes create a run of the same name at the same time, one of them succeeds.
 
         Args:
             path: the path of the folder. Missing parent folders are created as well.
             config, environment: the contents of config.json and environment.json.
-            start: the first line of the metrics, and the arrays and the record of the first
-                checkpoint.
+            start: the first lines of metrics.jsonl and layers.jsonl, and the arrays and the record
+                of the first checkpoint.
             overwrite: whether to replace an existing run of this name.
 
         Raises:
-            CheckpointError: the folder cannot be written; a file or folder of this name exists and
-                ``overwrite`` is false; or it exists and is not a run.
+            RunExistsError: a file or folder of this name exists and ``overwrite`` is false.
+            CheckpointError: the folder cannot be written; the existing folder is not a run; or
+                another process is writing the existing run.
         """
         path = Path(path)
         cls.check_name(path, overwrite=overwrite)
-        metrics, arrays, record = start
+        metrics, layers, arrays, record = start
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(prefix=f".{path.name}-", dir=path.parent) as beside:
                 run = cls(Path(beside) / "new", config)
                 run.path.mkdir()
+                run.lock()
                 _write_json(run.path / "config.json", config)
                 _write_json(run.path / "environment.json", environment)
-                run.append(metrics)
+                run.append(metrics, layers)
                 run.save(arrays, record)
-                if path.exists():
+                if os.path.lexists(path):
+                    old = cls(path, {})
+                    old.lock()
+                    cls.check_name(path, overwrite=overwrite)
                     os.rename(path, Path(beside) / "old")
                 os.rename(run.path, path)
         except OSError as error:
+            if error.errno in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR) and path.exists():
+                raise RunExistsError(f"{path} exists") from None
             raise _cannot_write(path, error) from None
         run.path = path
         return run
@@ -90,11 +117,12 @@ class Run:
         """Raise an error if `create` would not create a folder of this name.
 
         Raises:
-            CheckpointError: a file or folder of this name exists and may not be overwritten.
+            RunExistsError: a file or folder of this name exists and ``overwrite`` is false.
+            CheckpointError: the existing folder is not a run.
         """
         if os.path.lexists(path):
             if not overwrite:
-                raise CheckpointError(f"{path} exists")
+                raise RunExistsError(f"{path} exists")
             names = ("config.json", "metrics.jsonl")
             if not all(os.path.isfile(os.path.join(path, name)) for name in names):
                 raise CheckpointError(f"{path} is not a run, and will not be overwritten")
@@ -112,6 +140,45 @@ class Run:
         config = _read_json(path / "config.json")
         return cls(path, config)
 
+    def lock(self) -> None:
+        """Lock the run for this process, until `unlock` or until the process ends.
+
+        Raises:
+            CheckpointError: another process has locked the run, or the run cannot be locked.
+        """
+        path = self.path / "lock"
+        try:
+            file = open(path, "a+", encoding="utf-8")  # noqa: SIM115 - `unlock` closes the file.
+        except OSError as error:
+            raise _cannot_write(path, error) from None
+        try:
+            portalocker.lock(file, portalocker.LOCK_EX | portalocker.LOCK_NB)
+            # Another process may have replaced the run between the two lines above.
+            if not os.path.samestat(os.stat(path), os.fstat(file.fileno())):
+                raise CheckpointError(f"{self.path} is being replaced by another process")
+            file.truncate(0)
+            started = datetime.datetime.now().isoformat(" ", timespec="seconds")
+            file.write(f"process {os.getpid()} on {platform.node()} since {started}\n")
+            file.flush()
+        except portalocker.AlreadyLocked:
+            file.seek(0)
+            holder = file.read().strip() or "another process"
+            file.close()
+            raise CheckpointError(f"{self.path} is being written by {holder}") from None
+        except portalocker.LockException as error:
+            file.close()
+            raise CheckpointError(f"{path} cannot be locked: {error}") from None
+        except OSError as error:
+            file.close()
+            raise _cannot_write(path, error) from None
+        self._lock = file
+
+    def unlock(self) -> None:
+        """Release the lock. This also happens when the object is deleted."""
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
     def environment(self) -> dict[str, Any]:
         """Return the versions, the device and the other facts in environment.json.
 
@@ -128,7 +195,7 @@ class Run:
         """
         path = self.path / f"{which}.safetensors"
         arrays, record = load_checkpoint(path)
-        if record.get("config") != self.config:
+        if _fixed(record.get("config")) != _fixed(self.config):
             raise CheckpointError(f"{path} is of another run than {self.path / 'config.json'}")
         return arrays, record
 
@@ -139,65 +206,129 @@ class Run:
             CheckpointError: a checkpoint cannot be written. In this case, the earlier checkpoint is
                 unchanged.
         """
-        record = {**record, "config": self.config, "metrics_sha256": _digest(self._metrics())}
+        digests = {f"{Path(name).stem}_sha256": _digest(self._read(name)) for name in _LINES}
+        record = {**record, "config": self.config, **digests}
         for which in ("best", "last") if best else ("last",):
             save_checkpoint(self.path / f"{which}.safetensors", arrays, record)
 
-    def append(self, record: Mapping[str, Any]) -> None:
-        """Append the record of an epoch to the metrics.
+    def set_config(self, config: Mapping[str, Any]) -> None:
+        """Replace the options. Only `LIMITS` may differ from the options so far.
 
         Raises:
-            CheckpointError: the file cannot be written.
+            CheckpointError: config.json cannot be written.
         """
-        path = self.path / "metrics.jsonl"
+        assert _fixed(config) == _fixed(self.config)
         try:
-            with open(path, "ab") as file:
-                file.write(json.dumps(record).encode() + b"\n")
-                file.flush()
-                os.fsync(file.fileno())
+            _write_json(self.path / "config.json", config)
         except OSError as error:
-            raise _cannot_write(path, error) from None
+            raise _cannot_write(self.path / "config.json", error) from None
+        self.config = dict(config)
+
+    def append(self, metrics: Record, layers: Record) -> None:
+        """Append the metrics of an epoch, and what was recorded of the layers after it.
+
+        Raises:
+            CheckpointError: a file cannot be written.
+        """
+        # `records` relies on this order: each line of the metrics has its line of the layers.
+        for name, record in ((_LAYERS, layers), (_METRICS, metrics)):
+            path = self.path / name
+            try:
+                with open(path, "ab") as file:
+                    file.write(json.dumps(record).encode() + b"\n")
+                    file.flush()
+                    os.fsync(file.fileno())
+            except OSError as error:
+                raise _cannot_write(path, error) from None
 
     def records(self) -> list[Record]:
-        """Return the records of the epochs. An incomplete last line is ignored.
+        """Return the metrics of the epochs. An incomplete last line is ignored.
 
         Raises:
             CheckpointError: the file is damaged.
         """
-        lines = self._metrics().split(b"\n")[:-1]
-        try:
-            return [json.loads(line) for line in lines]
-        except ValueError:
-            raise CheckpointError(f"{self.path / 'metrics.jsonl'} is damaged") from None
+        records = self._lines(_METRICS)
+        for number, record in enumerate(records):
+            if not _are_metrics(record, number):
+                raise CheckpointError(f"{self.path / _METRICS} is damaged: line {number + 1}")
+        return records
+
+    def layers(self) -> list[Record]:
+        """Return what was recorded of the layers, for each record of `records`.
+
+        Raises:
+            CheckpointError: a file is damaged.
+        """
+        count = len(self.records())
+        lines = self._lines(_LAYERS)
+        forms = [_form(line) for line in lines[:count]]
+        if len(lines) < count or not forms or any(form != forms[0] for form in forms):
+            raise CheckpointError(f"{self.path / _LAYERS} is damaged")
+        return lines[:count]
 
     def rewind(self, record: Record) -> None:
-        """Remove the metrics of the epochs after a checkpoint.
+        """Remove the lines of the epochs after a checkpoint.
 
         Args:
             record: the record of the checkpoint.
 
         Raises:
-            CheckpointError: the metrics up to the checkpoint have changed since it was saved.
+            CheckpointError: the lines up to the checkpoint have changed since it was saved.
         """
-        content = self._metrics()
-        kept = b"".join(content.splitlines(keepends=True)[: record["epoch"] + 1])
-        if _digest(kept) != record.get("metrics_sha256"):
-            raise CheckpointError(
-                f"{self.path / 'metrics.jsonl'} is damaged: its lines are not those that the last "
-                "checkpoint knows"
-            )
-        if kept != content:
-            try:
-                write_file(self.path / "metrics.jsonl", kept)
-            except OSError as error:
-                raise _cannot_write(self.path / "metrics.jsonl", error) from None
+        for name in _LINES:
+            content, path = self._read(name), self.path / name
+            kept = b"".join(content.splitlines(keepends=True)[: record["epoch"] + 1])
+            if _digest(kept) != record.get(f"{path.stem}_sha256"):
+                raise CheckpointError(
+                    f"{path} is damaged: its lines are not those that the last checkpoint knows"
+                )
+            if kept != content:
+                try:
+                    write_file(path, kept)
+                except OSError as error:
+                    raise _cannot_write(path, error) from None
 
-    def _metrics(self) -> bytes:
-        path = self.path / "metrics.jsonl"
+    def _lines(self, name: str) -> list[Any]:
         try:
-            return path.read_bytes()
-        except OSError as error:
-            raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
+            return [json.loads(line) for line in self._read(name).split(b"\n")[:-1]]
+        except (ValueError, RecursionError):
+            raise CheckpointError(f"{self.path / name} is damaged: it is not JSON") from None
+
+    def _read(self, name: str) -> bytes:
+        return read_file(self.path / name)
+
+
+def _fixed(config: Any) -> Any:
+    """Return the options that never change."""
+    if not isinstance(config, Mapping):
+        return config
+    return {name: value for name, value in config.items() if name not in LIMITS}
+
+
+def _are_metrics(record: Any, number: int) -> bool:
+    """Return whether a value has the fields of `npbn.training.Epoch` that are read again."""
+    return (
+        isinstance(record, dict)
+        and record.get("number") == number
+        and all(
+            record[part] is None
+            or (
+                isinstance(record[part], dict)
+                and all(isinstance(record[part].get(name), int | float) for name in _MEASURED)
+            )
+            for part in ("train", "test")
+            if part in record
+        )
+    )
+
+
+def _form(value: Any) -> Any:
+    """Return a value of JSON with every number as 0, to compare the structure of values."""
+    if isinstance(value, dict):
+        return {name: _form(inner) for name, inner in value.items()}
+    if isinstance(value, list):
+        return [_form(inner) for inner in value]
+    return 0 if isinstance(value, int | float) else value
 
 
 def _digest(content: bytes) -> str:
@@ -214,10 +345,8 @@ def _write_json(path: Path, value: Mapping[str, Any]) -> None:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        value = json.loads(path.read_bytes())
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from None
-    except ValueError:
+        value = json.loads(read_file(path))
+    except (ValueError, RecursionError):
         value = None
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} is damaged: expected a JSON object")

@@ -1,20 +1,22 @@
 """Define the common parts of all commands: error messages of one line, and exit codes.
 
 The exit codes are 0 if all went well; 1 if nobody reads the output any more; 2 for bad input,
-something missing on this machine or an output that cannot be written; and 130 if Ctrl-C interrupted
-the command.
+something missing on this machine or an output that cannot be written; 3 if the loss of a training
+became NaN; and 128 + n if signal n stopped the command: 130 after Ctrl-C, 143 after SIGTERM, 129
+after SIGHUP.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import io
 import math
 import os
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
 STARTED = time.perf_counter()
@@ -65,24 +67,50 @@ def number(description: str, holds: Callable[[float], bool]) -> Callable[[str], 
     return value(float, description, lambda found: math.isfinite(found) and holds(found))
 
 
-class CtrlC:
-    """A context in which the first Ctrl-C only sets ``pressed``; the next one interrupts."""
+SIGNALS = [
+    signal.Signals[name] for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)
+]
+"""The signals that stop a command. Windows has no SIGHUP."""
+
+
+class Stopped(KeyboardInterrupt):
+    """A signal stopped the command. The attribute ``signal`` is its number."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.signal = number
+
+
+def _stop(number: int, frame: object) -> NoReturn:
+    raise Stopped(number)
+
+
+class PostponedStop:
+    """A context in which the first signal of `SIGNALS` only sets ``signal`` to its number.
+
+    The next signal stops the command at once.
+    """
 
     def __init__(self) -> None:
-        self.pressed = False
+        self.signal: int | None = None
 
-    def __enter__(self) -> CtrlC:
-        self._before = signal.getsignal(signal.SIGINT)
-        if self._before is signal.default_int_handler:  # In the background, it may be ignored.
-            signal.signal(signal.SIGINT, self._note)
+    def __enter__(self) -> PostponedStop:
+        # A signal that is ignored stays ignored: SIGINT in the background, SIGHUP with nohup.
+        self._numbers = [number for number in SIGNALS if signal.getsignal(number) is _stop]
+        for number in self._numbers:
+            signal.signal(number, self._note)
         return self
 
-    def _note(self, *_: object) -> None:
-        self.pressed = True
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+    def _note(self, number: int, frame: object) -> None:
+        self.signal = number
+        self._restore()
+
+    def _restore(self) -> None:
+        for number in self._numbers:
+            signal.signal(number, _stop)
 
     def __exit__(self, *_: object) -> None:
-        signal.signal(signal.SIGINT, self._before)
+        self._restore()
 
 
 def typed(program: str) -> str:
@@ -90,9 +118,38 @@ def typed(program: str) -> str:
     return f"python scripts/{program}" if program.endswith(".py") else program
 
 
-def say(line: str) -> None:
-    """Print a line and flush the output, so that the line appears at once."""
-    print(line, flush=True)
+class OutputError(Exception):
+    """The output cannot be written. The cause is an OSError."""
+
+
+_quiet = False
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Run the code inside without what `say` would print."""
+    global _quiet
+    _quiet = True
+    try:
+        yield
+    finally:
+        _quiet = False
+
+
+def say(line: str, *, always: bool = False) -> None:
+    """Print a line and flush the output, so that the line appears at once.
+
+    In the context of `quiet`, the line is printed only if ``always`` is true.
+
+    Raises:
+        OutputError: the line cannot be written.
+    """
+    if _quiet and not always:
+        return
+    try:
+        print(line, flush=True)
+    except OSError as error:
+        raise OutputError from error
 
 
 def run(program: str, main: Callable[[], int | None]) -> NoReturn:
@@ -100,35 +157,50 @@ def run(program: str, main: Callable[[], int | None]) -> NoReturn:
 
     An error that the user can correct is printed as one line, without a traceback.
     """
-    from npbn.errors import BackendError, NpbnError
+    from npbn.errors import BackendError, NonFiniteError, NpbnError
 
     if isinstance(sys.stdout, io.TextIOWrapper):  # A terminal that cannot show √ shows \u221a.
         sys.stdout.reconfigure(errors="backslashreplace")
-    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+    for number in SIGNALS:
+        if signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):
+            signal.signal(number, _stop)
     code = 0
     try:
         try:
             code = main() or 0
         finally:  # This also runs after --help, for which argparse ends the program.
-            if sys.stdout is not None:
-                sys.stdout.flush()
+            _flush()
     except NpbnError as error:
         code = _fail(one_line(f"{program}: error: {error}"))
+        if isinstance(error, NonFiniteError):
+            code = 3
         if isinstance(error, BackendError) and sys.stderr is not None:
             # On a GPU that failed, CuPy prints a traceback for each thing that it frees.
             sys.stderr.flush()
             os._exit(code)
-        sys.exit(code)
-    except KeyboardInterrupt:
-        _fail(f"\n{program}: interrupted")
-        sys.exit(130)
-    except OSError as error:
-        if error.filename is not None:  # The error is about a file, not about the output.
-            raise
+    except Stopped as stopped:
+        name = signal.Signals(stopped.signal).name
+        _fail(f"\n{program}: {'interrupted' if name == 'SIGINT' else f'stopped by {name}'}")
+        code = 128 + stopped.signal
+    except MemoryError as error:
+        code = _fail(one_line(f"{program}: error: out of memory: {error or 'no more is free'}"))
+    except OutputError as error:
         # Python would try to write the rest of the buffer at exit, and fail again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        if isinstance(error, BrokenPipeError):  # The reader has ended, as in `train.py | head`.
-            sys.exit(1)
-        sys.exit(_fail(f"{program}: error: cannot write the output: {error.strerror}"))
+        cause = error.__cause__
+        assert isinstance(cause, OSError)
+        code = 1  # The reader has ended, as in `train.py | head`.
+        if not isinstance(cause, BrokenPipeError):
+            code = _fail(f"{program}: error: cannot write the output: {cause.strerror}")
+    except OSError as error:
+        what = "" if error.filename is None else f"{error.filename}: "
+        code = _fail(one_line(f"{program}: error: {what}{error.strerror or error}"))
     sys.exit(code)
+
+
+def _flush() -> None:
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except OSError as error:
+        raise OutputError from error

@@ -23,7 +23,7 @@ def draw_run(loaded: Loaded, dataset: data.Dataset, directory: Path) -> None:
     draw_comparison([loaded.run], directory)
     model, dtype = loaded.model, loaded.config.dtype
     if not loaded.config.no_batch_norm:
-        _save(plots.batch_norm_parameters(_records(loaded.run)), directory / "batch_norm.png")
+        _save(plots.batch_norm_parameters(loaded.run.layers()), directory / "batch_norm.png")
     _save(plots.filters(model.parameters()["0.weight"].data), directory / "filters.png")
 
     x, labels = next(dataset.test.batches(1, dtype))

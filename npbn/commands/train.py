@@ -3,25 +3,41 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
 import dataclasses
 import datetime
+import itertools
+import json
 import math
+import os
 import platform
 import shlex
 import subprocess
 import sys
 import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 import npbn
 from npbn import backend, experiment, inspection, plots, runs, training, verify
-from npbn.commands.command_line import STARTED, ArgumentParser, CtrlC, say, typed, value
+from npbn.checkpoint import write_file
+from npbn.commands.command_line import (
+    STARTED,
+    ArgumentParser,
+    OutputError,
+    PostponedStop,
+    Stopped,
+    quiet,
+    say,
+    typed,
+    value,
+)
 from npbn.commands.pictures import draw_run
+from npbn.commands.progress import Progress
 from npbn.data import YOURS, Dataset, Split
 from npbn.errors import (
     BackendError,
@@ -29,6 +45,7 @@ from npbn.errors import (
     DataError,
     NonFiniteError,
     NpbnError,
+    RunExistsError,
     UnsupportedError,
 )
 from npbn.experiment import Config
@@ -43,13 +60,20 @@ examples:
   {train} --dataset folder --data photos --side 32 --test-fraction 0.2
   {train} --run runs/first               a folder to find again
   {train} --resume runs/first            after Ctrl-C, or a power cut
+  {train} --resume runs/first --epochs 20
+  {train} --from runs/first --lr 0.1     a new run that begins with these weights
+
+Ctrl-C, SIGTERM and SIGHUP stop the training after the batch, and keep what was trained. A second
+signal stops at once.
 
 exit codes: 0 trained, 1 the output pipe was closed, 2 bad input, something missing on this
-machine, an output that cannot be written, or a loss that became NaN, 130 interrupted
+machine, or an output that cannot be written, 3 the loss became NaN, 130, 143 or 129 stopped by
+Ctrl-C, SIGTERM or SIGHUP
 """
 
-# The options that are allowed with --resume.
-FREE_WITH_RESUME = ("resume", "data", "backend", "threads", "plots")
+# The options that are allowed with --resume, and those that --from takes from the run.
+FREE_WITH_RESUME = ("resume", "data", "backend", "threads", "plots", "quiet", "json", *runs.LIMITS)
+OF_THE_WEIGHTS = ("model", "no_batch_norm", "activation")
 
 # The fields of `Config` that are options of the command line, in groups, with their help texts.
 OPTIONS = {
@@ -86,12 +110,12 @@ OPTIONS = {
         "batch_size": "examples a step",
         "lr": "learning rate",
         "schedule": "of the learning rate: constant; step, multiplied by --lr-factor every "
-        "--lr-epochs epochs; cosine, down to 0 at the end",
+        "--lr-epochs epochs; cosine, down to 0 where the training ends",
         "lr_epochs": "with --schedule step (default: 3)",
         "lr_factor": "with --schedule step (default: 0.1)",
         "momentum": "of SGD",
         "weight_decay": "of weights, not of biases, gamma and beta",
-        "max_steps": "stop after N steps of the optimizer",
+        "max_steps": "stop after N steps of the optimizer, even within an epoch",
         "target_accuracy": "stop when the test accuracy is at least X",
         "eval_every": "epochs from one evaluation to the next",
         "precise_bn": "before each evaluation, recompute batch norm's statistics over the "
@@ -146,16 +170,28 @@ def parse_arguments(program: str, words: list[str]) -> argparse.Namespace:
     kept.add_argument(
         "--run",
         metavar="DIR",
-        help="new folder for configuration, metrics and checkpoints (default: runs/DATE-TIME)",
+        help="new folder for configuration, metrics and checkpoints (default: runs/DATE-TIME, with "
+        "a number if that exists)",
     )
     kept.add_argument("--overwrite", action="store_true", help="replace the run in that folder")
     kept.add_argument(
         "--resume",
         metavar="DIR",
         help="go on with the run in this folder, with its own options, from its last checkpoint: "
-        "it ends as if it had never been interrupted",
+        "it ends as if it had never been interrupted. With --epochs or --max-steps, the run is "
+        "trained until then; a cosine then ends there, too",
+    )
+    kept.add_argument(
+        "--from",
+        dest="source",
+        metavar="DIR",
+        help="begin with the model of the run in this folder, from its best checkpoint",
     )
     kept.add_argument("--plots", action="store_true", help="draw the run at the end")
+    kept.add_argument("--quiet", action="store_true", help="print only the last line")
+    kept.add_argument(
+        "--json", metavar="FILE", help="write the result to this file, however the training ends"
+    )
 
     arguments = parser.parse_args(words)
     if arguments.dataset == "digits" and arguments.data is not None:
@@ -175,25 +211,39 @@ def parse_arguments(program: str, words: list[str]) -> argparse.Namespace:
             parser.error(f"argument --{name}: not allowed without --schedule step")
     if arguments.overwrite and arguments.run is None:
         parser.error("argument --overwrite: not allowed without --run, which names what to replace")
-    if arguments.resume is not None:
-        # Parse again without the defaults, to see which options were given.
-        nothing = argparse.Namespace(**dict.fromkeys(vars(arguments)))
-        for option, given in vars(parser.parse_args(words, nothing)).items():
-            if option not in FREE_WITH_RESUME and given is not None:
-                name = option.replace("_", "-")
-                parser.error(f"argument --{name}: not allowed with --resume: the run has its own")
+    # Parse again without the defaults, to see which options were given.
+    nothing = argparse.Namespace(**dict.fromkeys(vars(arguments)))
+    given = {k: v for k, v in vars(parser.parse_args(words, nothing)).items() if v is not None}
+    arguments.limits = {name: given[name] for name in runs.LIMITS if name in given}
+    for option in given:
+        name = "from" if option == "source" else option.replace("_", "-")
+        if arguments.resume is not None and option not in FREE_WITH_RESUME:
+            parser.error(f"argument --{name}: not allowed with --resume: the run has its own")
+        if arguments.source is not None and option in OF_THE_WEIGHTS:
+            parser.error(f"argument --{name}: not allowed with --from: the weights have their own")
+    if arguments.json is not None and not os.path.isdir(os.path.dirname(arguments.json) or "."):
+        parser.error(f"argument --json: there is no directory {os.path.dirname(arguments.json)}")
     return arguments
 
 
 def main(program: str, words: list[str]) -> None:
     arguments = parse_arguments(program, words)
+    refuse_launchers()
     backend.keep_freed_memory()
     if arguments.plots:
         plots.check_matplotlib()
-    session = start(arguments) if arguments.resume is None else resume(arguments)
-    train(session, program)
+    with quiet() if arguments.quiet else contextlib.nullcontext():
+        try:
+            session = start(arguments) if arguments.resume is None else resume(arguments)
+            train(session, program, arguments.json)
+        except MemoryError as error:
+            raise NpbnError(
+                f"out of memory: {error or 'no more is free'}; a smaller --batch-size or "
+                "--limit-train needs less"
+            ) from None
     if arguments.plots:
-        draw_run(experiment.load(session.run.path), session.dataset, session.run.path / "plots")
+        with quiet() if arguments.quiet else contextlib.nullcontext():
+            draw_run(experiment.load(session.run.path), session.dataset, session.run.path / "plots")
 
 
 @dataclasses.dataclass
@@ -231,14 +281,13 @@ class Session:
                 "little is learned"
             )
 
-    def record(self, epoch: training.Epoch | None) -> dict[str, Any]:
-        """Return a line of the metrics; ``epoch`` is None before the first epoch."""
+    def records(self, epoch: training.Epoch | None) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Return the lines for `Run.append`; ``epoch`` is None before the first epoch."""
         model, split = self.state.model, self.state.train
-        if epoch is None:
-            found: dict[str, Any] = {"number": 0, "step": 0, "train": None, "test": None}
-        else:
-            found = dataclasses.asdict(epoch)
-        found["batch_norm"] = [
+        metrics: dict[str, Any] = {"number": 0, "step": 0, "train": None, "test": None}
+        if epoch is not None:
+            metrics = dataclasses.asdict(epoch)
+        parameters = [
             {
                 name: backend.to_numpy(p.data).ravel().tolist()
                 for name, p in norm.parameters().items()
@@ -246,15 +295,18 @@ class Session:
             for norm in inspection.batch_norms(model)
         ]
         x, _ = next(split.batches(256, self.config.dtype))
-        found["preactivations"] = inspection.histograms(model, x)
-        return found
+        return metrics, {
+            "number": metrics["number"],
+            "batch_norm": parameters,
+            "preactivations": inspection.histograms(model, x),
+        }
 
     def save(self, epoch: training.Epoch | None = None, *, best: bool = False) -> None:
         """Save a checkpoint and, after an epoch, the metrics of the epoch."""
         # This comes before any writing, because `state` refuses a state that is not finite.
         arrays, record = self.state.state()
         if epoch is not None:
-            self.run.append(self.record(epoch))
+            self.run.append(*self.records(epoch))
         self.run.save(arrays, record, best=best)
 
 
@@ -263,18 +315,26 @@ def start(arguments: argparse.Namespace) -> Session:
     names = [name for options in OPTIONS.values() for name in options]
     config = Config(**{name: getattr(arguments, name) for name in names})
     now = datetime.datetime.now()
-    default = now.strftime("runs/%Y-%m-%d-%H.%M.%S")
-    path = Path(default if arguments.run is None else arguments.run)
-    check_name(path, overwrite=arguments.overwrite)  # This check comes before steps that take long.
+    path = Path(now.strftime("runs/%Y-%m-%d-%H.%M.%S") if arguments.run is None else arguments.run)
+    if arguments.run is not None:  # This check comes before steps that take long.
+        check_name(path, overwrite=arguments.overwrite)
+    source = None if arguments.source is None else experiment.load(arguments.source)
+    if source is not None:
+        of_weights = {name: getattr(source.config, name) for name in OF_THE_WEIGHTS}
+        config = dataclasses.replace(config, **of_weights)
     device = open_device(config.backend, config.threads)
     dataset = load_data(config)
     for note in dataset.notes:
         say(f"note: {note}")
     data = None if config.data is None else str(Path(config.data).resolve())
     config = dataclasses.replace(config.fitted(dataset), backend=device.name, data=data)
+    if source is not None:
+        check_source(source, config)
+        say(f"weights: from {arguments.source}, after epoch {source.epoch}")
+    model = None if source is None else source.model
     with device.explaining_failures():
         try:
-            state = experiment.build_training(config, dataset, device, report=say)
+            state = experiment.build_training(config, dataset, device, model=model, report=say)
         except UnsupportedError as error:
             raise NpbnError(f"--engine fused: {error}; --engine layers can do it") from None
     # The configuration keeps the engine that was chosen, so that a resumed run uses it again.
@@ -283,20 +343,42 @@ def start(arguments: argparse.Namespace) -> Session:
     session.describe()
     if arguments.check_gradients:
         check_gradients(session)
-    environment = describe_environment(device) | {
+    environment = describe_environment(session) | {
         "command": shlex.join(sys.argv),
+        "from": arguments.source,
         "started": now.isoformat(timespec="seconds"),
     }
     with device.explaining_failures():
-        session.run = runs.Run.create(
-            path,
-            config.to_json(),
-            environment,
-            (session.record(None), *session.state.state()),
-            overwrite=arguments.overwrite,
-        )
+        first = (*session.records(None), *session.state.state())
+    paths = [path] if arguments.run is not None else unused(path)
+    for path in paths:
+        try:
+            session.run = runs.Run.create(
+                path, config.to_json(), environment, first, overwrite=arguments.overwrite
+            )
+            break
+        except RunExistsError:
+            if arguments.run is not None:
+                raise
     say(f"run: {path}")
     return session
+
+
+def unused(path: Path) -> Iterator[Path]:
+    """Return the path, then the path with -2, with -3 and so on, without those that exist."""
+    names = (path.with_name(f"{path.name}-{k}" if k > 1 else path.name) for k in itertools.count(1))
+    return (name for name in names if not os.path.lexists(name))
+
+
+def check_source(source: experiment.Loaded, config: Config) -> None:
+    """Raise an error if the data does not fit the model from which a new run begins."""
+    theirs, ours = (
+        f"images of {c.side} × {c.side} with {c.channels} channel{'s' * (c.channels != 1)} in "
+        f"{len(c.classes)} classes"
+        for c in (source.config, config)
+    )
+    if theirs != ours:
+        raise NpbnError(f"--from {source.run.path}: its model takes {theirs}, the data has {ours}")
 
 
 def check_name(path: Path, *, overwrite: bool) -> None:
@@ -322,8 +404,15 @@ def load_data(config: Config) -> Dataset:
 def resume(arguments: argparse.Namespace) -> Session:
     """Return the session of a run that continues from its last checkpoint."""
     run, config = experiment.open_run(arguments.resume)
+    run.lock()
     there = run.environment()
-    run.load()  # This also verifies the configuration before it is used.
+    _, record = run.load()  # This also verifies the configuration before it is used.
+    config = dataclasses.replace(config, **arguments.limits)
+    for name, done in (("epochs", record["epoch"]), ("max_steps", record["step"])):
+        limit = arguments.limits.get(name)
+        if limit is not None and limit < done:
+            option, what = f"--{name.replace('_', '-')}", name.removeprefix("max_")
+            raise NpbnError(f"{option} {limit}: the run has {done} {what} already")
     if arguments.data is not None and config.dataset == "digits":
         raise NpbnError("--data: not allowed with this run of the digits, which need no files")
     name = config.backend if arguments.backend == "auto" else arguments.backend
@@ -336,10 +425,11 @@ def resume(arguments: argparse.Namespace) -> Session:
     session = Session(run, config, state, dataset, device, resumed=True)
     session.describe()
     run.rewind(record)
-    for name, here in describe_environment(device).items():
-        if there.get(name) != here:
+    run.set_config(config.to_json())
+    for name, here in describe_environment(session).items():
+        if there.get(name, here) != here:
             say(
-                f"note: {name} was {there.get(name)} when this run began and is {here} now: "
+                f"note: {name} was {there[name]} when this run began and is {here} now: "
                 "the last bits may differ"
             )
     say(f"run: {run.path}, going on after epoch {state.epoch}, batch {state.batch}")
@@ -361,15 +451,23 @@ def open_device(name: str, threads: int | None) -> backend.Backend:
     return device
 
 
-def describe_environment(device: backend.Backend) -> dict[str, str | None]:
+def describe_environment(session: Session) -> dict[str, str | None]:
     """Return the versions and devices on which the last bits of a result may depend."""
-    return {
+    found = {
         "npbn": npbn.__version__,
         "commit": commit(),
         "Python": platform.python_version(),
-        "device": device.description,
         "platform": platform.platform(),
     }
+    if session.device.name != "numpy":
+        return found | {"device": session.device.description}
+    found |= {"device": backend.cpu_name(), **backend.describe_numpy()}
+    if session.state.engine.kind == "layers":
+        return found | {"threads": str(backend.blas_threads())}
+    from npbn.engine.cpu.compilation import describe_compiler
+
+    # The number of threads does not change the results of the fused engine.
+    return found | {"compiler": describe_compiler()}
 
 
 def commit() -> str | None:
@@ -387,39 +485,59 @@ def commit() -> str | None:
     return process.stdout.strip() or None
 
 
+LAUNCHERS = {
+    "OMPI_COMM_WORLD_SIZE": "mpiexec",
+    "PMI_SIZE": "mpiexec",
+    "SLURM_STEP_NUM_TASKS": "srun",
+    "WORLD_SIZE": "torchrun",
+}
+
+
+def refuse_launchers() -> None:
+    """Raise an error if a launcher has started this program several times.
+
+    Every copy would train the same network. (An array of jobs starts independent programs.)
+    """
+    for variable, launcher in LAUNCHERS.items():
+        count = os.environ.get(variable, "")
+        if count.isdecimal() and int(count) > 1:
+            raise NpbnError(
+                f"{launcher} has started {count} copies of this program ({variable}={count}), and "
+                "each would train the whole network; start one, or a job for each run of a sweep"
+            )
+
+
 class StoppedError(Exception):
-    """The training was stopped by Ctrl-C between two batches, and a checkpoint was saved."""
+    """The training was stopped by a signal between two batches, and a checkpoint was saved."""
 
 
-def train(session: Session, program: str) -> None:
-    """Train to the end and save after each epoch; print the table of epochs and a summary."""
+def train(session: Session, program: str, json_file: str | None) -> None:
+    """Train to the end and save after each epoch; print the table of epochs and a summary.
+
+    However the training ends, its result is written to ``json_file``.
+    """
     config, state, run = session.config, session.state, session.run
     say("")
     say("epoch    loss  train acc  test acc  examples/s")
-    bar = tqdm(
-        total=len(state.train),
-        initial=state.batch * state.batch_size,
-        unit=" examples",
-        unit_scale=True,
-        leave=False,
-        disable=sys.stderr is None or not sys.stderr.isatty(),
-    )
-    bar.set_description(f"epoch {state.epoch + 1}")
     epochs: list[training.Epoch] = []
     best = state.best
+    examples = len(state.train) - training.left_out(len(state.train), state.batch_size)
+    total = min(config.epochs * examples, (config.max_steps or math.inf) * state.batch_size)
+    done = state.epoch * examples + state.batch * state.batch_size
+    progress = Progress(int(total), done)
+    progress.epoch(state.epoch + 1)
 
     def on_batch(examples: int) -> None:
-        bar.update(examples)
-        if ctrl_c.pressed:
+        progress.update(examples)
+        if postponed.signal is not None:
             session.save()
             raise StoppedError
 
     def on_epoch(epoch: training.Epoch) -> None:
         nonlocal best
         epochs.append(epoch)
-        bar.clear()
         accuracy = "-" if epoch.test is None else f"{epoch.test.accuracy:.4f}"
-        say(
+        progress.say(
             f"{epoch.number:5d}  {epoch.train.loss:6.4f}  {epoch.train.accuracy:9.4f}  "
             f"{accuracy:>8}  {epoch.train.examples / epoch.train.seconds:10,.0f}"
         )
@@ -427,15 +545,12 @@ def train(session: Session, program: str) -> None:
             say("       (one example an epoch is left out: as a batch it has no variance)")
         session.save(epoch, best=state.best > best)
         best = state.best
-        if epoch.number < config.epochs:
-            bar.reset()
-            bar.set_description(f"epoch {epoch.number + 1}")
-        if ctrl_c.pressed:
-            raise StoppedError
+        progress.epoch(epoch.number + 1)
 
+    status = "failed"
     try:
         # NumPy's warnings are off because the training itself looks for NaN and infinity.
-        with CtrlC() as ctrl_c, np.errstate(over="ignore", invalid="ignore"):
+        with PostponedStop() as postponed, np.errstate(over="ignore", invalid="ignore"):
             state.run(
                 config.epochs,
                 max_steps=config.max_steps or math.inf,
@@ -444,18 +559,51 @@ def train(session: Session, program: str) -> None:
                 on_batch=on_batch,
                 on_epoch=on_epoch,
             )
+        status = "trained"
     except StoppedError:
-        bar.close()
-        say(f"stopped after step {state.optimizer.steps}; to go on: {resuming(program, run)}")
-        raise KeyboardInterrupt from None
+        status = "stopped"
+        assert postponed.signal is not None
+        progress.close()
+        with contextlib.suppress(OutputError):  # After SIGHUP, the terminal may be gone.
+            say(f"stopped after step {state.optimizer.steps}; to go on: {resuming(program, run)}")
+        raise Stopped(postponed.signal) from None
     except BackendError as error:
         raise BackendError(f"{error}: {resuming(program, run)}") from None
     except NonFiniteError as error:
-        bar.close()
-        raise NpbnError(f"{error}: {explain_non_finite(session)}") from None
+        status = "not finite"
+        progress.close()
+        raise NonFiniteError(f"{error}: {explain_non_finite(session)}") from None
     finally:
-        bar.close()
-    conclude(session, epochs)
+        progress.close()
+        if json_file is not None:
+            write_result(json_file, session, status, epochs)
+    conclude(session, epochs, program)
+
+
+def write_result(
+    path: str, session: Session, status: str, epochs: Sequence[training.Epoch]
+) -> None:
+    """Write the result of a training to a JSON file."""
+    state = session.state
+    last = dataclasses.asdict(epochs[-1]) if epochs else {"train": None, "test": None}
+    seconds = sum(epoch.train.seconds for epoch in epochs)
+    examples = sum(epoch.train.examples for epoch in epochs)
+    result = {
+        "run": str(session.run.path),
+        "status": status,
+        "config": session.config.to_json(),
+        "epochs": state.epoch,
+        "steps": state.optimizer.steps,
+        "best_test_accuracy": state.best if state.best >= 0 else None,
+        "train": last["train"],
+        "test": last["test"],
+        "seconds": seconds,
+        "examples_per_second": examples / seconds if seconds else None,
+    }
+    try:
+        write_file(path, (json.dumps(result, indent=2) + "\n").encode())
+    except OSError as error:
+        raise NpbnError(f"{path} cannot be written: {error.strerror}") from None
 
 
 def resuming(program: str, run: runs.Run) -> str:
@@ -475,12 +623,20 @@ def explain_non_finite(session: Session) -> str:
     return f"{where}{cause}; the last good checkpoint is kept: {run.path / 'last.safetensors'}"
 
 
-def conclude(session: Session, epochs: list[training.Epoch]) -> None:
-    """Print the speed, the best accuracy and the folder of the checkpoints."""
-    state = session.state
+def conclude(session: Session, epochs: Sequence[training.Epoch], program: str) -> None:
+    """Print the speed, batch norm's first parameters, the best accuracy and the run's folder."""
+    state, config = session.state, session.config
     say("")
     if not epochs:
-        say(f"this run was finished already, after epoch {state.epoch}")
+        ended = f"{state.epoch} of {config.epochs} epochs"
+        if config.max_steps is not None and state.optimizer.steps >= config.max_steps:
+            ended = f"--max-steps {config.max_steps}"
+        elif state.best >= (config.target_accuracy or math.inf):
+            ended = f"--target-accuracy {config.target_accuracy}"
+        say(
+            f"this run was finished already, after epoch {state.epoch} ({ended}); to train on: "
+            f"{resuming(program, session.run)} with more --epochs or --max-steps"
+        )
     else:
         seconds = sum(epoch.train.seconds for epoch in epochs)
         examples = sum(epoch.train.examples for epoch in epochs)
@@ -489,11 +645,12 @@ def conclude(session: Session, epochs: list[training.Epoch]) -> None:
             f"{examples / seconds:,.0f} examples/s in training on {session.device.name}: "
             f"{seconds:.1f} s of training{in_all}"
         )
-    say(f"best test accuracy {state.best:.4f}; checkpoints last and best in {session.run.path}")
     norms = inspection.batch_norms(state.model)
     for parameter in (norms[0].gamma, norms[0].beta) if norms else ():
         values = " ".join(f"{v:.3f}" for v in backend.to_numpy(parameter.data).ravel())
         say(f"{parameter.name} of the first batch norm: {values}")
+    found = f"best test accuracy {state.best:.4f}" if state.best >= 0 else "nothing was evaluated"
+    say(f"{found}; checkpoints last and best in {session.run.path}", always=True)
 
 
 def check_gradients(session: Session) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import llvmlite.binding
 import numba
 import numpy as np
 import platformdirs
@@ -32,6 +33,14 @@ Not every threading layer of Numba can be used by two Python threads at the same
 # With half of the number below, Linux leaves threads that wake up together on one CPU for a while.
 # OpenMP reads the variable when its library loads.
 os.environ.setdefault("GOMP_SPINCOUNT", "2000")
+
+
+def describe_compiler() -> str:
+    """Return the version of the compiler, and the processor for which it compiles."""
+    name = numba.config.CPU_NAME or llvmlite.binding.get_host_cpu_name()
+    features = numba.config.CPU_FEATURES or llvmlite.binding.get_host_cpu_features().flatten()
+    digest = hashlib.sha256(features.encode()).hexdigest()[:8]
+    return f"Numba {numba.__version__} for {name} with features {digest}"
 
 
 def cache_directory(dtype: Any) -> Path:
