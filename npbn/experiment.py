@@ -15,7 +15,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -331,7 +331,25 @@ def train(
     return training
 
 
-# Loading runs.
+# Loading and comparing runs.
+
+
+NOT_COMPARED = ("classes", "channels", "side", "data")
+"""The fields of `Config` in which `differences` does not look."""
+
+
+def differences(configs: Sequence[Config]) -> list[str]:
+    """Return for each configuration the fields in which the configurations differ, as words.
+
+    The words of a configuration are, for instance, "lr=0.5 seed=1".
+    """
+    names = [
+        field.name
+        for field in dataclasses.fields(Config)
+        if field.name not in NOT_COMPARED
+        and len({getattr(config, field.name) for config in configs}) > 1
+    ]
+    return [" ".join(f"{name}={getattr(config, name)}" for name in names) for config in configs]
 
 
 def open_run(path: str | os.PathLike[str]) -> tuple[runs.Run, Config]:

@@ -7,7 +7,9 @@ functions do not use pyplot and open no window. So they also work on machines wi
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping, Sequence
+import math
+import os
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -26,6 +28,13 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 """The colours of Okabe and Ito, which colour-blind people can distinguish."""
 
 
+def colours(count: int) -> Sequence[Any]:
+    """Return a colour for each of ``count`` runs: `COLOURS`, or shades if there are more runs."""
+    if count <= len(COLOURS):
+        return COLOURS[:count]
+    return [_viridis(shade) for shade in np.linspace(0, 0.95, count)]
+
+
 def check_matplotlib() -> None:
     """Raise an error if matplotlib cannot be used.
 
@@ -34,6 +43,8 @@ def check_matplotlib() -> None:
     Raises:
         NpbnError: matplotlib is not installed, or does not work.
     """
+    # Jupyter gives a backend for windows to its commands, which matplotlib may not find there.
+    os.environ["MPLBACKEND"] = "agg"
     try:
         import matplotlib.figure  # noqa: F401  # Only whether this works is of interest.
     except ImportError as error:
@@ -55,28 +66,28 @@ def curves(runs: Mapping[str, Records]) -> Figure:
     """Draw loss and accuracy of each epoch, for one run or several runs.
 
     Args:
-        runs: the records of the runs by the names in the legend; at most as many as `COLOURS`.
+        runs: the metrics of the runs by the names in the legend.
     """
-    title = "Loss and accuracy by epoch (train: mean over the epoch; test: after it)"
-    figure = _new_figure(10, 4.2 + 0.45 * len(runs), title)
+    title = "Loss and accuracy by epoch (train, solid: mean over the epoch; test, dashed: after it)"
+    figure = _new_figure(10, 4.2 + _legend_height(10, runs), title)
     panels = figure.subplots(1, 2)
+    handles: dict[str, Any] = {}
     for axes, quantity in zip(panels, ("loss", "accuracy"), strict=True):
-        for colour, (name, records) in zip(COLOURS, runs.items(), strict=False):
+        for colour, (name, records) in zip(colours(len(runs)), runs.items(), strict=True):
             for split, style in (("train", "-"), ("test", "o--")):
                 found = [record for record in records if record[split] is not None]
-                axes.plot(
+                (handles[name],) = axes.plot(
                     [record["number"] for record in found],
                     [record[split][quantity] for record in found],
                     style,
                     color=colour,
-                    label=f"{split}, {name}",
                 )
         axes.grid(alpha=0.3)
         _count_epochs(axes)
     panels[0].set_ylabel("loss (mean cross-entropy, nats)")
     panels[0].set_ylim(bottom=0)
     panels[1].set_ylabel("accuracy (fraction right)")
-    _add_legend(figure, panels[0])
+    _add_legend(figure, handles)
     return figure
 
 
@@ -106,8 +117,8 @@ def preactivation_histograms(runs: Mapping[str, Records]) -> Figure:
     """Draw histograms of the input of each activation layer, at four epochs that all runs have.
 
     Args:
-        runs: the records of the runs by the names in the legend; at most as many as `COLOURS`. All
-            runs have the same number of activation layers.
+        runs: the records of the layers of the runs (`npbn.runs.Run.layers`) by the names in the
+            legend. All runs have the same number of activation layers.
     """
     last = min(records[-1]["number"] for records in runs.values())
     epochs = sorted({0, 1, (last + 1) // 2, last})
@@ -117,14 +128,16 @@ def preactivation_histograms(runs: Mapping[str, Records]) -> Figure:
         "Distribution of each layer's pre-activations on a batch of training images "
         f"(beyond ±{HISTOGRAM_EDGES[-1]:g}: in the outermost bins)"
     )
-    figure = _new_figure(3 * layers, 1.7 * len(epochs) + 0.8 + 0.22 * len(runs), title)
+    height = 1.7 * len(epochs) + 0.6 + _legend_height(3 * layers, runs)
+    figure = _new_figure(3 * layers, height, title)
     grid = figure.subplots(len(epochs), layers, sharex=True, squeeze=False)
+    handles: dict[str, Any] = {}
     for row, epoch in zip(grid, epochs, strict=True):
-        for colour, (name, records) in zip(COLOURS, runs.items(), strict=False):
+        for colour, (name, records) in zip(colours(len(runs)), runs.items(), strict=True):
             for axes, counts in zip(row, records[epoch]["preactivations"].values(), strict=True):
-                share = np.array(counts) / sum(counts)
-                axes.stairs(share, HISTOGRAM_EDGES, color=colour, label=name, linewidth=1.5)
-                axes.stairs(share, HISTOGRAM_EDGES, color=colour, fill=True, alpha=0.25)
+                share = np.array(counts) / max(sum(counts), 1)
+                handles[name] = axes.stairs(share, HISTOGRAM_EDGES, color=colour, linewidth=1.5)
+                axes.stairs(share, HISTOGRAM_EDGES, color=colour, fill=True, alpha=0.5 / len(runs))
         for axes in row:
             axes.set_yticks([])
             axes.axvline(0, color="black", linewidth=0.5)
@@ -132,7 +145,7 @@ def preactivation_histograms(runs: Mapping[str, Records]) -> Figure:
     for k in range(layers):
         grid[0, k].set_title(f"activation {k + 1}")
         grid[-1, k].set_xlabel("pre-activation")
-    _add_legend(figure, grid[0, 0])
+    _add_legend(figure, handles)
     return figure
 
 
@@ -275,9 +288,29 @@ def _hide_ticks(axes: Axes) -> None:
     axes.set_yticks([])
 
 
-def _add_legend(figure: Figure, axes: Axes) -> None:
-    """Add a legend for ``axes`` below the figure."""
-    handles, labels = axes.get_legend_handles_labels()
-    legend = figure.legend(handles, labels, loc="outside lower center", frameon=False)
-    for text in legend.get_texts():
+def _legend_columns(width: float, labels: Iterable[str]) -> int:
+    """Return the number of columns of a legend that fits below a figure of this width in inches."""
+    return max(1, int(width * 11 / (max(map(len, labels)) + 6)))
+
+
+def _legend_height(width: float, labels: Collection[str]) -> float:
+    """Return the height of a legend in inches."""
+    return 0.3 + 0.22 * math.ceil(len(labels) / _legend_columns(width, labels))
+
+
+def _add_legend(figure: Figure, handles: Mapping[str, Any]) -> None:
+    """Add a legend with these handles by their labels below the figure."""
+    width = figure.get_figwidth()
+    most = int(width * 10)  # characters in a line
+    legend = figure.legend(
+        list(handles.values()),
+        # matplotlib leaves out labels that begin with an underscore.
+        [f" {label}" if label.startswith("_") else label for label in handles],
+        loc="outside lower center",
+        ncols=_legend_columns(width, handles),
+        frameon=False,
+    )
+    for text, label in zip(legend.get_texts(), handles, strict=True):
         text.set_parse_math(False)  # Dollar signs in names are no formulas.
+        if len(label) > most:
+            text.set_text(f"{label[: most // 2]} … {label[-(most // 2) :]}")

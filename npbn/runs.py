@@ -21,6 +21,7 @@ checkpoint. Such lines are removed when the run is resumed.
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import errno
 import hashlib
@@ -147,31 +148,27 @@ class Run:
             CheckpointError: another process has locked the run, or the run cannot be locked.
         """
         path = self.path / "lock"
-        try:
-            file = open(path, "a+", encoding="utf-8")  # noqa: SIM115 - `unlock` closes the file.
-        except OSError as error:
-            raise _cannot_write(path, error) from None
-        try:
-            portalocker.lock(file, portalocker.LOCK_EX | portalocker.LOCK_NB)
-            # Another process may have replaced the run between the two lines above.
-            if not os.path.samestat(os.stat(path), os.fstat(file.fileno())):
-                raise CheckpointError(f"{self.path} is being replaced by another process")
-            file.truncate(0)
-            started = datetime.datetime.now().isoformat(" ", timespec="seconds")
-            file.write(f"process {os.getpid()} on {platform.node()} since {started}\n")
-            file.flush()
-        except portalocker.AlreadyLocked:
-            file.seek(0)
-            holder = file.read().strip() or "another process"
-            file.close()
-            raise CheckpointError(f"{self.path} is being written by {holder}") from None
-        except portalocker.LockException as error:
-            file.close()
-            raise CheckpointError(f"{path} cannot be locked: {error}") from None
-        except OSError as error:
-            file.close()
-            raise _cannot_write(path, error) from None
-        self._lock = file
+        with contextlib.ExitStack() as closing:
+            try:
+                file = closing.enter_context(open(path, "a+", encoding="utf-8"))
+                portalocker.lock(file, portalocker.LOCK_EX | portalocker.LOCK_NB)
+                # Another process may have replaced the run between the two lines above.
+                if not os.path.samestat(os.stat(path), os.fstat(file.fileno())):
+                    raise CheckpointError(f"{self.path} is being replaced by another process")
+                file.truncate(0)
+                started = datetime.datetime.now().isoformat(" ", timespec="seconds")
+                file.write(f"process {os.getpid()} on {platform.node()} since {started}\n")
+                file.flush()
+            except portalocker.AlreadyLocked:
+                file.seek(0)
+                holder = file.read().strip() or "another process"
+                raise CheckpointError(f"{self.path} is being written by {holder}") from None
+            except portalocker.LockException as error:
+                raise CheckpointError(f"{path} cannot be locked: {error}") from None
+            except OSError as error:
+                raise _cannot_write(path, error) from None
+            self._lock = file
+            closing.pop_all()  # The file stays open.
 
     def unlock(self) -> None:
         """Release the lock. This also happens when the object is deleted."""
@@ -189,6 +186,9 @@ class Run:
 
     def load(self, which: str = "last") -> tuple[Arrays, Record]:
         """Return the arrays and the record of a checkpoint of this run, "last" or "best".
+
+        The entry "config" of the record contains the options. Its `LIMITS` may differ from those in
+        config.json.
 
         Raises:
             CheckpointError: the checkpoint is missing, is damaged, or belongs to another run.
@@ -211,18 +211,23 @@ class Run:
         for which in ("best", "last") if best else ("last",):
             save_checkpoint(self.path / f"{which}.safetensors", arrays, record)
 
-    def set_config(self, config: Mapping[str, Any]) -> None:
-        """Replace the options. Only `LIMITS` may differ from the options so far.
+    def extend(self, config: Mapping[str, Any], arrays: Arrays, record: Record) -> None:
+        """Change `LIMITS` in the last checkpoint, whose limits count, and in config.json.
+
+        Args:
+            config: the new options.
+            arrays, record: the content of the last checkpoint.
 
         Raises:
-            CheckpointError: config.json cannot be written.
+            CheckpointError: a file cannot be written.
         """
         assert _fixed(config) == _fixed(self.config)
+        self.config = dict(config)
+        self.save(arrays, record)
         try:
             _write_json(self.path / "config.json", config)
         except OSError as error:
             raise _cannot_write(self.path / "config.json", error) from None
-        self.config = dict(config)
 
     def append(self, metrics: Record, layers: Record) -> None:
         """Append the metrics of an epoch, and what was recorded of the layers after it.

@@ -33,9 +33,11 @@ def run(
     )
 
 
-def assert_refused(process: subprocess.CompletedProcess[str], *expected: str) -> None:
-    """One clear line on standard error, exit code 2, and no traceback."""
-    assert process.returncode == 2, process.stderr
+def assert_refused(
+    process: subprocess.CompletedProcess[str], *expected: str, code: int = 2
+) -> None:
+    """One clear line on standard error, this exit code, and no traceback."""
+    assert process.returncode == code, process.stderr
     lines = process.stderr.strip().splitlines()
     assert len(lines) == 1, process.stderr
     assert "Traceback" not in process.stderr

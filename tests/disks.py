@@ -11,9 +11,11 @@ import pytest
 
 
 def contents(folder: Path) -> dict[str, bytes | None]:
-    """Every file under a folder, hidden ones too; None for a directory."""
+    """Every file under a folder, hidden ones too; None for a directory, and for a run's lock."""
     return {
-        str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None
+        str(path.relative_to(folder)): path.read_bytes()
+        if path.is_file() and path.name != "lock"
+        else None
         for path in sorted(folder.rglob("*"))
     }
 

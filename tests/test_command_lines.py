@@ -123,9 +123,9 @@ QUICK += ("--epochs", "2", "--run", "run")
 @pytest.mark.parametrize(
     ("options", "code"),
     [
-        (("--lr", "1e308"), 2),
+        (("--lr", "1e308"), 3),
         (("--lr", "5e-324"), 0),
-        (("--weight-decay", "1e308"), 2),
+        (("--weight-decay", "1e308"), 3),
         (("--momentum", "0.9999999999999999"), 0),
         (("--batch-size", HUGE, "--schedule", "cosine"), 0),
         (("--schedule", "step", "--lr-epochs", HUGE), 0),

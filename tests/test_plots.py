@@ -47,19 +47,43 @@ def test_curves_are_the_records(rng):
     runs = {"a": records(4, rng, untested=(1, 3)), "b": records(2, rng)}
     figure = plots.curves(runs)
     for axes, quantity in zip(figure.axes, ("loss", "accuracy"), strict=True):
-        lines = {line.get_label(): line for line in axes.get_lines()}
-        assert list(lines) == ["train, a", "test, a", "train, b", "test, b"]
-        expected = {"train, a": (1, 2, 3, 4), "test, a": (2, 4), "train, b": (1, 2)}
-        for label, epochs in expected.items():
-            split, name = label.split(", ")
-            np.testing.assert_array_equal(lines[label].get_xdata(), epochs)
+        lines = axes.get_lines()
+        expected = (("a", "train", (1, 2, 3, 4)), ("a", "test", (2, 4)), ("b", "train", (1, 2)))
+        for line, (name, split, epochs) in zip(lines, expected, strict=False):
+            assert line.get_linestyle() == {"train": "-", "test": "--"}[split]
+            np.testing.assert_array_equal(line.get_xdata(), epochs)
             values = [runs[name][epoch][split][quantity] for epoch in epochs]
-            np.testing.assert_array_equal(lines[label].get_ydata(), values)
-        colours = [line.get_color() for line in lines.values()]
+            np.testing.assert_array_equal(line.get_ydata(), values)
+        colours = [line.get_color() for line in lines]
         assert colours[0] == colours[1] != colours[2] == colours[3]
         assert axes.get_xlabel() == "epoch"
         assert quantity in axes.get_ylabel()
-    assert {"train, a", "test, b"} <= set(texts(figure))  # in the legend
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["a", "b"]
+
+
+@pytest.mark.parametrize("length", [8, 60])
+@pytest.mark.parametrize("count", [2, 7, 8, 40])
+def test_a_legend_fits_below_any_number_of_runs(count, length, rng):
+    names = [f"seed={k} {'momentum=0.9 lr=0.05 ' * 3}"[:length] for k in range(count)]
+    runs = {name: records(1, rng) for name in names}
+    for figure in (plots.curves(runs), plots.preactivation_histograms(runs)):
+        plots.png(figure)  # which lays it out
+        (legend,) = figure.legends
+        box, whole = legend.get_window_extent(), figure.bbox
+        assert whole.x0 <= box.x0 and box.x1 <= whole.x1 and whole.y0 <= box.y0
+        assert all(axes.bbox.height > 60 for axes in figure.axes)
+        assert [text.get_text() for text in legend.get_texts()] == names
+        colours = {
+            tuple(
+                np.atleast_1d(
+                    handle.get_facecolor()
+                    if hasattr(handle, "get_facecolor")
+                    else handle.get_color()
+                )
+            )
+            for handle in legend.legend_handles
+        }
+        assert len(colours) == count
 
 
 def test_batch_norm_parameters_are_a_line_for_each_feature(rng):
@@ -169,4 +193,4 @@ def test_the_name_of_a_run_may_be_anything(name, rng):
     with Image.open(io.BytesIO(plots.png(figure))) as image:
         assert image.format == "PNG" and image.width == 1000
     legend = [text.get_text() for text in figure.legends[0].get_texts()]
-    assert legend == [f"train, {name}", f"test, {name}"]
+    assert [text.strip() for text in legend] == [name]

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from commands import CTRL_C, SCRIPTS, after_step, assert_refused
-from disks import make_read_only, small_disk, unchanged
+from disks import small_disk, unchanged
 from npbn.checkpoint import load_checkpoint
 
 if not hasattr(os, "fork"):
@@ -69,7 +69,9 @@ def test_interrupted_twice_it_ends_as_if_it_had_not_been(options, trainer, tmp_p
         "config.json",
         "environment.json",
         "metrics.jsonl",
+        "layers.jsonl",
         "last.safetensors",
+        "lock",
     }
     process = trainer("--resume", "run", cwd=tmp_path)
     assert_finished(process)
@@ -93,13 +95,46 @@ def test_a_second_interrupt_stops_at_once(trainer, tmp_path):
     assert state(tmp_path / "run") == state(tmp_path / "whole")
 
 
-def test_terminated_it_goes_on_from_before(trainer, tmp_path):
-    prelude = after_step(10, "os.kill(os.getpid(), signal.SIGTERM)")
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
+def test_a_batch_system_stops_it_after_the_batch(name, trainer, tmp_path):
+    """The second signal, of whatever kind, ends it at once."""
+    assert_finished(trainer(*QUICK, "--run", "whole", cwd=tmp_path))
+    code = 128 + getattr(signal, name)
+    send = f"os.kill(os.getpid(), signal.{name})"
+    process = trainer(*QUICK, "--run", "run", cwd=tmp_path, prelude=after_step(10, send))
+    assert process.returncode == code
+    assert process.stderr.strip() == f"train.py: stopped by {name}"
+    assert "stopped after step 10; to go on: python scripts/train.py --resume" in process.stdout
+    process = trainer("--resume", "run", cwd=tmp_path, prelude=after_step(2, f"{CTRL_C}; {send}"))
+    assert process.returncode == code
+    assert "going on after epoch 1, batch 3" in process.stdout
+    assert "stopped after" not in process.stdout
+    assert_finished(trainer("--resume", "run", cwd=tmp_path))
+    assert state(tmp_path / "run") == state(tmp_path / "whole")
+
+
+def test_a_signal_that_is_ignored_stays_ignored(trainer, tmp_path):
+    """As SIGHUP is with nohup."""
+    prelude = "import signal; signal.signal(signal.SIGHUP, signal.SIG_IGN)\n"
+    prelude += after_step(3, "os.kill(os.getpid(), signal.SIGHUP)")
+    assert_finished(trainer(*QUICK, "--run", "run", cwd=tmp_path, prelude=prelude))
+
+
+def test_sighup_where_the_terminal_is_gone(trainer, tmp_path):
+    """Nothing can be printed any more, but the batches are kept."""
+    gone = "os.dup2(os.open('/dev/full', os.O_WRONLY), 1); os.kill(os.getpid(), signal.SIGHUP)"
+    process = trainer(*QUICK, "--run", "run", cwd=tmp_path, prelude=after_step(10, gone))
+    assert process.returncode == 129
+    process = trainer("--resume", "run", cwd=tmp_path)
+    assert "going on after epoch 1, batch 3" in process.stdout
+
+
+def test_a_signal_after_the_last_batch_changes_nothing(trainer, tmp_path):
+    prelude = after_step(21, "os.kill(os.getpid(), signal.SIGTERM)")
     process = trainer(*QUICK, "--run", "run", cwd=tmp_path, prelude=prelude)
-    assert process.returncode == -signal.SIGTERM
+    assert process.returncode == 143
     process = trainer("--resume", "run", cwd=tmp_path)
     assert_finished(process)
-    assert "going on after epoch 1, batch 0" in process.stdout
 
 
 # Kill -9 at every step of writing: before each call that makes or names a file or folder, and at
@@ -246,14 +281,16 @@ def test_a_run_that_is_finished(finished, trainer):
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        (("--epochs", "3"), "argument --epochs: not allowed with --resume: the run has its own"),
         (("--lr", "2"), "argument --lr: not allowed with --resume"),
         (("--no-batch-norm",), "argument --no-batch-norm: not allowed with --resume"),
         (("--dataset", "digits"), "argument --dataset: not allowed with --resume"),
         (("--run", "x"), "argument --run: not allowed with --resume"),
         (("--run", "run", "--overwrite"), "not allowed with --resume"),
         (("--check-gradients",), "argument --check-gradients: not allowed with --resume"),
-        (("--epochs", "10"), "argument --epochs: not allowed with --resume"),  # the default
+        (("--momentum", "0"), "argument --momentum: not allowed with --resume"),  # the default
+        (("--from", "run"), "argument --from: not allowed with --resume"),
+        (("--epochs", "0"), "argument --epochs: expected an integer >= 1"),
+        (("--max-steps", "1"), "--max-steps 1: the run has 2 steps already"),
         (("--data", "."), "--data: not allowed with this run of the digits"),
         (("--threads", "0"), "argument --threads: expected an integer >= 1"),
         (("--backend", "cupy"), "CuPy"),
@@ -298,7 +335,7 @@ def test_what_differs_from_when_it_began_is_said(trainer, tmp_path):
 
 @pytest.mark.parametrize("threads", ["1", "2"])
 def test_the_threads_of_the_run_are_taken_up_again(threads, trainer, tmp_path):
-    """Unless it is told otherwise."""
+    """Unless it is told otherwise. Only the layers' last bits depend on them."""
     options = (*SMALL, "--threads", threads, "--run", "run")
     process = trainer(*options, cwd=tmp_path, prelude=after_step(1, CTRL_C))
     said = {"1": ", 1 thread)", "2": ", 2 threads)"}
@@ -308,7 +345,7 @@ def test_the_threads_of_the_run_are_taken_up_again(threads, trainer, tmp_path):
     other = "2" if threads == "1" else "1"
     process = trainer("--resume", "run", "--threads", other, cwd=tmp_path)
     assert said[other] in process.stdout
-    assert "note: device was" in process.stdout
+    assert f"note: threads was {threads} when this run began and is {other} now" in process.stdout
 
 
 def test_resumed_where_the_data_is_missing(trainer, tmp_path):
@@ -346,7 +383,8 @@ def test_a_disk_that_fails_in_the_middle_of_a_run(fault, trainer, tmp_path):
     assert_finished(trainer(*QUICK, "--run", "whole", cwd=tmp_path))
     with small_disk(tmp_path / "disk", kilobytes=1000) as disk:
         full = "open('disk/filler', 'wb', 0).write(bytes(10**7))"
-        read_only = "os.system('mount -o remount,ro disk')"
+        # Over itself, because the run's lock is open for writing.
+        read_only = "os.system('mount --bind disk disk && mount -o remount,bind,ro disk')"
         action = {"full": full, "read-only": read_only}[fault]
         options = (*QUICK, "--run", "disk/run")
         process = trainer(*options, cwd=tmp_path, prelude=after_step(10, action))
@@ -358,7 +396,7 @@ def test_a_disk_that_fails_in_the_middle_of_a_run(fault, trainer, tmp_path):
         new = trainer(*QUICK, "--run", "disk/new", cwd=tmp_path)
         assert_refused(new, "disk/new cannot be written", said)
         if fault == "read-only":
-            make_read_only(disk, False)
+            subprocess.run(["umount", str(disk)], check=True)
         else:
             (disk / "filler").unlink()
         assert sorted(path.name for path in disk.iterdir()) == ["run"]
@@ -378,10 +416,10 @@ def test_a_loss_that_becomes_nan_is_explained(trainer, tmp_path):
         "most likely the learning rate, 1e+30, is too high",
         "the last good checkpoint is kept: run/last.safetensors",
     )
-    assert_refused(process, *message)
+    assert_refused(process, *message, code=3)
     with unchanged(tmp_path):
         process = trainer("--resume", "run", cwd=tmp_path)
-    assert_refused(process, *message)
+    assert_refused(process, *message, code=3)
     arrays, record = load_checkpoint(tmp_path / "run" / "last.safetensors")
     assert (record["epoch"], record["step"]) == (0, 0)
     assert all(np.all(np.isfinite(array)) for array in arrays.values())
@@ -396,7 +434,8 @@ def test_an_interrupt_after_the_loss_became_nan_saves_nothing(trainer, tmp_path)
         with unchanged(tmp_path):
             prelude = after_step(step, CTRL_C)
             process = trainer("--resume", "run", cwd=tmp_path, prelude=prelude)
-        assert_refused(process, "the loss or the state is NaN or infinite: step ", "(Linear) is ")
+        said = "the loss or the state is NaN or infinite: step ", "(Linear) is "
+        assert_refused(process, *said, code=3)
 
 
 def test_statistics_that_overflow_in_the_last_step_are_not_saved(trainer, tmp_path):
@@ -404,6 +443,7 @@ def test_statistics_that_overflow_in_the_last_step_are_not_saved(trainer, tmp_pa
     spoil = "self.model.layers[1].moving_var.data += float('inf')"
     options = (*QUICK, "--eval-every", "2", "--run", "run")
     process = trainer(*options, cwd=tmp_path, prelude=after_step(7, spoil))
-    assert_refused(process, "after step 7, the loss or the state is NaN or infinite: no step of")
+    said = "after step 7, the loss or the state is NaN or infinite: no step of"
+    assert_refused(process, said, code=3)
     assert load_checkpoint(tmp_path / "run" / "last.safetensors")[1]["step"] == 0
     assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 1

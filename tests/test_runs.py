@@ -5,37 +5,44 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+import portalocker
 import pytest
 
 from commands import assert_refused
 from disks import contents, unchanged
 from npbn.errors import CheckpointError
-from npbn.runs import Run
+from npbn.runs import LIMITS, Run
 
 CONFIG = {"epochs": 3, "lr": 0.1, "data": None, "name": "é"}
 ENVIRONMENT = {"npbn": "0.1.0"}
+LINES = ("metrics.jsonl", "layers.jsonl")
 ARRAYS = {"model.w": np.arange(6.0)}
 
 
 def create(path: Path, config=CONFIG, **options) -> Run:
-    start = ({"number": 0}, ARRAYS, {"epoch": 0})
+    start = ({"number": 0}, {"number": 0}, ARRAYS, {"epoch": 0})
     return Run.create(path, config, ENVIRONMENT, start, **options)
 
 
 def go_on(run: Run, epoch: int) -> None:
-    run.append({"number": epoch})
+    run.append({"number": epoch}, {"number": epoch})
     run.save({"model.w": np.arange(6.0) + epoch}, {"epoch": epoch}, best=epoch == 1)
 
 
 @pytest.fixture
 def run(tmp_path) -> Run:
-    """Of two epochs, the first of them the better one."""
+    """Of two epochs, the first of them the better one; no process writes it any more."""
     run = create(tmp_path / "run")
     go_on(run, 1)
     go_on(run, 2)
+    run.unlock()
     return run
 
 
@@ -55,7 +62,7 @@ def test_a_new_run_has_a_checkpoint_at_once_and_folders_above_are_made(tmp_path)
     assert run.load()[1]["epoch"] == 0
     assert set(contents(tmp_path / "a" / "b")) == {"run"} | {
         f"run/{name}"
-        for name in ("config.json", "environment.json", "metrics.jsonl", "last.safetensors")
+        for name in ("config.json", "environment.json", "last.safetensors", "lock", *LINES)
     }
 
 
@@ -129,7 +136,162 @@ def test_what_killed_processes_left_does_not_disturb(run):
     create(run.path, overwrite=True)
 
 
+# One process at a time
+
+
+def in_another_process(path: Path, program: str) -> str:
+    """What it prints; ``create`` is there, and P is the path."""
+    program = f"""
+import sys
+sys.path[:0] = {[str(Path(__file__).parent)]}
+from pathlib import Path
+from npbn.errors import CheckpointError
+from npbn.runs import Run
+from test_runs import CONFIG, create
+P = Path({str(path)!r})
+try:
+    {program}
+except CheckpointError as error:
+    print(type(error).__name__, error)
+"""
+    command = [sys.executable, "-c", program]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+
+def test_a_run_that_is_being_written_is_locked(run):
+    expected = f"CheckpointError {run.path} is being written by process {os.getpid()} on "
+    run.lock()
+    for program in ("Run.open(P).lock()", "create(P, overwrite=True)"):
+        with unchanged(run.path.parent):
+            said = in_another_process(run.path, program)
+        assert said.startswith(expected), said
+    assert in_another_process(run.path, "print(Run.open(P).load()[1]['epoch'])") == "2"
+    run.unlock()
+    assert in_another_process(run.path, "Run.open(P).lock()") == ""
+
+
+def test_a_new_run_is_locked(tmp_path):
+    run = create(tmp_path / "run")
+    assert "is being written by" in in_another_process(run.path, "Run.open(P).lock()")
+    del run  # which releases the lock
+    assert in_another_process(tmp_path / "run", "Run.open(P).lock()") == ""
+
+
+def test_the_lock_of_a_killed_process_is_free(run):
+    program = "Run.open(P).lock(); import os, signal; os.kill(os.getpid(), signal.SIGKILL)"
+    with pytest.raises(subprocess.CalledProcessError):
+        in_another_process(run.path, program)
+    assert "process" in (run.path / "lock").read_text()
+    run.lock()
+
+
+def test_a_run_replaced_between_opening_and_locking(run, monkeypatch):
+    def lock(file, flags, original=portalocker.lock):
+        original(file, flags)
+        monkeypatch.undo()
+        other = create(run.path.parent / "other")
+        shutil.rmtree(run.path)
+        os.rename(other.path, run.path)
+
+    monkeypatch.setattr(portalocker, "lock", lock)
+    with pytest.raises(CheckpointError, match="run is being replaced by another process"):
+        run.lock()
+
+
+def test_a_file_system_without_locks(run, monkeypatch):
+    def lock(*_):
+        raise portalocker.LockException(OSError(38, "Function not implemented"))
+
+    monkeypatch.setattr(portalocker, "lock", lock)
+    with pytest.raises(CheckpointError, match=r"lock cannot be locked: .*Function not implemented"):
+        run.lock()
+
+
+def test_of_several_creators_exactly_one_wins(tmp_path):
+    """They all come to the last step at once."""
+    wait = """
+import os, time
+def rename(*paths, original=os.rename):
+    (P.parent / f"ready-{os.getpid()}").touch()
+    while len(list(P.parent.glob("ready-*"))) < 3:
+        time.sleep(0.001)
+    original(*paths)
+os.rename = rename
+print(create(P, CONFIG | {"who": os.getpid()}).config["who"])
+"""
+    wait = f"exec({wait!r})"
+    with ThreadPoolExecutor(3) as pool:
+        path = tmp_path / "runs" / "run"
+        path.parent.mkdir()
+        said = sorted(pool.map(lambda _: in_another_process(path, wait), range(3)))
+    assert said[1:] == [f"RunExistsError {path} exists"] * 2
+    assert Run.open(path).config["who"] == int(said[0])
+    assert {p.name for p in path.parent.glob("[!r]*")} | {"run"} == {"run"}
+
+
+def test_a_run_is_read_whole_while_it_is_written(run):
+    """The best checkpoint, the last one, metrics and layers, a hundred times."""
+    writer = threading.Thread(target=lambda: [go_on(run, epoch) for epoch in range(3, 40)])
+    writer.start()
+    reads = 0
+    while writer.is_alive() or reads < 100:
+        found = Run.open(run.path)
+        assert found.load()[1]["epoch"] <= len(found.records())
+        assert found.load("best")[1]["epoch"] == 1
+        assert len(found.layers()) >= 3
+        reads += 1
+    writer.join()
+    assert len(run.layers()) == 40
+
+
+def test_only_the_limits_may_change(run):
+    arrays, record = run.load()
+    run.extend(CONFIG | {"epochs": 9}, arrays, record)
+    for found in (run, Run.open(run.path)):
+        assert found.config == CONFIG | {"epochs": 9}
+        assert found.load()[1]["config"]["epochs"] == 9
+        assert found.load("best")[1]["config"]["epochs"] == 3
+    with pytest.raises(AssertionError):
+        run.extend(CONFIG | {"lr": 9}, arrays, record)
+
+
 # metrics.jsonl
+
+
+def test_lines_of_the_metrics_are_short_whatever_the_network(trained):
+    for line in (trained / "metrics.jsonl").read_bytes().splitlines():
+        assert len(line) <= 1000
+    assert len(Run.open(trained).layers()[0]["preactivations"]) == 4
+
+
+@pytest.mark.parametrize(
+    "edited",
+    [
+        [],
+        {},
+        {"number": 2},
+        {"number": 1, "train": 3, "test": None},
+        {"number": 1, "train": {"loss": "x"}, "test": None},
+        {"number": 1, "test": {"loss": 0.1, "accuracy": 0.2, "examples": 5}},
+    ],
+)
+def test_metrics_edited_by_hand(edited, run):
+    lines = (run.path / "metrics.jsonl").read_text().splitlines()
+    lines[1] = json.dumps(edited)
+    (run.path / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    with pytest.raises(CheckpointError, match=r"metrics\.jsonl is damaged: line 2"):
+        run.records()
+
+
+@pytest.mark.parametrize(
+    "edited", ["", "[]", "{}", '{"number": 1, "batch_norm": 1}', '{"number": "1"}', "[" * 10**5]
+)
+def test_layers_edited_by_hand(edited, run):
+    lines = (run.path / "layers.jsonl").read_text().splitlines()
+    lines[1] = edited
+    (run.path / "layers.jsonl").write_text("\n".join(lines) + "\n")
+    with pytest.raises(CheckpointError, match=r"layers\.jsonl is damaged"):
+        run.layers()
 
 
 @pytest.mark.parametrize("more", [b"", b'{"number": 3}\n', b'{"number": 3}\n{"num', b'{"n', b"\n"])
@@ -152,7 +314,7 @@ def test_a_line_that_is_not_finished_is_not_read(run):
 
 def test_a_checkpoint_in_the_middle_of_an_epoch_keeps_the_lines_before(run):
     run.save(ARRAYS, {"epoch": 2, "batch": 5})
-    run.append({"number": 3})
+    run.append({"number": 3}, {"number": 3})
     run.rewind(run.load()[1])
     assert [line["number"] for line in run.records()] == [0, 1, 2]
 
@@ -190,6 +352,7 @@ READ_BY = {
     "config.json": lambda path: Run.open(path).load(),
     "environment.json": lambda path: Run.open(path).environment(),
     "metrics.jsonl": lambda path: Run.open(path).rewind(Run.open(path).load()[1]),
+    "layers.jsonl": lambda path: Run.open(path).rewind(Run.open(path).load()[1]),
     "last.safetensors": lambda path: Run.open(path).load(),
     "best.safetensors": lambda path: Run.open(path).load("best"),
 }
@@ -258,7 +421,9 @@ def test_every_bit_of_the_configuration_matters(trained, tmp_path):
             Run.open(tmp_path / "run").load()
         except CheckpointError:
             continue
-        assert json.loads(damaged) == json.loads(content)  # one kind of white space for another
+        # Of the limits, those of the checkpoint count. Else: one kind of white space for another.
+        found, right = ({**json.loads(c), **dict.fromkeys(LIMITS)} for c in (damaged, content))
+        assert found == right
 
 
 def test_nothing_is_done_with_a_configuration_that_no_checkpoint_vouches_for(

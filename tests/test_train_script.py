@@ -69,6 +69,8 @@ def test_one_epoch_of_fashion_mnist(fashion_mnist, tmp_path):
         "config.json",
         "environment.json",
         "last.safetensors",
+        "layers.jsonl",
+        "lock",
         "metrics.jsonl",
     ]
 
@@ -78,7 +80,7 @@ def test_two_runs_of_a_seed_are_alike_and_another_seed_is_not(tmp_path):
         limit = ("--limit-train", "500", "--batch-size", "50", "--run", name)
         process = run("train.py", *QUICK, *limit, "--seed", seed, cwd=tmp_path)
         assert process.returncode == 0, process.stderr
-        return metrics(process.stdout), process.stdout.splitlines()[-2:]
+        return metrics(process.stdout), process.stdout.splitlines()[-3:-1]
 
     first = run_with_seed("3", "first")
     assert first == run_with_seed("3", "same")
@@ -147,7 +149,7 @@ def test_the_options_reach_the_training(options, rate, tmp_path):
         for epoch in history
     ]
     norm = model.layers[1]
-    assert process.stdout.splitlines()[-2:] == [
+    assert process.stdout.splitlines()[-3:-1] == [
         f"{name} of the first batch norm: {' '.join(f'{v:.3f}' for v in array.data.ravel())}"
         for name, array in (("gamma", norm.gamma), ("beta", norm.beta))
     ]

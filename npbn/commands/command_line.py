@@ -122,6 +122,15 @@ class OutputError(Exception):
     """The output cannot be written. The cause is an OSError."""
 
 
+@contextlib.contextmanager
+def output() -> Iterator[None]:
+    """Run the code inside, which writes to the standard output; turn OSError into OutputError."""
+    try:
+        yield
+    except OSError as error:
+        raise OutputError from error
+
+
 _quiet = False
 
 
@@ -146,10 +155,8 @@ def say(line: str, *, always: bool = False) -> None:
     """
     if _quiet and not always:
         return
-    try:
+    with output():
         print(line, flush=True)
-    except OSError as error:
-        raise OutputError from error
 
 
 def run(program: str, main: Callable[[], int | None]) -> NoReturn:
@@ -169,7 +176,9 @@ def run(program: str, main: Callable[[], int | None]) -> NoReturn:
         try:
             code = main() or 0
         finally:  # This also runs after --help, for which argparse ends the program.
-            _flush()
+            with output():
+                if sys.stdout is not None:
+                    sys.stdout.flush()
     except NpbnError as error:
         code = _fail(one_line(f"{program}: error: {error}"))
         if isinstance(error, NonFiniteError):
@@ -196,11 +205,3 @@ def run(program: str, main: Callable[[], int | None]) -> NoReturn:
         what = "" if error.filename is None else f"{error.filename}: "
         code = _fail(one_line(f"{program}: error: {what}{error.strerror or error}"))
     sys.exit(code)
-
-
-def _flush() -> None:
-    try:
-        if sys.stdout is not None:
-            sys.stdout.flush()
-    except OSError as error:
-        raise OutputError from error

@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from npbn import data, inspection, plots
+from npbn import data, experiment, inspection, plots
 from npbn.checkpoint import write_file
 from npbn.commands.command_line import say
 from npbn.errors import NpbnError
@@ -43,21 +43,29 @@ def draw_run(loaded: Loaded, dataset: data.Dataset, directory: Path) -> None:
 
 def draw_comparison(runs: Sequence[Run], directory: Path) -> None:
     """Draw the pictures that can show one run or several runs."""
-    records = {_label(run): _records(run) for run in runs}
-    _save(plots.curves(records), directory / "curves.png")
-    _save(plots.preactivation_histograms(records), directory / "preactivations.png")
+    metrics = [run.records() for run in runs]
+    layers = [run.layers()[: len(records)] for run, records in zip(runs, metrics, strict=True)]
+    for run, records in zip(runs, metrics, strict=True):
+        if len(records) < 2:
+            raise NpbnError(f"{run.path} has finished no epoch yet: there is nothing to draw")
+    labels = _labels(runs)
+    _save(plots.curves(dict(zip(labels, metrics, strict=True))), directory / "curves.png")
+    if len({len(records[0]["preactivations"]) for records in layers}) > 1:
+        say("note: the networks differ in their activations, so preactivations.png is not drawn")
+        return
+    histograms = plots.preactivation_histograms(dict(zip(labels, layers, strict=True)))
+    _save(histograms, directory / "preactivations.png")
 
 
-def _records(run: Run) -> list[dict[str, Any]]:
-    records = run.records()
-    if len(records) < 2:
-        raise NpbnError(f"{run.path} has finished no epoch yet: there is nothing to draw")
-    return records
-
-
-def _label(run: Run) -> str:
-    path = os.fsencode(run.path).decode(errors="replace")  # matplotlib needs valid Unicode.
-    return f"{'without' if run.config.get('no_batch_norm') else 'with'} batch norm: {path}"
+def _labels(runs: Sequence[Run]) -> list[str]:
+    """Return a label for each run: the options in which it differs from other runs, or its path."""
+    # matplotlib needs valid Unicode.
+    paths = [os.fsencode(run.path).decode(errors="replace") for run in runs]
+    labels = experiment.differences([experiment.open_run(run.path)[1] for run in runs])
+    return [
+        label if label and labels.count(label) == 1 else f"{label} {path}".strip()
+        for label, path in zip(labels, paths, strict=True)
+    ]
 
 
 def _save(figure: Figure, path: Path) -> None:

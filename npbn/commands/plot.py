@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from npbn import experiment, plots
+from npbn import experiment
 from npbn.commands.command_line import ArgumentParser, say, typed
 from npbn.commands.pictures import draw_comparison, draw_run
 from npbn.runs import CHECKPOINTS, Run
@@ -46,8 +46,6 @@ def parse_arguments(program: str, words: list[str]) -> argparse.Namespace:
     )
     arguments = parser.parse_args(words)
     count = len(arguments.runs)
-    if count > len(plots.COLOURS):
-        parser.error(f"expected at most {len(plots.COLOURS)} runs, got {count}")
     if count > 1 and arguments.output is None:
         parser.error(f"argument --output: needed for {count} runs: where to put the pictures")
     if count > 1 and arguments.checkpoint is not None:

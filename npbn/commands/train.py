@@ -406,8 +406,9 @@ def resume(arguments: argparse.Namespace) -> Session:
     run, config = experiment.open_run(arguments.resume)
     run.lock()
     there = run.environment()
-    _, record = run.load()  # This also verifies the configuration before it is used.
-    config = dataclasses.replace(config, **arguments.limits)
+    arrays, record = run.load()  # This also verifies the configuration before it is used.
+    before = Config.from_json(record["config"])
+    config = dataclasses.replace(before, **arguments.limits)
     for name, done in (("epochs", record["epoch"]), ("max_steps", record["step"])):
         limit = arguments.limits.get(name)
         if limit is not None and limit < done:
@@ -425,7 +426,8 @@ def resume(arguments: argparse.Namespace) -> Session:
     session = Session(run, config, state, dataset, device, resumed=True)
     session.describe()
     run.rewind(record)
-    run.set_config(config.to_json())
+    if config != before:
+        run.extend(config.to_json(), arrays, record)
     for name, here in describe_environment(session).items():
         if there.get(name, here) != here:
             say(
@@ -522,9 +524,11 @@ def train(session: Session, program: str, json_file: str | None) -> None:
     epochs: list[training.Epoch] = []
     best = state.best
     examples = len(state.train) - training.left_out(len(state.train), state.batch_size)
-    total = min(config.epochs * examples, (config.max_steps or math.inf) * state.batch_size)
+    total = config.epochs * examples
+    if config.max_steps is not None:
+        total = min(total, config.max_steps * state.batch_size)
     done = state.epoch * examples + state.batch * state.batch_size
-    progress = Progress(int(total), done)
+    progress = Progress(total, done)
     progress.epoch(state.epoch + 1)
 
     def on_batch(examples: int) -> None:
