@@ -95,7 +95,7 @@ class Run:
             with tempfile.TemporaryDirectory(prefix=f".{path.name}-", dir=path.parent) as beside:
                 run = cls(Path(beside) / "new", config)
                 run.path.mkdir()
-                run.lock()
+                run._acquire()
                 _write_json(run.path / "config.json", config)
                 _write_json(run.path / "environment.json", environment)
                 run.append(metrics, layers)
@@ -147,26 +147,30 @@ class Run:
         Raises:
             CheckpointError: another process has locked the run, or the run cannot be locked.
         """
+        try:
+            self._acquire()
+        except OSError as error:
+            raise _cannot_write(self.path / "lock", error) from None
+
+    def _acquire(self) -> None:
         path = self.path / "lock"
         with contextlib.ExitStack() as closing:
+            file = closing.enter_context(open(path, "a+", encoding="utf-8"))
             try:
-                file = closing.enter_context(open(path, "a+", encoding="utf-8"))
                 portalocker.lock(file, portalocker.LOCK_EX | portalocker.LOCK_NB)
-                # Another process may have replaced the run between the two lines above.
-                if not os.path.samestat(os.stat(path), os.fstat(file.fileno())):
-                    raise CheckpointError(f"{self.path} is being replaced by another process")
-                file.truncate(0)
-                started = datetime.datetime.now().isoformat(" ", timespec="seconds")
-                file.write(f"process {os.getpid()} on {platform.node()} since {started}\n")
-                file.flush()
             except portalocker.AlreadyLocked:
                 file.seek(0)
                 holder = file.read().strip() or "another process"
                 raise CheckpointError(f"{self.path} is being written by {holder}") from None
             except portalocker.LockException as error:
                 raise CheckpointError(f"{path} cannot be locked: {error}") from None
-            except OSError as error:
-                raise _cannot_write(path, error) from None
+            # Another process may have replaced the run after the file was opened.
+            if not os.path.samestat(os.stat(path), os.fstat(file.fileno())):
+                raise CheckpointError(f"{self.path} is being replaced by another process")
+            started = datetime.datetime.now().isoformat(" ", timespec="seconds")
+            holder = f"process {os.getpid()} on {platform.node()} since {started}\n"
+            os.ftruncate(file.fileno(), 0)
+            os.write(file.fileno(), holder.encode())
             self._lock = file
             closing.pop_all()  # The file stays open.
 

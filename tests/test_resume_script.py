@@ -17,6 +17,7 @@ import pytest
 from commands import CTRL_C, SCRIPTS, after_step, assert_refused
 from disks import small_disk, unchanged
 from npbn.checkpoint import load_checkpoint
+from npbn.runs import Run
 
 if not hasattr(os, "fork"):
     pytest.skip("this system has no fork", allow_module_level=True)
@@ -276,6 +277,85 @@ def test_a_run_that_is_finished(finished, trainer):
         process = trainer("--resume", "run", cwd=finished)
     assert_finished(process)
     assert "this run was finished already, after epoch 1" in process.stdout
+
+
+def test_a_finished_run_is_trained_on(trainer, tmp_path):
+    """It ends as one that was to be so long from the beginning."""
+    options = (*QUICK, "--momentum", "0.9", "--lr", "0.1")
+    assert_finished(trainer(*options, "--epochs", "5", "--run", "whole", cwd=tmp_path))
+    assert_finished(trainer(*options, "--epochs", "2", "--run", "run", cwd=tmp_path))
+    for epochs, last in (("3", 3), ("5", 5)):
+        assert_finished(trainer("--resume", "run", "--epochs", epochs, cwd=tmp_path))
+        assert load_checkpoint(tmp_path / "run" / "last.safetensors")[1]["epoch"] == last
+    assert state(tmp_path / "run") == state(tmp_path / "whole")
+    process = trainer("--resume", "run", "--epochs", "4", cwd=tmp_path)
+    assert_refused(process, "train.py: error: --epochs 4: the run has 5 epochs already")
+    process = trainer("--resume", "run", cwd=tmp_path)
+    assert "this run was finished already, after epoch 5 (5 of 5 epochs); to train on: " in (
+        process.stdout
+    )
+
+
+def test_a_run_that_its_steps_have_ended_is_trained_on(trainer, tmp_path):
+    """A cosine ends where the training ends, then and now."""
+    options = ("--schedule", "cosine", "--lr", "0.1", "--max-steps")
+    assert_finished(trainer(*QUICK, *options, "7", "--run", "run", cwd=tmp_path))
+    assert_finished(trainer("--resume", "run", "--max-steps", "14", cwd=tmp_path))
+    lines = Run.open(tmp_path / "run").records()
+    assert [line["step"] for line in lines] == [0, 7, 14]
+    for line, total in ((lines[1], 7), (lines[2], 14)):
+        expected = 0.1 * (1 + np.cos(np.pi * (total - 1) / total)) / 2
+        np.testing.assert_allclose(line["lr"], expected, rtol=1e-12)
+    for more in ((), ("--epochs", "4")):
+        process = trainer("--resume", "run", *more, cwd=tmp_path)
+        assert "finished already, after epoch 2 (--max-steps 14)" in process.stdout
+    assert_finished(trainer("--resume", "run", "--max-steps", "30", cwd=tmp_path))
+    assert load_checkpoint(tmp_path / "run" / "last.safetensors")[1]["step"] == 28  # 4 epochs
+
+
+def test_killed_while_the_limits_change(trainer, tmp_path):
+    """Before it, or after it; and the run goes on."""
+    assert_finished(trainer(*SMALL, "--run", "run", cwd=tmp_path))
+    found = set()
+    for at in range(1, 6):
+        name = f"run-{at}"
+        shutil.copytree(tmp_path / "run", tmp_path / name)
+        prelude = KILL.format(at=at)
+        trainer("--resume", name, "--epochs", "2", cwd=tmp_path, prelude=prelude)
+        process = trainer("--resume", name, cwd=tmp_path)
+        assert_finished(process)
+        found.add("finished already, after epoch 1" in process.stdout)
+        assert_finished(trainer("--resume", name, "--epochs", "3", cwd=tmp_path))
+        assert json.loads((tmp_path / name / "config.json").read_text())["epochs"] == 3
+    assert found == {True, False}
+
+
+def test_a_run_in_training_is_neither_resumed_nor_replaced(trainer, tmp_path):
+    """Stopped in its third batch, so that it is there for as long as it takes."""
+    process = subprocess.Popen(
+        [
+            *(sys.executable, "-c", after_step(3, "os.kill(os.getpid(), signal.SIGSTOP)") + TRAIN),
+            *(*QUICK, "--run", "run"),
+        ],
+        cwd=tmp_path,
+        stdout=subprocess.DEVNULL,
+    )
+    os.waitpid(process.pid, os.WUNTRACED)
+    expected = f"train.py: error: run is being written by process {process.pid} on "
+    for arguments in (("--resume", "run"), (*QUICK, "--run", "run", "--overwrite")):
+        with unchanged(tmp_path):
+            assert_refused(trainer(*arguments, cwd=tmp_path), expected)
+    process.send_signal(signal.SIGCONT)
+    assert process.wait() == 0
+    assert_finished(trainer("--resume", "run", cwd=tmp_path))
+
+
+TRAIN = f"""
+import sys
+sys.path.insert(0, {str(SCRIPTS)!r})
+from npbn.commands import start
+start("train", "train.py")
+"""
 
 
 @pytest.mark.parametrize(

@@ -18,15 +18,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import threadpoolctl
+from PIL import Image
 
+import npbn
 from commands import CTRL_C, NO_NETWORK, SCRIPTS, after_step, assert_refused, run
 from npbn import backend, data, training
 from npbn.checkpoint import load_checkpoint, save_checkpoint
+from npbn.commands.train import LAUNCHERS
 from npbn.engine.layers import LayersEngine
 from npbn.models import LeNet
 from npbn.optim import SGD
 
 QUICK = ("--dataset", "digits", "--backend", "numpy", "--epochs", "1")
+SHORT = (*QUICK, "--limit-train", "64", "--batch-size", "16")
 fused = pytest.mark.skipif(
     importlib.util.find_spec("npbn.engine.cpu") is None
     or importlib.util.find_spec("numba") is None,
@@ -153,6 +157,117 @@ def test_the_options_reach_the_training(options, rate, tmp_path):
         f"{name} of the first batch norm: {' '.join(f'{v:.3f}' for v in array.data.ravel())}"
         for name, array in (("gamma", norm.gamma), ("beta", norm.beta))
     ]
+
+
+def test_a_run_begins_with_the_weights_of_another(trainer, tmp_path):
+    process = trainer(*SHORT, "--model", "blenet", "--run", "first", cwd=tmp_path)
+    assert process.returncode == 0, process.stderr
+    options = ("--from", "first", "--lr", "1e-30", "--epochs", "1", "--dtype", "float64")
+    process = trainer(*SHORT, *options, "--run", "second", cwd=tmp_path)
+    assert process.returncode == 0, process.stderr
+    assert "weights: from first, after epoch 1\n" in process.stdout
+    assert "model: BLeNet" in process.stdout
+    first, second = (npbn.load(tmp_path / name).model for name in ("first", "second"))
+    for name, parameter in second.parameters().items():
+        np.testing.assert_allclose(
+            parameter.data, first.parameters()[name].data, rtol=1e-6, atol=1e-25
+        )
+    assert json.loads((tmp_path / "second" / "environment.json").read_text())["from"] == "first"
+    for options, expected in (
+        (("--from", "none"), "none is not a directory; expected the folder of a run"),
+        (("--from", "first", "--model", "lenet"), "--model: not allowed with --from"),
+        (("--from", "first", "--no-batch-norm"), "--no-batch-norm: not allowed with --from"),
+    ):
+        assert_refused(trainer(*SHORT, *options, cwd=tmp_path), "train.py: error:", expected)
+
+
+def test_weights_for_other_images(trainer, tmp_path):
+    assert trainer(*SHORT, "--run", "first", cwd=tmp_path).returncode == 0
+    for name in ("train/a", "train/b", "test/a", "test/b"):
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        for k in range(2):
+            image = np.full((12, 12), 100 * k, np.uint8)
+            Image.fromarray(image).save(tmp_path / "photos" / name / f"{k}.png")
+    options = ("--dataset", "folder", "--data", "photos", "--from", "first")
+    expected = (
+        "--from first: its model takes images of 28 × 28 with 1 channel in 10 classes, the data "
+        "has images of 12 × 12 with 1 channel in 2 classes"
+    )
+    assert_refused(trainer(*options, cwd=tmp_path), expected)
+
+
+def test_quiet_prints_the_last_line_and_json_has_the_result(trainer, tmp_path):
+    options = (*SHORT, "--quiet", "--json", "result.json", "--run", "run")
+    process = trainer(*options, cwd=tmp_path)
+    assert process.returncode == 0, process.stderr
+    result = json.loads((tmp_path / "result.json").read_text())
+    best = result["best_test_accuracy"]
+    assert process.stdout == f"best test accuracy {best:.4f}; checkpoints last and best in run\n"
+    assert (result["status"], result["run"], result["epochs"]) == ("trained", "run", 1)
+    records = [
+        json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    ]
+    assert (result["train"], result["test"]) == (records[-1]["train"], records[-1]["test"])
+    assert result["config"]["seed"] == 0 and result["steps"] == records[-1]["step"]
+
+
+@pytest.mark.parametrize(
+    ("options", "prelude", "code", "status"),
+    [
+        (("--lr", "1e30", "--activation", "relu", "--no-batch-norm"), "", 3, "not finite"),
+        ((), after_step(2, "os.kill(os.getpid(), signal.SIGTERM)"), 143, "stopped"),
+        ((), after_step(2, "raise MemoryError"), 2, "failed"),
+    ],
+)
+def test_json_has_the_result_however_it_ends(options, prelude, code, status, trainer, tmp_path):
+    options = (*SHORT, *options, "--json", "result.json", "--run", "run")
+    process = trainer(*options, cwd=tmp_path, prelude=prelude)
+    assert process.returncode == code, process.stderr
+    assert "Traceback" not in process.stderr
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert (result["status"], result["best_test_accuracy"]) == (status, None)
+    process = trainer(*SHORT, "--json", "no/such/result.json", cwd=tmp_path)
+    assert_refused(process, "argument --json: there is no directory no/such")
+
+
+def test_runs_of_the_same_second_have_names_of_their_own(trainer, tmp_path):
+    prelude = """
+import datetime
+class Now(datetime.datetime):
+    @classmethod
+    def now(cls):
+        return cls(2026, 1, 2, 3, 4, 5)
+datetime.datetime = Now
+"""
+    for _ in range(3):
+        process = trainer(*SHORT, "--epochs", "1", cwd=tmp_path, prelude=prelude)
+        assert process.returncode == 0, process.stderr
+    names = {path.name for path in (tmp_path / "runs").iterdir()}
+    assert names == {f"2026-01-02-03.04.05{more}" for more in ("", "-2", "-3")}
+    assert "run: runs/2026-01-02-03.04.05-3\n" in process.stdout
+
+
+@pytest.mark.parametrize("variable", LAUNCHERS)
+def test_a_launcher_of_copies_is_refused(variable, trainer, tmp_path):
+    """One copy, or another value, is none of our business."""
+    prelude = "import os; os.environ[{!r}] = {!r}"
+    process = trainer(*SHORT, cwd=tmp_path, prelude=prelude.format(variable, "4"))
+    expected = f"{LAUNCHERS[variable]} has started 4 copies of this program ({variable}=4)"
+    assert_refused(process, "train.py: error:", expected)
+    assert not (tmp_path / "runs").exists()
+    for value in ("1", "", "x"):
+        process = trainer(*SHORT, cwd=tmp_path, prelude=prelude.format(variable, value))
+        assert process.returncode == 0, process.stderr
+
+
+def test_too_little_memory_is_said_in_one_line(tmp_path):
+    if sys.platform != "linux":
+        pytest.skip("no limit of memory")
+    limit = "import resource; resource.setrlimit(resource.RLIMIT_AS, (2**30, 2**30))"
+    options = ("--dataset", "digits", "--engine", "layers", "--batch-size", "20000", "--model")
+    process = run("train.py", *options, "blenet", "--threads", "1", cwd=tmp_path, prelude=limit)
+    expected = ("out of memory: Unable to allocate", "a smaller --batch-size or --limit-train")
+    assert_refused(process, "train.py: error:", *expected)
 
 
 @pytest.mark.parametrize("threads", [1, 2])
