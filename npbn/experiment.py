@@ -208,15 +208,22 @@ def load_data(config: Config, on_download: Callable[[str], None] | None = None) 
 
 
 def build_model(config: Config, generator: np.random.Generator) -> layers.Sequential:
-    """Return the model of a fitted configuration; ``generator`` draws its initial weights."""
+    """Return the model of a fitted configuration; ``generator`` draws its initial weights.
+
+    Raises:
+        ValueError: the configuration is not fitted, or its model takes no such images.
+    """
     options: dict[str, Any] = {
         "batch_norm": not config.no_batch_norm,
         "activation": layers.ACTIVATIONS[config.activation],
         "generator": generator,
     }
+    if config.channels is None or config.side is None or len(config.classes) < 2:
+        raise ValueError("channels, side, classes: missing; expected a fitted configuration")
     if config.model == "lenet":
+        if (config.channels, config.side, len(config.classes)) != (1, 28, 10):
+            raise ValueError("LeNet takes images of 28 × 28, 1 channel, 10 classes")
         return models.LeNet(**options)
-    assert config.channels is not None and config.side is not None
     return models.BLeNet(config.channels, config.side, len(config.classes), **options)
 
 
@@ -385,8 +392,13 @@ def load_training(
         CheckpointError: the checkpoint is damaged, or it does not fit the configuration.
     """
     arrays, record = run.load()
-    training = build_training(config, dataset, device, report=report, fallback=True)
     try:
+        _check_numbers(arrays)
+        check_images(config, dataset)
+        model = build_model(config, np.random.default_rng(0))
+        training = build_training(
+            config, dataset, device, model=model, report=report, fallback=True
+        )
         training.load_state(arrays, record)
     except (ValueError, TypeError, KeyError) as error:
         raise _misfit(run, "last", error) from None
@@ -409,6 +421,16 @@ class Loaded:
     model: layers.Sequential
     config: Config
     epoch: int
+
+    def dataset(self) -> Dataset:
+        """Return the data set of the run.
+
+        Raises:
+            DataError: the data set is missing, or it has other images than the model takes.
+        """
+        found = load_data(self.config)
+        check_images(self.config, found)
+        return found
 
     def predict(self, images: np.ndarray) -> np.ndarray:
         """Return the probability of each class, (N, classes), for uint8 images (N, C, H, W).
@@ -442,6 +464,7 @@ def load(path: str | os.PathLike[str], which: str | None = None) -> Loaded:
     prefix = "model."
     state = {n.removeprefix(prefix): v for n, v in arrays.items() if n.startswith(prefix)}
     try:
+        _check_numbers(arrays)
         model = build_model(config, np.random.default_rng(0))
         model.to(get_backend("numpy"), config.dtype)
         model.load_state_dict(state)
@@ -450,6 +473,37 @@ def load(path: str | os.PathLike[str], which: str | None = None) -> Loaded:
         raise _misfit(run, which, error) from None
     model.eval()
     return Loaded(run, model, config, epoch)
+
+
+def check_images(config: Config, dataset: Dataset) -> None:
+    """Raise an error if a data set has other images or classes than a fitted configuration.
+
+    Raises:
+        DataError: the message gives both sizes.
+    """
+    _, channels, height, width = dataset.train.images.shape
+    theirs, ours = (
+        f"images of {rows} × {columns}, channels {channels}, in {classes} classes"
+        for channels, rows, columns, classes in (
+            (config.channels, config.side, config.side, len(config.classes)),
+            (channels, height, width, len(dataset.classes)),
+        )
+    )
+    if theirs != ours:
+        raise DataError(f"the model takes {theirs}; the data has {ours}")
+
+
+def _check_numbers(arrays: Mapping[str, np.ndarray]) -> None:
+    """Raise an error if an array of a checkpoint has a number that no training gives.
+
+    Raises:
+        ValueError: an array contains NaN or infinity, or a variance is negative.
+    """
+    for name, array in arrays.items():
+        if not np.all(np.isfinite(array)):
+            raise ValueError(f"{name} contains NaN or infinity")
+        if name.endswith(".moving_var") and np.any(array < 0):
+            raise ValueError(f"{name} contains a negative variance")
 
 
 def _misfit(run: runs.Run, which: str, error: Exception) -> CheckpointError:

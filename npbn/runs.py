@@ -42,6 +42,7 @@ CHECKPOINTS = ("last", "best")
 LIMITS = ("epochs", "max_steps")
 """The options that may change when a run is resumed."""
 _LINES = _METRICS, _LAYERS = "metrics.jsonl", "layers.jsonl"
+_RECORDED = {"number", "batch_norm", "preactivations"}
 _MEASURED = ("loss", "accuracy", "examples", "seconds")
 
 
@@ -101,9 +102,9 @@ class Run:
                 run.append(metrics, layers)
                 run.save(arrays, record)
                 if os.path.lexists(path):
+                    cls.check_name(path, overwrite=overwrite)
                     old = cls(path, {})
                     old.lock()
-                    cls.check_name(path, overwrite=overwrite)
                     os.rename(path, Path(beside) / "old")
                 os.rename(run.path, path)
         except OSError as error:
@@ -257,6 +258,8 @@ class Run:
             CheckpointError: the file is damaged.
         """
         records = self._lines(_METRICS)
+        if not records:
+            raise CheckpointError(f"{self.path / _METRICS} is damaged: it has no lines")
         for number, record in enumerate(records):
             if not _are_metrics(record, number):
                 raise CheckpointError(f"{self.path / _METRICS} is damaged: line {number + 1}")
@@ -269,11 +272,12 @@ class Run:
             CheckpointError: a file is damaged.
         """
         count = len(self.records())
-        lines = self._lines(_LAYERS)
-        forms = [_form(line) for line in lines[:count]]
-        if len(lines) < count or not forms or any(form != forms[0] for form in forms):
+        lines = self._lines(_LAYERS)[:count]
+        forms = [_form(line) for line in lines]
+        whole = len(forms) == count and all(form == forms[0] for form in forms)
+        if not whole or not isinstance(forms[0], dict) or not forms[0].keys() >= _RECORDED:
             raise CheckpointError(f"{self.path / _LAYERS} is damaged")
-        return lines[:count]
+        return lines
 
     def rewind(self, record: Record) -> None:
         """Remove the lines of the epochs after a checkpoint.

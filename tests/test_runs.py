@@ -26,13 +26,17 @@ LINES = ("metrics.jsonl", "layers.jsonl")
 ARRAYS = {"model.w": np.arange(6.0)}
 
 
+def layers(number: int) -> dict:
+    return {"number": number, "batch_norm": [], "preactivations": {"2": [number, 1]}}
+
+
 def create(path: Path, config=CONFIG, **options) -> Run:
-    start = ({"number": 0}, {"number": 0}, ARRAYS, {"epoch": 0})
+    start = ({"number": 0}, layers(0), ARRAYS, {"epoch": 0})
     return Run.create(path, config, ENVIRONMENT, start, **options)
 
 
 def go_on(run: Run, epoch: int) -> None:
-    run.append({"number": epoch}, {"number": epoch})
+    run.append({"number": epoch}, layers(epoch))
     run.save({"model.w": np.arange(6.0) + epoch}, {"epoch": epoch}, best=epoch == 1)
 
 
@@ -314,7 +318,7 @@ def test_a_line_that_is_not_finished_is_not_read(run):
 
 def test_a_checkpoint_in_the_middle_of_an_epoch_keeps_the_lines_before(run):
     run.save(ARRAYS, {"epoch": 2, "batch": 5})
-    run.append({"number": 3}, {"number": 3})
+    run.append({"number": 3}, layers(3))
     run.rewind(run.load()[1])
     assert [line["number"] for line in run.records()] == [0, 1, 2]
 

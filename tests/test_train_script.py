@@ -190,8 +190,8 @@ def test_weights_for_other_images(trainer, tmp_path):
             Image.fromarray(image).save(tmp_path / "photos" / name / f"{k}.png")
     options = ("--dataset", "folder", "--data", "photos", "--from", "first")
     expected = (
-        "--from first: its model takes images of 28 × 28 with 1 channel in 10 classes, the data "
-        "has images of 12 × 12 with 1 channel in 2 classes"
+        "--from first: the model takes images of 28 × 28, channels 1, in 10 classes; the data "
+        "has images of 12 × 12, channels 1, in 2 classes"
     )
     assert_refused(trainer(*options, cwd=tmp_path), expected)
 

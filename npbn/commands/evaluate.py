@@ -25,7 +25,7 @@ def parse_arguments(program: str, words: list[str]) -> argparse.Namespace:
 def main(program: str, words: list[str]) -> None:
     arguments = parse_arguments(program, words)
     loaded = experiment.load(arguments.run, arguments.checkpoint)
-    test = experiment.load_data(loaded.config).test
+    test = loaded.dataset().test
     probabilities = loaded.predict(test.images)
     right = probabilities.argmax(axis=1) == test.labels
     loss = -np.log(np.take_along_axis(probabilities, test.labels[:, None], axis=1)).mean()

@@ -62,4 +62,4 @@ def main(program: str, words: list[str]) -> None:
         return
     loaded = experiment.load(runs[0].path, arguments.checkpoint)
     say(f"model: after epoch {loaded.epoch}")
-    draw_run(loaded, experiment.load_data(loaded.config), directory)
+    draw_run(loaded, loaded.dataset(), directory)

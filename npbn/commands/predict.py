@@ -77,7 +77,7 @@ def main(program: str, words: list[str]) -> None:
         images.append(read(path, config, invert=arguments.invert))
         labels.append(UNKNOWN)
     if arguments.index:
-        test = experiment.load_data(config).test
+        test = loaded.dataset().test
         for i in arguments.index:
             if i >= len(test):
                 raise NpbnError(f"--index {i}: the test images are 0 to {len(test) - 1}")

@@ -326,10 +326,14 @@ def start(arguments: argparse.Namespace) -> Session:
     dataset = load_data(config)
     for note in dataset.notes:
         say(f"note: {note}")
+    if source is not None:
+        try:
+            experiment.check_images(source.config, dataset)
+        except DataError as error:
+            raise NpbnError(f"--from {arguments.source}: {error}") from None
     data = None if config.data is None else str(Path(config.data).resolve())
     config = dataclasses.replace(config.fitted(dataset), backend=device.name, data=data)
     if source is not None:
-        check_source(source, config)
         say(f"weights: from {arguments.source}, after epoch {source.epoch}")
     model = None if source is None else source.model
     with device.explaining_failures():
@@ -368,17 +372,6 @@ def unused(path: Path) -> Iterator[Path]:
     """Return the path, then the path with -2, with -3 and so on, without those that exist."""
     names = (path.with_name(f"{path.name}-{k}" if k > 1 else path.name) for k in itertools.count(1))
     return (name for name in names if not os.path.lexists(name))
-
-
-def check_source(source: experiment.Loaded, config: Config) -> None:
-    """Raise an error if the data does not fit the model from which a new run begins."""
-    theirs, ours = (
-        f"images of {c.side} × {c.side} with {c.channels} channel{'s' * (c.channels != 1)} in "
-        f"{len(c.classes)} classes"
-        for c in (source.config, config)
-    )
-    if theirs != ours:
-        raise NpbnError(f"--from {source.run.path}: its model takes {theirs}, the data has {ours}")
 
 
 def check_name(path: Path, *, overwrite: bool) -> None:
