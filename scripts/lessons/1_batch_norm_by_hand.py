@@ -1,12 +1,14 @@
 # %% [markdown]
 # # Batch norm forward and backward, by hand
 #
-# Four examples with three features go through batch norm, one node of the computational graph at a
-# time, and the gradient comes back the same way. Every number is printed, every gradient is checked
-# at once, and every claim about the numbers is asserted: if it were wrong, this file would fail.
+# This lesson computes batch norm for a batch of four examples with three features. The forward pass
+# goes through the computational graph one node at a time. The backward pass goes through the nodes
+# in the opposite order. The lesson prints every number and checks every gradient at once. An
+# `assert` checks every claim about the numbers, so the file fails if a claim is wrong.
 #
-# The code that trains is in `npbn/functional/batch_norm.py`, with the same derivation in its
-# docstring. At the end, the two are compared.
+# The training code of npbn is in `npbn/functional/batch_norm.py`. The docstring of that file
+# contains the derivation of this lesson. At the end, the lesson compares the numbers of the lesson
+# with the results of the training code.
 
 # %%
 from _lesson import BLUE, ORANGE, draw_matrix, print_arrays, start
@@ -24,19 +26,22 @@ from npbn.verify import complex_step
 # %% [markdown]
 # ## Forward
 #
-# A row is an example, a column a feature. Batch norm treats each column separately. $\epsilon$ is
-# 0.25, much more than the usual $10^{-5}$, so that its effect can be seen (and the roots are even).
+# Each row of `x` is an example, and each column of `x` is a feature. Batch norm treats each column
+# separately. In this lesson, $\epsilon$ is 0.25. The usual $\epsilon$ of $10^{-5}$ would have no
+# visible effect on the printed numbers. With $\epsilon = 0.25$, the square roots are also simple
+# numbers.
 
 # %%
 x = np.array([[1.0, 4, 1], [3, 12, -5], [-1, 8, 1], [1, 16, -1]])
-gamma = np.array([[1.5, -0.5, 2]])  # scale
-beta = np.array([[0.0, 1, -1]])  # shift
+gamma = np.array([[1.5, -0.5, 2]])  # gamma scales each feature
+beta = np.array([[0.0, 1, -1]])  # beta shifts each feature
 eps = 0.25
 m = len(x)
 print_arrays(x=x, gamma=gamma, beta=beta)
 
 # %% [markdown]
-# These are the nodes, and this is how they depend on one another:
+# The graph shows the nodes of the forward pass. An arrow leads from each node to the nodes that use
+# the value of the node:
 #
 # ```
 # x ──┬──────────────────► x_centred ──┬─────────────────────────────► x_hat ──► y
@@ -47,13 +52,13 @@ print_arrays(x=x, gamma=gamma, beta=beta)
 # | node | | in words |
 # | --- | --- | --- |
 # | `mean` | $\mu = \frac{1}{m} \sum_i x_i$ | the mean over the batch |
-# | `x_centred` | $\bar{x}_i = x_i - \mu$ | centred |
-# | `q` | $q_i = \bar{x}_i^2$ | squared |
+# | `x_centred` | $\bar{x}_i = x_i - \mu$ | the centred value |
+# | `q` | $q_i = \bar{x}_i^2$ | the square of the centred value |
 # | `v` | $v = \frac{1}{m} \sum_i q_i$ | the variance |
 # | `s` | $s = \sqrt{v + \epsilon}$ | the standard deviation, except for $\epsilon$ |
-# | `r` | $r = 1 / s$ | its reciprocal |
-# | `x_hat` | $\hat{x}_i = \bar{x}_i r$ | normalized |
-# | `y` | $y_i = \gamma \hat{x}_i + \beta$ | scaled and shifted |
+# | `r` | $r = 1 / s$ | the reciprocal of `s` |
+# | `x_hat` | $\hat{x}_i = \bar{x}_i r$ | the normalized value |
+# | `y` | $y_i = \gamma \hat{x}_i + \beta$ | the scaled and shifted value |
 
 # %%
 mean = np.mean(x, axis=0, keepdims=True)
@@ -73,9 +78,10 @@ y = gamma * x_hat + beta
 print_arrays(x_hat=x_hat, y=y)
 
 # %% [markdown]
-# Whatever the mean and the spread of a feature were, $\hat{x}$ has mean 0 and variance
-# $v / s^2 = 1 - \epsilon / s^2$, a little less than 1. So $y$ has the mean $\beta$ and a standard
-# deviation near $|\gamma|$: the network chooses both.
+# Batch norm removes the original mean and the original spread of each feature. The normalized
+# feature $\hat{x}$ has mean 0 and variance $v / s^2 = 1 - \epsilon / s^2$, which is slightly less
+# than 1. So $y$ has the mean $\beta$ and a standard deviation near $|\gamma|$. The network learns
+# $\gamma$ and $\beta$, so the network chooses the mean and the standard deviation of $y$.
 
 # %%
 np.testing.assert_allclose(np.mean(x_hat, axis=0, keepdims=True), 0, atol=1e-15)
@@ -86,14 +92,16 @@ print_arrays(variance_of_x_hat=np.var(x_hat, axis=0), standard_deviation_of_y=np
 # %% [markdown]
 # ## What a gradient is, and how to check one
 #
-# The layers above say how the loss $L$ changes with each element of $y$: that is the upstream
-# gradient $dy_i = \partial L / \partial y_i$. Here it is made up, and $L = \sum_i dy_i y_i$, which
-# has just this gradient. For every node $z$, $dz = \partial L / \partial z$: what $L$ gains if a
-# little is added to $z$, and all that depends on $z$ is recomputed.
+# The upstream gradient $dy_i = \partial L / \partial y_i$ says how the loss $L$ changes with each
+# element of $y$. In a network, the layers above batch norm compute the upstream gradient. In this
+# lesson, the upstream gradient is made up, and the loss is $L = \sum_i dy_i y_i$. The derivative of
+# this loss with respect to $y_i$ is exactly $dy_i$. For every node $z$, the gradient is
+# $dz = \partial L / \partial z$. The gradient $dz$ says how much $L$ grows if a small number is
+# added to $z$ and all nodes that depend on $z$ are recomputed.
 #
-# `loss` does that: the forward pass once more, with a `change` added to one node. Fed with a tiny
-# imaginary change, it gives the derivative without any subtraction, so that nothing cancels (the
-# *complex step*):
+# The function `loss` computes the forward pass with a `change` added to one node. The *complex
+# step* computes the derivative from the loss after a tiny imaginary change. The formula contains no
+# subtraction, so no digits of the derivative cancel:
 #
 # $$\frac{\partial L}{\partial z} = \frac{\mathrm{Im}  L(z + i h)}{h} \qquad h = 10^{-30}$$
 
@@ -102,7 +110,10 @@ dy = np.array([[1.0, -1, 2], [0, 3, 1], [2, 1, -1], [-1, 1, 0]])
 
 
 def loss(node: str, change: np.ndarray, dy: np.ndarray = dy) -> np.ndarray:
-    """Return L after a change of one node and of all nodes that depend on this node."""
+    """Return the loss L after `change` is added to the node with the name `node`.
+
+    The function recomputes all nodes that depend on `node`. `dy` is the upstream gradient.
+    """
 
     def changed(name: str, value: np.ndarray) -> np.ndarray:
         return value + change if name == node else value
@@ -133,14 +144,15 @@ print_arrays(dy=dy)
 # %% [markdown]
 # ## Backward
 #
-# The backward pass goes against the arrows. Two rules are enough:
+# The backward pass follows the arrows of the graph in the opposite direction. The backward pass
+# needs only two rules:
 #
-# - the gradient that arrives at a node is passed on times the derivative of the node;
-# - where a value goes several ways (to several nodes, or to all examples), the gradients of all
-#   ways add up.
+# - To pass a gradient back through a node, multiply the gradient by the derivative of the node.
+# - If a value is used in several places (in several nodes or for all examples), add up the
+#   gradients from all these places.
 #
-# **y = gamma x_hat + beta.** `gamma` and `beta` serve all examples, so their gradients are sums
-# over the batch.
+# **y = gamma x_hat + beta.** All examples use the same `gamma` and the same `beta`, so the
+# gradients of `gamma` and `beta` are sums over the batch.
 
 # %%
 dbeta = np.sum(dy, axis=0, keepdims=True)
@@ -153,9 +165,11 @@ dx_hat = dy * gamma
 check("x_hat", dx_hat)
 
 # %% [markdown]
-# **x_hat = x_centred r.** This is a product, so each factor gets the gradient times the other
-# factor. `r` is used for all examples, so its gradient is a sum. `x_centred` has a second path to
-# the loss, through `q`. So this is only a part of its gradient, which cannot be checked yet.
+# **x_hat = x_centred r.** The node `x_hat` is a product, so each factor gets the gradient of
+# `x_hat` times the other factor. All examples use the same `r`, so the gradient of `r` is a sum
+# over the examples. The node `x_centred` has two paths to the loss. One path goes directly to
+# `x_hat`, and the other path goes through `q`. The variable `dx_centred_direct` contains only the
+# gradient along the direct path, so the next cell cannot check the gradient of `x_centred` yet.
 
 # %%
 dx_centred_direct = dx_hat * r
@@ -165,8 +179,9 @@ dr = np.sum(dx_hat * x_centred, axis=0, keepdims=True)
 check("r", dr)
 
 # %% [markdown]
-# **r = 1 / s**, with the derivative $-1 / s^2$. **s = √(v + eps)**, with the derivative
-# $1 / (2 s)$.
+# **r = 1 / s.** The derivative of `r` with respect to `s` is $-1 / s^2$.
+#
+# **s = √(v + eps).** The derivative of `s` with respect to `v` is $1 / (2 s)$.
 
 # %%
 ds = -dr / s**2
@@ -176,32 +191,35 @@ dv = ds / (2 * s)
 check("v", dv)
 
 # %% [markdown]
-# **v = mean(q).** Each of the $m$ elements contributes with the factor $1 / m$, so all elements get
-# the same gradient.
+# **v = mean(q).** Each of the $m$ elements of `q` enters the mean with the factor $1 / m$, so every
+# element of `q` gets the gradient $dv / m$.
 
 # %%
 dq = np.broadcast_to(dv / m, q.shape)
 check("q", dq)
 
 # %% [markdown]
-# **q = x_centred².** This is the second path from `x_centred` to the loss, with the derivative
-# $2 \bar{x}$. The sum over both paths is the complete gradient of `x_centred`.
+# **q = x_centred².** The node `q` is on the second path from `x_centred` to the loss. The
+# derivative of `q` with respect to `x_centred` is $2 \bar{x}$. The sum of the gradients along both
+# paths is the complete gradient of `x_centred`.
 
 # %%
 dx_centred = dx_centred_direct + 2 * x_centred * dq
 check("x_centred", dx_centred)
 
 # %% [markdown]
-# **x_centred = x - mean.** The mean is subtracted from all examples, so its gradient is minus the
-# sum over the examples.
+# **x_centred = x - mean.** Batch norm subtracts the mean from all examples, so the gradient of the
+# mean is minus the sum of `dx_centred` over the examples.
 
 # %%
 dmean = -np.sum(dx_centred, axis=0, keepdims=True)
 check("mean", dmean)
 
 # %% [markdown]
-# **mean = mean(x).** Each example contributes with the factor $1 / m$ again. $x$ has two paths:
-# directly, and through the mean. This is the end of the backward pass.
+# **mean = mean(x).** Each example enters the mean with the factor $1 / m$. So the path from $x$
+# through the mean gives each example the gradient $d\mu / m$. The other path goes from $x$ directly
+# to `x_centred`. The sum of the gradients along both paths is $dx$, which is the last gradient of
+# the backward pass.
 
 # %%
 dx = dx_centred + dmean / m
@@ -210,15 +228,18 @@ check("x", dx)
 # %% [markdown]
 # ## From the stages to one formula
 #
-# The gradient through `q`, put together from $dr = \sum_k d\hat{x}_k \bar{x}_k$, $ds = -dr / s^2$,
-# $dv = ds / (2 s)$ and $dq = dv / m$:
+# The path through `q` has four gradients: $dr = \sum_k d\hat{x}_k \bar{x}_k$, $ds = -dr / s^2$,
+# $dv = ds / (2 s)$ and $dq = dv / m$. Together, the four gradients give the part of $d\bar{x}_i$
+# that comes through `q`:
 #
 # $$2 \bar{x}_i  dq = 2 \bar{x}_i \cdot \frac{1}{m} \cdot \frac{1}{2 s} \cdot \frac{-1}{s^2}
 #   \sum_k d\hat{x}_k \bar{x}_k = -\frac{1}{s}  \hat{x}_i \cdot \frac{1}{m} \sum_k d\hat{x}_k
 #   \hat{x}_k$$
 #
-# because one $s$ of the $s^3$ turns $\bar{x}_i$ into $\hat{x}_i$, and one $\bar{x}_k$ into
-# $\hat{x}_k$. With the direct way,
+# The last step distributes the three factors $1 / s$ of the formula. One factor turns $\bar{x}_i$
+# into $\hat{x}_i$, one factor turns $\bar{x}_k$ into $\hat{x}_k$, and one factor remains. The
+# complete gradient $d\bar{x}_i$ is the sum of the direct part $d\hat{x}_i / s$ and the part through
+# `q`:
 #
 # $$d\bar{x}_i = \frac{1}{s} \Big( d\hat{x}_i - \hat{x}_i \cdot \frac{1}{m} \sum_k d\hat{x}_k
 #   \hat{x}_k \Big)$$
@@ -229,14 +250,17 @@ np.testing.assert_allclose((dx_hat - x_hat * along_x_hat) / s, dx_centred, atol=
 print_arrays(dx_centred_in_one=(dx_hat - x_hat * along_x_hat) / s)
 
 # %% [markdown]
-# In $d\mu = -\sum_i d\bar{x}_i$, the second term is a number times $\sum_i \hat{x}_i = 0$. So
-# $d\mu = -\frac{1}{s} \sum_i d\hat{x}_i$, and $dx_i = d\bar{x}_i + d\mu / m$ is
+# The gradient of the mean is $d\mu = -\sum_i d\bar{x}_i$. The second term of $d\bar{x}_i$ is a
+# number times $\hat{x}_i$. In the sum over $i$, the second term vanishes, because
+# $\sum_i \hat{x}_i = 0$. So $d\mu = -\frac{1}{s} \sum_i d\hat{x}_i$, and the gradient
+# $dx_i = d\bar{x}_i + d\mu / m$ is
 #
 # $$dx_i = \frac{1}{s} \Big( d\hat{x}_i - \frac{1}{m} \sum_k d\hat{x}_k - \hat{x}_i \cdot
 #   \frac{1}{m} \sum_k d\hat{x}_k \hat{x}_k \Big)$$
 #
-# Finally, $d\hat{x}_i = \gamma  dy_i$. The sums turn into $\gamma  d\beta$ and $\gamma  d\gamma$,
-# which the backward pass needs anyway:
+# Finally, replace $d\hat{x}_i$ by $\gamma  dy_i$. The two sums become $\gamma  d\beta$ and
+# $\gamma  d\gamma$. The backward pass computes $d\beta$ and $d\gamma$ anyway, so $dx$ needs no
+# other sums:
 #
 # $$dx_i = \frac{\gamma}{s} \Big( dy_i - \frac{d\beta}{m} - \hat{x}_i  \frac{d\gamma}{m} \Big)$$
 
@@ -251,18 +275,19 @@ print(f"    largest difference from the stages: {np.max(np.abs(closed_form - dx)
 # %% [markdown]
 # ## What the three terms mean
 #
-# If mean and variance were constants, $y$ would be a linear function of $x$ with the slope
-# $\gamma / s$. But mean and variance are no constants: each $x_i$ changes them, and so changes
-# *all* elements of $y$.
+# If the mean and the variance were constants, $y$ would be a linear function of $x$ with the slope
+# $\gamma / s$. But the mean and the variance are not constants. A change of one $x_i$ changes the
+# mean and the variance, and so changes *all* elements of $y$.
 #
-# **The mean path**, $-d\beta / m$, subtracts the mean of $dy$. Adding the same number to all $x_i$
-# of a feature changes nothing in $y$, so the gradient must not ask for it: every column of $dx$ has
-# the sum 0.
+# **The mean path** is the term $-d\beta / m$, which subtracts the mean of $dy$. If the same number
+# is added to all $x_i$ of a feature, $y$ does not change. So the gradient must not ask for such a
+# change, and every column of $dx$ has the sum 0.
 #
-# **The variance path**, $-\hat{x}_i d\gamma / m$, subtracts the part of $dy$ that is proportional
-# to $\hat{x}$. Stretching all $\bar{x}_i$ of a feature by the same factor changes almost nothing in
-# $y$, so the gradient must not ask for it either. "Almost", because $\epsilon$ does not stretch
-# along: of the part along $\hat{x}$, the fraction $\epsilon / s^2$ remains.
+# **The variance path** is the term $-\hat{x}_i d\gamma / m$, which subtracts the part of $dy$ that
+# is proportional to $\hat{x}$. If all $\bar{x}_i$ of a feature are multiplied by the same factor,
+# $y$ changes only a little. So the gradient must ask for almost no such change. The small change of
+# $y$ comes from $\epsilon$, because the factor does not multiply $\epsilon$. So the fraction
+# $\epsilon / s^2$ of the part along $\hat{x}$ remains in the gradient.
 
 # %%
 zero = np.zeros((1, 3))
@@ -277,12 +302,13 @@ print_arrays(along_x_hat_before=before, along_x_hat_after=after, fraction=after 
 print_arrays(eps_by_s_squared=eps / s**2)
 
 # %% [markdown]
-# Both in one picture, with 40 examples of one feature, the usual $\epsilon = 10^{-5}$, and
-# $\gamma / s$ left out. The line is fitted to the points by least squares. As $\hat{x}$ has mean 0
-# and variance 1, its value at $\hat{x} = 0$ is the mean of $dy$, $d\beta / m$, and its slope is
-# $d\gamma / m$. So, except for $\epsilon$, the backward pass of batch norm is a
-# *linear regression*:
-# it fits a line to the incoming gradient, and passes on the residuals.
+# The picture shows the effect of both paths on 40 examples of one feature. The picture uses the
+# usual $\epsilon = 10^{-5}$ and leaves out the factor $\gamma / s$. In each panel, the line is a
+# least-squares fit to the points. Except for $\epsilon$, $\hat{x}$ has mean 0 and variance 1. So
+# the line through $dy$ in the first panel has the slope $d\gamma / m$, and at $\hat{x} = 0$ the
+# line has the height $d\beta / m$, which is the mean of $dy$. So, except for $\epsilon$, the
+# backward pass of batch norm is a *linear regression*: the backward pass fits a line to the
+# incoming gradient and passes on the residuals.
 
 # %%
 rng = np.random.default_rng(0)
@@ -319,17 +345,22 @@ assert abs(height) < 1e-14 and abs(slope) < 1e-4
 # %% [markdown]
 # ## Why a check with an upstream gradient of ones is worthless
 #
-# It is tempting to check a backward pass with $L = \sum_i y_i$, that is, with $dy$ all ones. But
-# $\sum_i y_i = m \beta$, whatever $x$ is. So the true $dx$ is 0; $d\gamma = \sum_i \hat{x}_i$ is 0,
-# too; and with it any multiple of the variance path, right or wrong. Here are four wrong backward
-# passes, and their errors with both.
+# A simple way to check a backward pass uses the loss $L = \sum_i y_i$ with an upstream gradient
+# $dy$ of ones. But $\sum_i y_i = m \beta$ for every $x$, so the true $dx$ is 0. The gradient
+# $d\gamma = \sum_i \hat{x}_i$ is also 0. The variance path is a multiple of $d\gamma$, so the
+# variance path is 0 even if the factor is wrong. The next cell computes the errors of four wrong
+# backward passes. The first column has the errors for a $dy$ of ones, and the second column has the
+# errors for the $dy$ of this lesson.
 
 # %%
 ones = np.ones_like(dy)
 
 
 def backward(dy: np.ndarray, mean_path: float = 1, variance_path: float = 1) -> np.ndarray:
-    """Return dx with each of the two paths counted a given number of times; 1 is right."""
+    """Return `dx` for the upstream gradient `dy`, with a factor for each of the two paths.
+
+    The right value is 1 for both factors, `mean_path` and `variance_path`.
+    """
     dbeta = np.sum(dy, axis=0, keepdims=True)
     dgamma = np.sum(dy * x_hat, axis=0, keepdims=True)
     dx: np.ndarray = gamma / s * (dy - mean_path * dbeta / m - variance_path * x_hat * dgamma / m)
@@ -356,18 +387,22 @@ assert all(with_ones < 1e-14 for with_ones, _ in list(errors.values())[:4])
 assert all(with_dy > 0.1 for _, with_dy in list(errors.values())[1:])
 
 # %% [markdown]
-# With ones, only the forgotten mean path shows. So npbn checks with random upstream gradients;
-# `npbn/verify/README.md` has a table of 64 mistakes and of which check finds which.
+# With a $dy$ of ones, the check finds only one of the four mistakes, which is the missing mean
+# path. So npbn checks gradients with random upstream gradients. A table in `npbn/verify/README.md`
+# lists 64 mistakes and shows which check finds which mistake.
 #
 # ## Prediction
 #
-# In prediction, an example must not depend on which others happen to be in its batch. So mean and
-# variance are moving averages, kept while training (`momentum` is the fraction that is kept):
+# In prediction, the result for an example must not depend on the other examples of the batch. So
+# prediction uses a moving mean and a moving variance. Each training step updates both moving
+# averages. The argument `momentum` is the fraction of the old average that a step keeps. With a
+# `momentum` of 0.9, the update is
 #
 # $$\text{moving} \leftarrow 0.9 \cdot \text{moving} + 0.1 \cdot \text{batch}$$
 #
-# They are constants. Both paths through them are gone, and $dx_i = \gamma  dy_i / s$, with the $s$
-# of the moving variance.
+# In prediction, the moving averages are constants, so the mean path and the variance path do not
+# exist. The gradient in prediction is $dx_i = \gamma  dy_i / s$, where $s$ comes from the moving
+# variance.
 
 # %%
 moving_mean, moving_var = np.zeros((1, 3)), np.ones((1, 3))
@@ -391,13 +426,15 @@ print(f"    largest error: {error:.1e}")
 assert error < 1e-14
 
 # %% [markdown]
-# The derivatives of each $y_i$ by each $x_k$ show the difference, here for the second feature and
-# without $\gamma$. In training they are
+# The derivatives of each $\hat{x}_i$ with respect to each $x_k$ show the difference between
+# training and prediction. The picture shows these derivatives for the second feature. In training,
+# the derivatives are
 #
 # $$\frac{\partial \hat{x}_i}{\partial x_k} = \frac{1}{s} \Big( [i = k] - \frac{1}{m} -
 #   \frac{\hat{x}_i \hat{x}_k}{m} \Big)$$
 #
-# so every example moves the result of every other. In prediction, each goes its own way.
+# So in training, every example changes the results for all other examples. In prediction, every
+# example changes only its own result.
 
 # %%
 column = x[:, 1]
@@ -426,14 +463,15 @@ lesson.show(figure, "derivatives")
 # %% [markdown]
 # ## A batch of 1, and of 2
 #
-# With a single value, the mean is that value: $\bar{x} = 0$, $\hat{x} = 0$ and $y = \beta$,
-# whatever $x$ is. $dx$ and $d\gamma$ are 0, so that nothing below the layer learns. (PyTorch
-# refuses such a batch. npbn computes what the formula says. For images, $m = N H W$, and one image
-# is enough.)
+# In a batch of one value, the mean is the only value. So $\bar{x} = 0$, $\hat{x} = 0$ and
+# $y = \beta$ for every $x$. The gradients $dx$ and $d\gamma$ are also 0, so the layers below batch
+# norm learn nothing. (PyTorch refuses a batch of one value. npbn computes the result of the
+# formula. For images, the number of values is $m = N H W$, so a batch of one image is enough.)
 #
-# Two values are hardly better. With the usual $\epsilon$, $\hat{x}$ is $-1$ for the smaller value
-# and $1$ for the larger value, whatever the values are. $dx$ is close to 0, because two points
-# always lie on a straight line, so the linear regression above has no residuals.
+# A batch of two values is hardly better. With the usual $\epsilon$, $\hat{x}$ is $-1$ for the
+# smaller value and $1$ for the larger value, whatever the values are. The gradient $dx$ is close to
+# 0, because the backward pass is a linear regression. A straight line fits two points exactly, so
+# the regression leaves no residuals.
 
 # %%
 for size in (1, 2):
@@ -452,9 +490,10 @@ for size in (1, 2):
 # %% [markdown]
 # ## npbn does the same
 #
-# `batch_norm_backward` is the closed form, and it is what trains; `batch_norm_backward_staged`
-# walks through the stages, as above. For images, the pixels of all examples together are the batch:
-# the four examples, written as the four pixels of one image of three channels, give the same.
+# In training, npbn uses the function `batch_norm_backward`, which computes the closed form. The
+# function `batch_norm_backward_staged` computes the stages of this lesson one by one. For images,
+# the pixels of all examples together are the batch. So the next cell also writes the four examples
+# as the four pixels of one image with three channels, and gets the same results.
 
 # %%
 for training in (True, False):

@@ -1,14 +1,16 @@
 # %% [markdown]
 # # What batch norm does to LeNet
 #
-# The same network twice, with the same weights, on the same images of Fashion-MNIST: with batch
-# norm, it learns at once; without, hardly at all. Why? And what goes wrong *with* batch norm, in
-# small batches and in prediction?
+# This lesson trains LeNet on Fashion-MNIST with batch norm and without batch norm. Both networks
+# start from the same weights and see the same images. The network with batch norm learns at once,
+# and the network without batch norm learns hardly anything. The lesson shows the reason. The lesson
+# also shows what goes wrong *with* batch norm in small batches and in prediction.
 #
-# Short runs are measured here and now. Curves over several epochs come from `curves/*.json`;
-# `_curves.py` has the code that measured them, and `--regenerate` measures them again. They are of
-# Fashion-MNIST, always. What runs here uses handwritten digits where that is not available. As a
-# script, this takes about 20 s on 2 cores.
+# The lesson trains short runs each time. Curves over several epochs come from the files
+# `curves/*.json`. The code in `_curves.py` measured these curves, and the option `--regenerate`
+# measures the curves again. The stored curves always show Fashion-MNIST. The short runs use
+# handwritten digits if Fashion-MNIST is not available. As a script, the lesson takes about 20 s on
+# 2 cores.
 
 # %%
 from _lesson import BLUE, GREEN, ORANGE, start
@@ -39,12 +41,13 @@ from npbn.training import Training, evaluate
 # %% [markdown]
 # ## A hundred steps, with and without
 #
-# Network A with sigmoids, batches of 256, SGD with the learning rate 1. Batch norm has no random
-# initial values, so both networks start from the same weights.
+# Both networks are network A (LeNet) with sigmoids. SGD trains both networks with batches of 256
+# and the learning rate 1. Batch norm has no random initial values, so both networks start from the
+# same weights.
 
 # %%
 dataset = lesson.data()
-is_fashion = dataset.key == "fashion-mnist"  # some claims hold only for its images
+is_fashion = dataset.key == "fashion-mnist"  # some claims hold only for Fashion-MNIST
 WITH, WITHOUT = "with batch norm", "without"
 COLOURS = {WITH: BLUE, WITHOUT: ORANGE}
 
@@ -54,7 +57,7 @@ images, _ = next(dataset.test.batches(256, "float32"))
 
 
 def train(run: Training) -> tuple[list[float], dict[int, list[np.ndarray]]]:
-    """Train; return the losses of the steps, and the inputs of the sigmoids at the snapshots."""
+    """Train `run`, and return the loss of each step and the sigmoid inputs at each snapshot."""
     losses: list[float] = []
     seen = {0: list(inspection.preactivations(run.model, images).values())}
     of_an_epoch = len(run.train) // 256
@@ -92,12 +95,14 @@ assert np.mean(losses[WITHOUT][-10:]) > math.log(10) - 0.05
 assert np.mean(losses[WITH][-10:]) < (0.9 if is_fashion and not lesson.quick else 1.6)
 
 # %% [markdown]
-# Without batch norm, the network is as good as one that gives every class the probability 1/10.
+# Without batch norm, the trained network is only as good as a network that gives every class the
+# probability 1/10.
 #
 # ## What the layers see
 #
-# The reason is in the numbers that enter the four sigmoids, here on 256 test images. The sigmoid
-# itself is drawn in grey: it is sensitive between about -3 and 3.
+# The numbers that enter the four sigmoids show why the network without batch norm does not learn.
+# The histograms show these numbers for 256 test images. The grey curve is the sigmoid, which is
+# sensitive to inputs between about -3 and 3.
 
 # %%
 LAYERS = ("convolution 1", "convolution 2", "linear 1", "linear 2")
@@ -121,16 +126,17 @@ figure.suptitle("How often which value enters the sigmoid")
 lesson.show(figure, "histograms")
 
 # %% [markdown]
-# At first sight, both have values of a healthy size. But a histogram mixes two things: how features
-# differ from one another, and how *images* differ in one feature. Only the second carries
-# information. (A feature is a channel of a convolution or a unit of a linear layer.) So take each
-# feature on its own. Its standard deviation over the images, for the median feature:
+# At first sight, the values in both networks have a healthy size. But a histogram mixes two kinds
+# of differences. Features differ from one another, and *images* differ in the value of one feature.
+# (A feature is a channel of a convolution or a unit of a linear layer.) Only the differences
+# between images carry information. So the next cell computes the standard deviation over the images
+# for each feature separately, and prints the median over the features of each layer.
 
 # %%
 
 
 def spread(values: np.ndarray) -> float:
-    """Return the median over all features of the standard deviation of a feature."""
+    """Compute the standard deviation of each feature of `values`, and return the median."""
     return float(np.median(np.std(values, axis=(0, 2, 3)[: values.ndim - 1])))
 
 
@@ -162,16 +168,18 @@ right.set_title("Spread over the images, standard deviation")
 right.legend(fontsize="small")
 lesson.show(figure, "spread")
 
-assert np.allclose(spreads[WITH][0], 1, atol=0.01)  # gamma is 1 then
+assert np.allclose(spreads[WITH][0], 1, atol=0.01)  # gamma is 1 at the start
 ratios = np.array(spreads[WITHOUT][0][1:]) / np.array(spreads[WITHOUT][0][:-1])
 print(f"without batch norm, from layer to layer: times {', '.join(f'{r:.2f}' for r in ratios)}")
 assert np.all(ratios < 1 / 3) and spreads[WITHOUT][0][-1] < 0.01
 
 # %% [markdown]
-# Without batch norm, every layer makes the differences between images four or five times smaller:
-# the sigmoid's slope is 1/4 at most, and averaging does the rest. In front of the last sigmoid, a
-# shoe and a shirt differ in the third decimal. All images look alike there, and so the best answer
-# is the same for all: 1/10 for each class. The gradient fares no better on its way back:
+# Without batch norm, every layer makes the differences between images four or five times smaller.
+# The slope of the sigmoid is at most 1/4, and averaging makes the differences still smaller. In
+# front of the last sigmoid, the values for a shoe and the values for a shirt differ only in the
+# third decimal. All images look alike in front of the last sigmoid, so the best answer of the
+# network gives every class the probability 1/10 for every image. The gradient also shrinks on the
+# way back through the layers. The next cell prints the size of the gradient of each weight.
 
 # %%
 labels = dataset.test.labels[:256]
@@ -192,12 +200,14 @@ for name in runs:
 assert of_first[WITH] > 100 * of_first[WITHOUT]
 
 # %% [markdown]
-# Batch norm sets the spread to $|\gamma|$ in every layer, at every step: 1 at first, and later what
-# the network has learned to want. The gradient has about the same size everywhere.
+# Batch norm sets the standard deviation of each feature to $|\gamma|$ in every layer and at every
+# step. At the start, $|\gamma|$ is 1. Later, the network has learned other values of $\gamma$. With
+# batch norm, the gradient has about the same size in every layer.
 #
 # ## Learning rates
 #
-# Two epochs each; the dotted line is guessing.
+# The picture shows the training loss over two epochs for each learning rate. The dotted line is the
+# loss of guessing.
 
 # %%
 by_rate = curves(lesson, learning_rates)
@@ -208,7 +218,8 @@ for found in by_rate:
     name = WITH if found["batch_norm"] else WITHOUT
     row, column = ("Sigmoid", "ReLU").index(found["activation"]), RATES.index(found["lr"])
     final[found["activation"], name, found["lr"]] = found["test_accuracy"][-1]
-    loss = np.array(found["loss"], dtype=float)  # None, for infinity, becomes NaN: not drawn
+    # The file has None for an infinite loss. None becomes NaN, and NaN is not drawn.
+    loss = np.array(found["loss"], dtype=float)
     rows[row][column].plot(np.linspace(0.1, 2, len(loss)), loss, color=COLOURS[name], label=name)
     rows[row][column].set_title(f"{found['activation']}, learning rate {found['lr']:g}")
 for axes in rows.flat:
@@ -237,13 +248,18 @@ for rate in RATES:
     assert (final["ReLU", WITH, rate] > 0.7) == (rate < 5)
 
 # %% [markdown]
-# With sigmoids and batch norm, any of these rates will do, though the largest is a hundred times
-# the smallest. Without, only 1 leads away from guessing, and only after an epoch.
+# With sigmoids and batch norm, the network learns at each of the four learning rates, although the
+# largest rate is a hundred times the smallest rate. With sigmoids and without batch norm, the
+# network becomes better than guessing only at the learning rate 1, and only after an epoch.
 #
-# ReLU lets the differences through. So it learns without batch norm as well, if more slowly, and at
-# small rates only. A step that is too large puts units below 0 for every image; there ReLU has no
-# gradient, and nothing brings them back. Batch norm does, as it centres every feature at each step.
-# (At 5, it cannot help either.) This is what is left of the units of linear 2 after 150 steps at 1:
+# ReLU does not shrink the differences between images. So a network with ReLU learns without batch
+# norm as well, but more slowly and only at small learning rates. A training step that is too large
+# can make the input of a ReLU negative for every image. ReLU has no gradient for negative inputs,
+# so without batch norm nothing brings such a unit back. Batch norm brings the unit back, because
+# batch norm centres every feature at each step. (At the learning rate 5, batch norm cannot help
+# either.) The next cell trains both networks with ReLU for 150 steps at the learning rate 1. The
+# cell prints the share of the units of linear 2 that still have a positive input for any of 256
+# images.
 
 # %%
 alive = {}
@@ -262,8 +278,9 @@ if is_fashion:
 # %% [markdown]
 # ## What gamma and beta become
 #
-# They start at 1 and 0. This is what the published setting (learning rate 1, ten epochs, seed 0)
-# makes of those of the two convolutions, a line for each channel.
+# At the start, every $\gamma$ is 1 and every $\beta$ is 0. The picture shows how $\gamma$ and
+# $\beta$ of the batch norms after the two convolutions change in the published setting (learning
+# rate 1, ten epochs, seed 0). Each line shows one channel.
 
 # %%
 by_seed = curves(lesson, ten_epochs)
@@ -288,18 +305,23 @@ for found in by_seed:
     assert max(last["gamma"][0]) > 3 and max(last["gamma"][1]) > 1
 
 # %% [markdown]
-# Most channels of the first convolution end with a $\gamma$ of 2 to 5. With such a standard
-# deviation, many values are outside of the part of the sigmoid that is almost a straight line. The
-# network *learns* to be nonlinear there, and $\beta$ determines the part of the sigmoid. So batch
-# norm does not keep the values near 0 for ever. But two numbers for each feature determine where
-# the values are. Without batch norm, all weights of the layers before determine this together. (The
-# published runs ended with $\gamma$ from 1.9 to 3.5 and $\beta$ from -3.6 to 2.3.)
+# Most channels of the first convolution end with a $\gamma$ of 2 to 5. The value of $\gamma$ is the
+# standard deviation of the numbers that enter the sigmoid. With a standard deviation of 2 to 5,
+# many numbers lie outside of the part of the sigmoid that is almost a straight line. So the network
+# *learns* to be nonlinear in the first convolution, and $\beta$ determines which part of the
+# sigmoid the network uses.
+#
+# Batch norm does not keep the values near 0 for ever. But with batch norm, two numbers for each
+# feature determine where the values are. Without batch norm, all weights of the layers before
+# determine together where the values are. (The published runs ended with $\gamma$ from 1.9 to 3.5
+# and $\beta$ from -3.6 to 2.3.)
 #
 # ## A batch of one
 #
-# Now for what batch norm costs. In training, an example's result depends on the others in its
-# batch. Without any others, a batch norm over (N, D) subtracts the only value there is from itself:
-# $\hat{x} = 0$, whatever the image shows. So the network says the same to every image, exactly:
+# Batch norm also has costs. In training, the result for an example depends on the other examples of
+# the batch. In a batch of one example, batch norm over an array of the shape (N, D) subtracts each
+# value from itself. So $\hat{x}$ is 0 for every image, and the network gives exactly the same
+# output for every image. The next cell compares the outputs for five images.
 
 # %%
 model = LeNet(generator=np.random.default_rng(0))
@@ -308,8 +330,9 @@ print("largest difference of the outputs for five images:", max(np.ptp(alone, ax
 assert all(np.array_equal(output, alone[0]) for output in alone)
 
 # %% [markdown]
-# And the gradient stops at the last batch norm. Only what is above it learns: how frequent the
-# classes are.
+# With a batch of one, the gradient stops at the last batch norm. Only $\beta$ of the last batch
+# norm and the parameters of the last linear layer get a gradient. These parameters can learn only
+# how frequent each class is.
 
 # %%
 loss, cache = F.softmax_cross_entropy(alone[-1], np.array([7]))
@@ -322,11 +345,13 @@ for name, parameter in model.parameters().items():
 # %% [markdown]
 # ## Small batches
 #
-# **The statistics are noisy.** The mean of N examples misses the mean of all by about
-# $\sigma / \sqrt{N}$. Here is the noise of the batch mean, measured in front of the first batch
-# norm after a convolution and after a linear layer, in units of the standard deviation $\sigma$.
-# (After the first convolution, N images are 576 N values. But neighbours are alike, and one image
-# counts for 8 independent values, not for 576.)
+# **The statistics are noisy.** Let $\sigma$ be the standard deviation of a feature. The mean of a
+# batch of N examples differs from the mean of all examples by about $\sigma / \sqrt{N}$. This
+# difference is the noise of the batch mean. The next cell measures the noise in units of $\sigma$
+# in front of two batch norms. One batch norm follows the first convolution, and the other batch
+# norm follows the first linear layer. (After the first convolution, N images give 576 N values of
+# each feature. But neighbouring values are similar, so one image counts for only 8 independent
+# values, not for 576.)
 
 # %%
 many = dataset.train.images[: 1024 if lesson.quick else 4096]
@@ -342,7 +367,10 @@ sizes = 2 ** np.arange(7)
 
 
 def noise_of_the_mean(values: np.ndarray, size: int) -> float:
-    """Return the standard deviation of the batch mean, divided by that of the values."""
+    """Return the noise of the mean of `values` over batches of `size` examples.
+
+    The noise is the standard deviation of the mean divided by the standard deviation of `values`.
+    """
     axes = (0, 2, 3)[: values.ndim - 1]
     of_batches = [np.mean(part, axis=axes) for part in np.split(values, len(values) // size)]
     return float(np.sqrt(np.mean(np.var(of_batches, axis=0) / np.var(values, axis=axes))))
@@ -359,7 +387,7 @@ for layer, colour in (("convolution 1", GREEN), ("linear 1", BLUE)):
     print(
         f"{layer:13}: {', '.join(f'{n:.3f}' for n in noise)} for N = {', '.join(map(str, sizes))}"
     )
-    if not is_fashion:  # the digits are not in random order
+    if not is_fashion:  # the handwritten digits are not in random order
         continue
     if layer == "linear 1":
         np.testing.assert_allclose(noise, 1 / np.sqrt(sizes), rtol=0.2)
@@ -374,21 +402,23 @@ axes.legend(fontsize="small")
 lesson.show(figure, "noise")
 
 # %% [markdown]
-# The extreme is a batch of two. The mean is the middle between them, so that $\hat{x}$ is -1 for
-# one and 1 for the other (except for $\epsilon$). All that is left of a feature is which of two
-# images has more of it.
+# A batch of two is the extreme case. The mean of two values lies in the middle between the values.
+# So $\hat{x}$ is -1 for the smaller value and 1 for the larger value (except for $\epsilon$). In a
+# batch of two, $\hat{x}$ says only which of the two images has the larger value of the feature.
 
 # %%
-norm = BatchNorm(120, num_dims=2)  # gamma is 1, beta 0
+norm = BatchNorm(120, num_dims=2)  # gamma is 1, and beta is 0
 of_two = [norm.forward(pair) for pair in np.split(before_norm["linear 1"][:400], 200)]
 for limit in (0.9, 0.99):
     print(f"in batches of 2, {np.mean(np.abs(of_two) > limit):.1%} of |x_hat| are above {limit}")
 assert np.mean(np.abs(of_two) > 0.9) > (0.9 if is_fashion else 0.5)
 
 # %% [markdown]
-# **The gradient is cut.** The backward pass of batch norm passes on what is left of $dy$ after
-# fitting a line to it (lesson 1). A line has two numbers, so of N directions, N - 2 get through: of
-# a random gradient, the fraction $\sqrt{(N - 2) / N}$. Of two points, nothing is left.
+# **The gradient is cut.** The backward pass of batch norm fits a line to $dy$ and passes on the
+# residuals, as lesson 1 shows. A line has two parameters, so batch norm passes on only $N - 2$ of
+# $N$ directions of the gradient. Of the length of a random gradient, batch norm passes on the
+# fraction $\sqrt{(N - 2) / N}$. In a batch of two, a line fits both points exactly, so batch norm
+# passes on nothing.
 
 # %%
 rng = np.random.default_rng(0)
@@ -404,9 +434,10 @@ for size in (2, 4, 8, 32, 256):
     np.testing.assert_allclose(through_norm, math.sqrt((size - 2) / size), atol=0.06)
 
 # %% [markdown]
-# **So it learns less.** 12,800 images in batches of each size, with ReLU, which also learns without
-# batch norm. The learning rate is proportional to the batch size, so that an image counts
-# alike.
+# **Small batches learn less with batch norm.** The picture shows the training loss on 12,800 images
+# for batches of each size. The networks use ReLU, because a network with ReLU also learns without
+# batch norm. The learning rate is proportional to the batch size, so that each image has the same
+# influence at every batch size.
 
 # %%
 by_size = curves(lesson, batch_sizes)
@@ -446,19 +477,22 @@ assert [last_loss[WITH, n] for n in (1, 2, 4, 8, 32)] == sorted(
 assert np.ptp([last_loss[WITHOUT, n] for n in (1, 2, 4, 8)]) < 0.05
 
 # %% [markdown]
-# Without batch norm, batches of 1 to 8 examples give the same losses: their lines lie on one
-# another. With batch norm, batches of 1 learn nothing (the loss stays at $\ln 10$), and batches of
-# 2 learn almost nothing. Up to 32, each larger batch size learns more than the one before. (Batches
-# of 256 give only 50 steps here, which are few with and without batch norm.) For batches of 1, the
-# test accuracy is even worse than that of guessing. The reason is that the variance of one value is
-# 0. So its moving average is 0, too, and prediction divides by the root of this moving average.
+# Without batch norm, batches of 1, 2, 4 and 8 examples give the same losses, so the four lines lie
+# on top of one another. With batch norm, batches of 1 learn nothing (the loss stays at $\ln 10$),
+# and batches of 2 learn almost nothing. Up to a batch size of 32, each larger batch size learns
+# more than the batch size before. (Batches of 256 give only 50 steps in this measurement, and 50
+# steps are few both with and without batch norm.) With batch norm and batches of 1, the test
+# accuracy is even worse than the accuracy of guessing. The reason is that the variance of one value
+# is 0. So the moving average of the variance is also 0, and prediction divides by the root of the
+# moving average.
 #
 # ## Training is not prediction
 #
-# In prediction, an image must not depend on the others in its batch. So batch norm uses moving
-# averages of the statistics that it saw in training: at each step, a tenth is replaced. They
-# describe the weights of about the last ten steps, not those of now. With a learning rate of 1, the
-# weights have moved on. The same weights can be evaluated in three ways:
+# In prediction, the result for an image must not depend on the other images of the batch. So batch
+# norm uses moving averages of the statistics of the training batches. Each training step replaces a
+# tenth of the moving averages. So the moving averages describe the weights of about the last ten
+# steps, not the current weights. At a learning rate of 1, the weights change a lot in ten steps.
+# The next cell evaluates the current weights with three kinds of statistics.
 
 # %%
 run = runs[WITH]
@@ -473,12 +507,14 @@ print(f"    {by_batch:.3f} with the statistics of each batch of 256 test images,
 print(f"    {by_precise:.3f} with statistics of training images, for the weights as they are")
 
 # %% [markdown]
-# The second way is cheating: what it says about an image depends on 255 others. The third is
-# honest: `precise_statistics` passes training images through the network, whose weights stand
-# still, and averages over all batches (Wu and Johnson 2021, "precise BatchNorm"). `train.py
-# --precise-bn` does that before each evaluation.
+# Statistics of the test batch are cheating, because the prediction for one image then depends on
+# 255 other images. Precise statistics are honest. The function `precise_statistics` passes training
+# images through the network while the weights stay fixed, and averages the statistics over all
+# batches (Wu and Johnson 2021, "precise BatchNorm"). The command `train.py --precise-bn` computes
+# precise statistics before each evaluation.
 #
-# Now epoch by epoch, ten epochs of the published setting with three seeds:
+# The next picture shows the test accuracy with all three kinds of statistics after each epoch. The
+# runs are ten epochs of the published setting with three seeds.
 
 # %%
 ways = {
@@ -520,17 +556,21 @@ assert np.max(np.abs(accuracies["batch"] - accuracies["precise"])) < 0.005
 assert np.sum(gain > 0) >= 27
 
 # %% [markdown]
-# The large jumps, like the published run's from .822 to .553 and back to .797, come from the moving
-# averages, not from the weights: with precise statistics, the largest shrinks from .185 to .058,
-# and the mean from .038 to .020. What remains is the weights' own: at this learning rate, one epoch
-# really is better than the next. That the second and the third way agree, to half a percent, shows
-# that it is the statistics' age that matters, not from which images they come.
+# With moving averages, the test accuracy makes large jumps. For example, the test accuracy of the
+# published run fell from .822 to .553 and then rose to .797. The large jumps come from the moving
+# averages, not from the weights. With precise statistics, the largest jump shrinks from .185 to
+# .058, and the mean jump shrinks from .038 to .020. The remaining jumps come from the weights,
+# because at this learning rate one epoch really is better than the next epoch. Statistics of the
+# test batch and precise statistics give test accuracies that agree to half a percent. So the age of
+# the statistics matters. The images behind the statistics do not matter.
 #
-# ### Is it age, or noise?
+# ### Age or noise?
 #
-# A moving average could also be wrong because it is made of few batches. A test: after each of the
-# 30 epochs, let the weights stand still, and let training batches pass that move nothing but the
-# moving averages. Were it noise, it would stay as it is. Here is what happens:
+# Moving averages can be wrong for two reasons. Either the statistics are old, or the statistics are
+# noisy because only a few batches contribute to a moving average. An experiment tells age from
+# noise. After each of the 30 epochs, the experiment passes training batches through the network
+# while the weights stay fixed. These batches change only the moving averages. If the errors came
+# from noise, the errors would stay as large as before. The picture shows how the errors change.
 
 # %%
 figure, axes = plt.subplots(figsize=(7, 4))
@@ -554,7 +594,10 @@ for count, value in zip(counts, left, strict=True):
 assert left[0] > 10 * left[-1]
 
 # %% [markdown]
-# It is age. After 20 batches, which make up $1 - 0.9^{20} = 0.88$ of the averages, nearly all is
-# well; after 40, all is. So there are three remedies: a smaller learning rate towards the end
-# (`--schedule cosine`), which lets the weights nearly stand still; precise statistics; or to know
-# about it, and to judge a run by its best epochs and its training loss.
+# The errors come from the age of the moving averages, not from noise. After 20 batches, the new
+# batches make up $1 - 0.9^{20} = 0.88$ of the moving averages, and nearly all of the error is gone.
+# After 40 batches, the moving averages are practically as good as precise statistics. So there are
+# three remedies for the jumps. The first remedy is a smaller learning rate towards the end of the
+# training (`--schedule cosine`), because the weights then hardly change. The second remedy is to
+# use precise statistics. The third remedy is to expect the jumps, and to judge a run by the best
+# epochs and by the training loss.

@@ -1,15 +1,16 @@
 # %% [markdown]
 # # Convolution as a matrix product, and its transpose
 #
-# A convolution is a linear map, so it is the product with a matrix. Its backward pass is the
-# product with the transposed matrix. This explains every part of the backward pass: where the
-# kernel goes, why gradients add up where windows overlap, and what stride and padding do. The
-# second half of the lesson shows how a convolution is computed in practice, and why the order of
-# the numbers in memory determines the speed.
+# A convolution is a linear map, so a convolution is the product with a matrix. The backward pass of
+# the convolution is the product with the transposed matrix. The transposed matrix explains every
+# part of the backward pass. The matrix shows where the kernel goes, why gradients add up where
+# windows overlap, and what stride and padding do. The second half of the lesson shows how to
+# compute a convolution in practice, and why the order of the numbers in memory determines the
+# speed.
 #
-# Every claim about the numbers is asserted: if it were wrong, this file would fail. (Except for the
-# speed, which is measured on the machine that runs it.) The code that trains is in
-# `npbn/functional/conv2d.py`.
+# An `assert` checks every claim about the numbers, so the file fails if a claim is wrong. The
+# lesson does not assert the speed, because the speed depends on the machine. The training code of
+# npbn is in `npbn/functional/conv2d.py`.
 
 # %%
 from _lesson import BLUE, GREEN, ORANGE, draw_matrix, print_arrays, start
@@ -28,10 +29,10 @@ from npbn import functional as F
 # %% [markdown]
 # ## A convolution by hand
 #
-# The kernel $w$ is moved over the image $x$. At each place, the pixels under the kernel are
-# multiplied by the kernel, element by element, and the products are added up. (Mathematics calls
-# this a cross-correlation. A convolution in mathematics flips the kernel first; in deep learning it
-# does not.)
+# A convolution moves the kernel $w$ over the image $x$. At each place, the convolution multiplies
+# the pixels under the kernel by the elements of the kernel and adds up the products. (Mathematics
+# calls this operation a cross-correlation. A convolution in mathematics flips the kernel first, but
+# a convolution in deep learning does not flip the kernel.)
 #
 # $$y_{p q} = \sum_{i, j} w_{i j}  x_{p + i,  q + j}$$
 
@@ -53,10 +54,10 @@ assert y[0, 0] == np.sum(w * x[:3, :3])
 # %% [markdown]
 # ## The matrix
 #
-# Twice the image gives twice the result, and the sum of two images gives the sum of their results.
-# So the convolution is linear in $x$. Write the pixels of $x$ and of $y$ as vectors, row by row.
-# Then there is a matrix $A$ with $y = A x$. Column $n$ of $A$ is the result for an image that is 1
-# at pixel $n$ and 0 elsewhere.
+# Twice the image gives twice the result, and the sum of two images gives the sum of two results. So
+# the convolution is linear in $x$. Write the pixels of $x$ as a vector, row by row, and write the
+# pixels of $y$ as another vector. Then there is a matrix $A$ with $y = A x$. Column $n$ of $A$ is
+# the result for an image that is 1 at pixel $n$ and 0 elsewhere.
 
 # %%
 other = np.array([[5, 1, 0, 2], [1, 1, 4, 0], [0, 2, 0, 3], [3, 0, 1, 1]])
@@ -68,9 +69,10 @@ np.testing.assert_array_equal(A @ x.ravel(), y.ravel())
 print_arrays(A=A, A_times_x=A @ x.ravel(), y=y.ravel())
 
 # %% [markdown]
-# Each row of $A$ belongs to one place of the kernel. It contains the three rows of the kernel with
-# zeros between them. Every row of $A$ contains the same nine numbers, at other places. (A linear
-# layer would have 64 numbers of its own in each row.)
+# Each row of $A$ belongs to one place of the kernel. A row of $A$ contains the three rows of the
+# kernel with zeros between the kernel rows. All rows of $A$ contain the nine numbers of the kernel,
+# at different positions. (A linear layer would have 16 numbers of its own in each row, which are 64
+# numbers in all four rows.)
 
 # %%
 np.testing.assert_array_equal(A[0].reshape(4, 4)[:3, :3], w)
@@ -87,12 +89,13 @@ lesson.show(figure, "matrix")
 # ## Backward: the transpose
 #
 # The upstream gradient $dy$ says how the loss $L$ changes with each element of $y$. Pixel $n$ of
-# $x$ reaches the loss through all elements of $y$, and $\partial y_m / \partial x_n = A_{m n}$:
+# $x$ changes the loss through all elements of $y$, and $\partial y_m / \partial x_n = A_{m n}$. So
+# the gradient of pixel $n$ is a sum over all elements of $y$:
 #
 # $$dx_n = \sum_m dy_m  A_{m n} \qquad\text{that is}\qquad dx = A^\top dy$$
 #
-# A check of this gradient needs no small step, because the difference quotient of a linear map is
-# exact for a step of 1.
+# The difference quotient of a linear map is exact for a step of 1. So a check of $dx$ needs no
+# small step.
 
 # %%
 dy = np.array([[1, -2], [3, 1]])
@@ -103,10 +106,10 @@ by_steps = [np.sum(dy * convolve(x + pixel, w)) - np.sum(dy * y) for pixel in pi
 np.testing.assert_array_equal(dx, np.reshape(by_steps, (4, 4)))
 
 # %% [markdown]
-# A column of $A^\top$ is a row of $A$, which is the kernel at one place. So $A^\top dy$ is a sum of
-# kernels, one at every place, each multiplied by the $dy$ of its place. In the forward pass, a
-# window is *gathered* into one number. In the backward pass, one number is *scattered* over the
-# window.
+# A column of $A^\top$ is a row of $A$, so a column of $A^\top$ is the kernel at one place. So
+# $A^\top dy$ is a sum that has one kernel for every place. The sum multiplies each kernel by the
+# element of $dy$ for the place of the kernel. The forward pass *gathers* a window of pixels into
+# one number. The backward pass *scatters* one number over a window of pixels.
 
 # %%
 parts = []
@@ -125,13 +128,14 @@ draw_matrix(row[4], dx, "their sum: $dx$", largest=32)
 lesson.show(figure, "scatter")
 
 # %% [markdown]
-# The transpose has another property, which shows that it is right without any derivative. For
-# *all* $x$ and $u$,
+# Another property of the transpose checks the backward pass without any derivative. For *all* $x$
+# and $u$,
 #
 # $$\langle A x, u \rangle = \langle x, A^\top u \rangle$$
 #
-# where $\langle a, b \rangle = \sum_i a_i b_i$. (The transpose is also called the adjoint.) With
-# random numbers, this checks the backward pass of any linear map, in two evaluations.
+# where $\langle a, b \rangle = \sum_i a_i b_i$. (Another name of the transpose is the adjoint.) The
+# equation holds for every linear map. So one evaluation of each side with random numbers checks the
+# backward pass of any linear map.
 
 # %%
 rng = np.random.default_rng(0)
@@ -145,17 +149,21 @@ for _ in range(3):
 # %% [markdown]
 # ## im2col: write out the image, not the kernel
 #
-# Most elements of $A$ are zero: 97 % of them for 28 × 28 pixels and a kernel of 5 × 5. It is better
-# to exchange the roles of image and kernel. Each window of $x$ becomes a column of a matrix $X$.
-# The kernel becomes a row $w$ of nine numbers. (The picture has a frame around the first window.)
-# Then $y = w X$ is a small product without multiplications by zeros of $A$.
+# Most elements of $A$ are zero. For 28 × 28 pixels and a kernel of 5 × 5, 97 % of the elements are
+# zero. So the function `im2col` exchanges the roles of the image and the kernel. Each window of $x$
+# becomes a column of a matrix $X$, and the kernel becomes a row $w$ of nine numbers. (The picture
+# has a frame around the first window.) Then the small product $y = w X$ computes the convolution,
+# and does not multiply by the zeros of $A$.
 
 # %%
 assert 25 / 28**2 < 0.04
 
 
 def im2col(x: np.ndarray, k: int = 3, stride: int = 1) -> np.ndarray:
-    """Return a matrix whose columns are the windows of x."""
+    """Return a matrix with one column for each window of `x`.
+
+    A window has `k` × `k` pixels. Neighbouring windows are `stride` pixels apart.
+    """
     places = range(0, len(x) - k + 1, stride)
     return np.stack([x[p : p + k, q : q + k].ravel() for p in places for q in places], axis=1)
 
@@ -167,7 +175,7 @@ print_arrays(X=X, w_times_X=w.ravel() @ X)
 figure, (left_axes, right_axes) = plt.subplots(1, 2, figsize=(8, 4.4))
 draw_matrix(left_axes, np.arange(16).reshape(4, 4), "the pixels of $x$, numbered")
 draw_matrix(right_axes, im2col(np.arange(16).reshape(4, 4)), "where they stand in $X$")
-for axes, width, height in ((left_axes, 3, 3), (right_axes, 1, 9)):  # the first window
+for axes, width, height in ((left_axes, 3, 3), (right_axes, 1, 9)):  # frame the first window
     axes.add_patch(
         Rectangle((-0.5, -0.5), width, height, fill=False, color=BLUE, linewidth=4, zorder=3)
     )
@@ -178,15 +186,20 @@ lesson.show(figure, "im2col")
 # %% [markdown]
 # ## col2im: its transpose
 #
-# The backward pass of a product $w X$ is simple: $dX = w^\top dy$ and $dw = dy X^\top$. The
-# transpose of `im2col` computes $dx$ from $dX$. `im2col` copies a pixel into every window that
-# contains it. Its transpose, `col2im`, adds up the gradients of all copies.
+# The product $w X$ has a simple backward pass, which is $dX = w^\top dy$ and $dw = dy X^\top$. The
+# transpose of `im2col` computes $dx$ from $dX$. The function `im2col` copies each pixel into every
+# window that contains the pixel. The transpose of `im2col` is the function `col2im`, which adds up
+# the gradients of all copies of a pixel.
 
 # %%
 
 
 def col2im(columns: np.ndarray, size: int = 4, k: int = 3, stride: int = 1) -> np.ndarray:
-    """Return the transpose of im2col: every column is added to its window."""
+    """Add each column of `columns` to the window for the column, and return the image.
+
+    `col2im` is the transpose of `im2col`. The image has `size` × `size` pixels, and a window has
+    `k` × `k` pixels. Neighbouring windows are `stride` pixels apart.
+    """
     x = np.zeros((size, size), columns.dtype)
     places = range(0, size - k + 1, stride)
     windows = [(p, q) for p in places for q in places]
@@ -205,9 +218,11 @@ np.testing.assert_allclose(
 )
 
 # %% [markdown]
-# How many copies has each pixel? `col2im` of `im2col` of ones counts them. In the middle of a large
-# image, a pixel is in $k^2$ windows, at the corner in one. With a larger stride there are fewer,
-# and some pixels may be in none: they did not contribute to $y$, so their gradient is 0.
+# The next cell counts how many copies `im2col` makes of each pixel. To count the copies, the cell
+# applies `im2col` and then `col2im` to an image of ones. With a stride of 1, a pixel in the middle
+# of a large image is in $k^2$ windows, and a pixel at a corner is in one window. With a larger
+# stride, a pixel is in fewer windows, and some pixels may be in no window. A pixel in no window
+# does not contribute to $y$, so the gradient of such a pixel is 0.
 
 # %%
 strides = (1, 2, 3)
@@ -225,10 +240,11 @@ lesson.show(figure, "counts")
 # %% [markdown]
 # ## The gradients of kernel and bias
 #
-# The forward pass multiplies each weight by one row of $X$, which has one pixel of every window. So
-# the gradient of the weight is a sum over the windows: $dy$ times this pixel. For all weights
-# together, this is $dw = dy X^\top$. The bias is added to every element of $y$, so $db$ is the sum
-# of $dy$. $y$ is linear in weight and bias, so a step of 1 checks both gradients.
+# The forward pass multiplies each weight by one row of $X$, which contains one pixel of every
+# window. So the gradient of the weight is the sum over all windows of $dy$ times the pixel of the
+# window. For all weights together, the gradient is $dw = dy X^\top$. The forward pass adds the bias
+# to every element of $y$, so the gradient $db$ is the sum of $dy$. The result $y$ is linear in the
+# weight and in the bias, so a step of 1 checks both gradients.
 
 # %%
 dw = (dy.ravel() @ X.T).reshape(3, 3)
@@ -243,15 +259,17 @@ assert db == np.sum(dy * (y + 1)) - np.sum(dy * y)
 # %% [markdown]
 # ## Stride and padding are matrices as well
 #
-# **Padding** writes the image into a larger one of zeros: a matrix $P$ with a single 1 in each
-# column. **Stride** keeps some elements of the result at stride 1 and drops the others: a matrix
-# $S$ with a single 1 in each row. Let $A$ be the matrix of the convolution of the padded image. The
-# convolution with padding and stride is the product
+# **Padding** writes the image into a larger image of zeros. Padding is the product with a matrix
+# $P$ that has a single 1 in each column. **Stride** keeps some elements of the result at stride 1
+# and drops the other elements. Stride is the product with a matrix $S$ that has a single 1 in each
+# row. Let $A$ be the matrix of the convolution of the padded image. The convolution with padding
+# and stride, and the backward pass of this convolution, are the products
 #
 # $$y = S A P x \qquad dx = P^\top A^\top S^\top dy$$
 #
-# Read from the right, the backward pass is: $S^\top$ puts $dy$ back in place, with zeros between;
-# $A^\top$ scatters the kernels; $P^\top$ cuts the padding off.
+# The backward pass applies the three matrices from right to left. First, $S^\top$ puts the elements
+# of $dy$ back in place, with zeros between the elements. Then $A^\top$ scatters the kernels.
+# Finally, $P^\top$ cuts the padding off.
 
 # %%
 P = np.stack([np.pad(pixel, 1).ravel() for pixel in pixels], axis=1)
@@ -284,10 +302,11 @@ lesson.show(figure, "stride_and_padding")
 # %% [markdown]
 # ## Channels and batches: npbn's conv2d
 #
-# With $C$ channels, a column has the windows of all channels under one another, $C k^2$ numbers.
-# With $O$ kernels, the weight has $O$ rows. With $N$ images, their columns stand side by side. That
-# is all: $Y = W X + b \mathbf{1}^\top$. The next cell computes this formula and compares the result
-# with npbn's. npbn computes one row of the output image at a time.
+# With $C$ channels, a column of $X$ contains the windows of all channels under one another, so the
+# column has $C k^2$ numbers. With $O$ kernels, the matrix $W$ of the weights has $O$ rows. With $N$
+# images, the columns of all images stand side by side in $X$. So the complete formula is
+# $Y = W X + b \mathbf{1}^\top$. The next cell computes this formula and compares the result with
+# the result of npbn. npbn computes one row of the output image at a time.
 
 # %%
 images = rng.normal(size=(2, 3, 7, 7))
@@ -310,7 +329,7 @@ dcolumns = (weight.reshape(4, 27).T @ dY).reshape(3, 9, 2, 16)
 dpadded = [[col2im(dcolumns[c, :, n], 9, 3, stride=2) for c in range(3)] for n in range(2)]
 
 npbn_dx, npbn_dweight, npbn_dbias = F.conv2d_backward(upstream, cache)
-assert npbn_dbias is not None  # as it is without a bias
+assert npbn_dbias is not None  # only a convolution without a bias has no npbn_dbias
 for name, gradient, npbn_gradient in (
     ("dx", np.array(dpadded)[:, :, 1:-1, 1:-1], npbn_dx),
     ("dweight", (dY @ columns.T).reshape(4, 3, 3, 3), npbn_dweight),
@@ -322,30 +341,33 @@ for name, gradient, npbn_gradient in (
 # %% [markdown]
 # ## Memory order decides the speed
 #
-# The loops above are for reading. Fast code copies, for each of the $k^2$ places in the window,
-# that place of *all* windows at once, with one slice. How fast that goes depends on how the numbers
-# lie in memory.
+# The loops of `im2col` and `col2im` above are easy to read, but slow. Fast code goes through the
+# $k^2$ places in the window. For each place, fast code copies the pixels at this place of *all*
+# windows at once, with one slice. The speed of such a copy depends on the order of the numbers in
+# memory.
 #
-# In an array of shape $(N, C, H, W)$ in NumPy's usual order, the last axis is contiguous: the
-# pixels of an image row are neighbours. The slice leaves out $k - 1$ pixels of every row, so it is
-# copied in *runs* of $W'$ numbers, 8 to 24 of them in LeNet, and with a stride of 2 even one by
-# one. If the batch comes last in memory, $(C, H, W, N)$, the same pixel of all images is a run of
-# $N$, at any stride.
+# In NumPy's usual order, the last axis of an array of shape $(N, C, H, W)$ is contiguous, so the
+# pixels of an image row are neighbours in memory. The slice leaves out $k - 1$ pixels of every row,
+# so NumPy copies the slice in *runs* of $W'$ contiguous numbers. In LeNet, a run has 8 to 24
+# numbers. With a stride of 2, a run has only one number. If the batch is the last axis in memory,
+# the order is $(C, H, W, N)$. In this order, the values of one pixel in all images are a run of $N$
+# numbers, at any stride.
 #
-# For each run, NumPy restarts its inner loop, and that takes as long as many numbers do. Here
-# the same amount is copied, as for unfolding, and added, as for its transpose, in runs with gaps of
-# 4.
+# For each run, NumPy restarts an inner loop, and the restart takes as long as many numbers take.
+# Unfolding (`im2col`) copies numbers, and folding (the transpose of `im2col`) adds numbers. The
+# next cell copies and adds a fixed amount of numbers in runs of different lengths, with gaps of 4
+# numbers between the runs.
 
 # %%
 
 
 def medians(functions: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
-    """Return the median of the time that each function takes, in milliseconds.
+    """Run each of the `functions` and return the median time of each function in milliseconds.
 
-    The functions run in turns.
+    The functions run in turns, for `repeats` rounds.
     """
     seconds: dict[str, list[float]] = {name: [] for name in functions}
-    for _ in range(repeats + 1):  # the first is to warm up
+    for _ in range(repeats + 1):  # the first round only warms up
         for name, function in functions.items():
             begin = time.perf_counter()
             function()
@@ -396,30 +418,32 @@ axes.set_title("The same amount in runs of different lengths")
 lesson.show(figure, "runs")
 
 # %% [markdown]
-# Now the second convolution of LeNet: batches of 6 channels of 12 × 12 pixels, 16 kernels of 5 × 5,
-# in float32, in three ways.
+# The next cell computes the second convolution of LeNet in three ways. Each image has 6 channels of
+# 12 × 12 pixels. The convolution has 16 kernels of 5 × 5, and all numbers are float32.
 #
-# - *Batch first*: im2col in the order $(N, C, H, W)$, with runs of $W' = 8$.
-# - *Batch last*: im2col in the order $(C, H, W, N)$.
-# - *Strips*, as in npbn: batch last, and unfolded along the width only. A strip belongs to one row
-#   of the image, and the $X_p$ of one output row is $k$ strips under one another, a contiguous
-#   block of memory. The next output row takes the block that begins one strip further down. So a
-#   number is copied up to $k$ times, not $k^2$ times. And as a block is only a part of $1 / H'$ of
-#   the whole $X$, it can stay in the processor's cache while it is multiplied.
+# - *Batch first* unfolds images in the order $(N, C, H, W)$, in runs of $W' = 8$ numbers.
+# - *Batch last* unfolds images in the order $(C, H, W, N)$.
+# - *Strips* is the way of npbn. The batch is last, and images are unfolded only along the width. A
+#   strip belongs to one row of the image. The matrix $X_p$ for row $p$ of the output consists of
+#   $k$ strips under one another, which are a contiguous block of memory. The block for the next
+#   output row begins one strip further down. So npbn copies a number up to $k$ times, not $k^2$
+#   times. A block has only $1 / H'$ of the size of the whole $X$, so the block can stay in the
+#   cache of the processor during the multiplication.
 #
-# Unfolding and folding (im2col and its transpose) move numbers; the product computes. Bringing the
-# images into the order $(C, H, W, N)$ is not counted: it is done once, and then each layer of npbn
-# hands on its results in that order.
+# Unfolding and folding (`im2col` and the transpose of `im2col`) move numbers, and the product
+# computes. The times do not include bringing the images into the order $(C, H, W, N)$. npbn
+# reorders the images only once, and then each layer of npbn passes on results in the order
+# $(C, H, W, N)$.
 
 # %%
 N, C, H, out, k = 64 if lesson.quick else 256, 6, 12, 16, 5
 H_out = H - k + 1
-first = rng.normal(size=(N, C, H, H)).astype(np.float32)  # in memory: N, C, H, W
-last = np.ascontiguousarray(first.transpose(1, 2, 3, 0))  # in memory: C, H, W, N
+first = rng.normal(size=(N, C, H, H)).astype(np.float32)  # the order in memory is N, C, H, W
+last = np.ascontiguousarray(first.transpose(1, 2, 3, 0))  # the order in memory is C, H, W, N
 kernels = rng.normal(size=(out, C, k, k)).astype(np.float32)
 kernels_by_row = kernels.transpose(0, 2, 1, 3).reshape(out, -1)
 
-# What is unfolded, and what comes out, lie in buffers that are there before the clock starts.
+# The buffers for the unfolded images and for the results exist before the clock starts.
 X_first = np.empty((C, k, k, N, H_out, H_out), np.float32)
 X_last = np.empty((C, k, k, H_out, H_out, N), np.float32)
 strips = np.empty((H, C, k, H_out, N), np.float32)
@@ -486,8 +510,9 @@ timed = medians(
 )
 
 # %% [markdown]
-# All three ways compute the same. Here, the unfolded image itself was folded. So every pixel is
-# multiplied by the number of its copies, which checks unfolding and folding.
+# All three ways compute the same results. The measurement above folded the unfolded image, not a
+# gradient. So folding multiplies every pixel by the number of copies of the pixel. The next cell
+# compares the folded images with this product, which checks unfolding and folding.
 
 # %%
 expected = F.conv2d(first, kernels)[0]
@@ -526,7 +551,8 @@ axes.legend(loc="lower right")
 lesson.show(figure, "memory_order")
 
 # %% [markdown]
-# The product takes about as long in all three: it is the same arithmetic. The rest is the order of
-# the numbers in memory. These times were measured on two cores of an AMD EPYC that was busy with
-# other programs. For a batch of 256, unfolding and folding took 12 to 22 ms with the batch first,
-# 3 ms with the batch last, and 1 ms in strips. The product took 5 to 7 ms.
+# The product takes about as long in all three ways, because the arithmetic is the same. The other
+# differences come from the order of the numbers in memory. The following times were measured on two
+# cores of an AMD EPYC that was busy with other programs. For a batch of 256, unfolding and folding
+# took 12 to 22 ms with the batch first, 3 ms with the batch last, and 1 ms in strips. The product
+# took 5 to 7 ms.

@@ -1,11 +1,12 @@
 # %% [markdown]
 # # npbn against PyTorch
 #
-# npbn computes every gradient with formulas that somebody derived; PyTorch derives them itself
-# (autograd). Both are given the same weights and the same batches. If npbn is right, the losses
-# must lie on top of one another, as far as rounding allows. How far is that? A third contestant
-# shows it: PyTorch once more, with a batch norm that is written by hand. As a script, this takes
-# about half a minute on 2 cores.
+# npbn computes every gradient with a formula that a person derived. PyTorch derives gradients
+# automatically (autograd). This lesson gives both programs the same weights and the same batches.
+# If npbn is right, the losses of npbn and PyTorch must agree, except for rounding errors. To show
+# how large rounding errors become, the lesson also trains a third network. The third network runs
+# in PyTorch, but with a hand-written batch norm. As a script, the lesson takes about half a minute
+# on 2 cores.
 
 # %%
 from _lesson import BLUE, ORANGE, Lesson, start
@@ -34,13 +35,13 @@ from npbn.optim import SGD
 # %% [markdown]
 # ## A batch norm without a backward pass
 #
-# These few lines are all that one has to write with autograd. `weight` and `bias` are PyTorch's
-# names for $\gamma$ and $\beta$.
+# With autograd, a batch norm needs only the few lines of the next cell. In PyTorch, the name of
+# $\gamma$ is `weight`, and the name of $\beta$ is `bias`.
 
 
 # %%
 class HandWritten(nn.Module):
-    """Batch norm as a PyTorch module, written by its formulas. Autograd computes the gradient."""
+    """Compute batch norm by formulas, as a PyTorch module. Autograd computes the gradient."""
 
     running_mean: torch.Tensor
     running_var: torch.Tensor
@@ -57,7 +58,7 @@ class HandWritten(nn.Module):
             axes = (0, 2, 3)[: x.ndim - 1]
             mean = x.mean(axes, keepdim=True)
             var = ((x - mean) ** 2).mean(axes, keepdim=True)
-            with torch.no_grad():  # both are in the units of x, one number a feature
+            with torch.no_grad():  # both averages have one number for each feature
                 self.running_mean = 0.9 * self.running_mean + 0.1 * mean.flatten()
                 self.running_var = 0.9 * self.running_var + 0.1 * var.flatten()
         else:
@@ -74,13 +75,17 @@ class HandWritten(nn.Module):
 
 
 # %% [markdown]
-# Network A with PyTorch's modules. npbn's model writes its weights into a file as PyTorch would,
-# and PyTorch reads it.
+# The function `in_pytorch` builds network A from PyTorch's modules. npbn writes the weights of a
+# model into a file in PyTorch's format, and PyTorch reads the file.
 
 
 # %%
 def in_pytorch(model: LeNet, norm_of_maps: type, norm_of_vectors: type) -> nn.Sequential:
-    """Return network A as a PyTorch model with the weights of an npbn model."""
+    """Return network A as a PyTorch model with the weights of the npbn model `model`.
+
+    `norm_of_maps` is the class of the batch norms after convolutions. `norm_of_vectors` is the
+    class of the batch norms after linear layers.
+    """
     network = nn.Sequential(
         *(nn.Conv2d(1, 6, 5), norm_of_maps(6), nn.Sigmoid(), nn.AvgPool2d(2)),
         *(nn.Conv2d(6, 16, 5), norm_of_maps(16), nn.Sigmoid(), nn.AvgPool2d(2)),
@@ -93,7 +98,7 @@ def in_pytorch(model: LeNet, norm_of_maps: type, norm_of_vectors: type) -> nn.Se
         export_torch(model, Path(folder) / "weights.safetensors")
         weights = safetensors.torch.load_file(Path(folder) / "weights.safetensors")
     network.to(weights["0.weight"].dtype)
-    # Only PyTorch's own batch norm counts the batches.
+    # The file has a count of batches, and only PyTorch's own batch norm can load this count.
     network.load_state_dict(weights, strict=norm_of_maps is nn.BatchNorm2d)
     return network
 
@@ -106,17 +111,18 @@ networks: dict[str, Callable[[LeNet], Any]] = {
 # %% [markdown]
 # ## The gradients of the first step
 #
-# One batch, forward and backward. For every parameter: its largest gradient, and the largest
-# difference from PyTorch's, relative to the largest gradient of that layer.
+# The next cell computes the forward pass and the backward pass for one batch. For every parameter,
+# the table shows the largest gradient of npbn and the largest difference between the gradients of
+# npbn and PyTorch. The difference is relative to the largest gradient of the layer.
 
 
 # %%
-torch.set_num_threads(1)  # two that wait for one another can be slower than one
+torch.set_num_threads(1)  # two threads that wait for one another can be slower than one
 dataset = lesson.data()
 
 
 def batches(count: int, dtype: str) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yield random batches of 256 examples, for as many epochs as are needed."""
+    """Return `count` random batches of 256 examples in `dtype`, from one or several epochs."""
     generator, examples = np.random.default_rng(1), len(dataset.train)
     epochs = math.ceil(256 * count / examples)
     order = np.concatenate([generator.permutation(examples) for _ in range(epochs)])
@@ -130,14 +136,14 @@ def new_model(dtype: str) -> Any:
 
 
 def forward_and_backward(model: LeNet, x: np.ndarray, labels: np.ndarray) -> float:
-    """Run the forward and backward pass of npbn, and return the loss."""
+    """Run npbn's `model` forward and backward on `x` and `labels`, and return the loss."""
     loss, cache = F.softmax_cross_entropy(model.forward(x), labels)
     model.backward(F.softmax_cross_entropy_backward(cache))
     return float(loss)
 
 
 def forward_and_autograd(network: nn.Module, x: np.ndarray, labels: np.ndarray) -> float:
-    """Run the forward pass in PyTorch, then autograd, and return the loss."""
+    """Run PyTorch's `network` and autograd on `x` and `labels`, and return the loss."""
     y = network(torch.from_numpy(x))
     loss = nn.functional.cross_entropy(y, torch.from_numpy(labels))
     network.zero_grad()
@@ -173,12 +179,13 @@ assert max(differences["float32"].values()) < 1e-4
 assert max(differences["float64"].values()) < 1e-11
 
 # %% [markdown]
-# These are rounding errors: one rounding costs $6 \cdot 10^{-8}$ in float32 and $10^{-16}$ in
-# float64, and a gradient is made of thousands of numbers. A mistake would not care how precise the
-# numbers are.
+# The differences in the table are rounding errors. One rounding costs $6 \cdot 10^{-8}$ in float32
+# and $10^{-16}$ in float64, and a gradient is the sum of thousands of numbers. A mistake in a
+# formula would cause a difference that is as large in float64 as in float32.
 #
-# Four gradients are 0 except for rounding: those of the biases in front of a batch norm. It
-# subtracts the mean, and with it whatever a bias has added. They are parameters that learn nothing.
+# Four gradients in the table are 0 except for rounding. These gradients belong to the biases in
+# front of a batch norm. Batch norm subtracts the mean, and so batch norm also subtracts everything
+# that a bias has added. The four biases are parameters that learn nothing.
 
 # %%
 for i in (0, 4, 9, 12):
@@ -188,17 +195,19 @@ for i in (0, 4, 9, 12):
 # %% [markdown]
 # ## A hundred steps side by side
 #
-# Three networks, the same weights, the same batches, SGD with the learning rate 1.
+# The next cell trains three networks from the same weights and on the same batches. SGD trains each
+# network with the learning rate 1.
 
 # %%
 steps = 30 if lesson.quick else 100
 
 
 def train_side_by_side(dtype: str) -> tuple[dict[str, np.ndarray], Any, dict[str, Any]]:
-    """Train all networks on the same batches.
+    """Train all networks in `dtype` on the same batches.
 
     Returns:
-        The losses of each network by its name; npbn's network; and PyTorch's networks by name.
+        A dict with the losses of each network, npbn's network, and a dict with PyTorch's networks.
+        The keys of both dicts are the names of the networks.
     """
     model = new_model(dtype)
     theirs: dict[str, Any] = {name: make(model) for name, make in networks.items()}
@@ -232,10 +241,12 @@ axes.legend()
 lesson.show(figure, "losses")
 
 # %% [markdown]
-# Their differences need a scale of their own. A rounding error moves the weights a little; so the
-# next step starts from other weights, and training at this learning rate magnifies the difference.
-# PyTorch shows by how much: with the hand-written batch norm, which adds the same numbers in
-# another order, it drifts away from its own batch norm.
+# The differences between the losses are too small for the picture of the losses, so the next
+# picture shows only the differences. A rounding error changes the weights a little, so the next
+# step starts from other weights. Training at the learning rate 1 magnifies such a difference from
+# step to step. PyTorch with the hand-written batch norm shows how large the differences become. The
+# hand-written batch norm adds the same numbers as PyTorch's own batch norm, but in another order.
+# So the losses of the two PyTorch networks drift apart.
 
 # %%
 HAND_WRITTEN = "PyTorch, hand-written batch norm"
@@ -246,7 +257,7 @@ for axes, losses_of, bits in zip(columns, (in_float32, in_float64), (24, 53), st
     for name, colour, thickness in ((HAND_WRITTEN, ORANGE, 4.0), ("npbn", BLUE, 1.5)):
         difference = np.abs(losses_of[name] / losses_of["PyTorch"] - 1)
         drift[dtype, name] = difference
-        shown = np.where(difference > 0, difference, np.nan)  # no place for 0 on this scale
+        shown = np.where(difference > 0, difference, np.nan)  # a logarithmic scale has no 0
         axes.semilogy(
             count, shown, ".-", color=colour, linewidth=thickness, markersize=3, label=name
         )
@@ -266,12 +277,15 @@ between = np.max(np.abs(in_float64["npbn"] / in_float64[HAND_WRITTEN] - 1))
 print(f"float64, npbn from the hand-written batch norm: at most {between:.1e} in {steps}")
 
 # %% [markdown]
-# In float64, the blue line lies on the orange one: npbn and the hand-written batch norm are closer
-# to one another than either is to PyTorch's own, which (on a CPU) adds up the values of a channel
-# one after another. In float32, npbn is farther away (by some $10^{-3}$ after a hundred steps) than
-# the hand-written batch norm, whose network shares PyTorch's convolutions, pooling and sigmoids
-# with all their rounding. That its distance is more than a hundred thousand times smaller in
-# float64 is the proof that all three compute the same.
+# In float64, the blue line (npbn) lies on the orange line (the hand-written batch norm). So npbn
+# and the hand-written batch norm are closer to one another than to PyTorch's own batch norm. On a
+# CPU, PyTorch's own batch norm adds up the values of a channel one after another.
+#
+# In float32, the distance between npbn and PyTorch is some $10^{-3}$ after a hundred steps. The
+# distance between the hand-written batch norm and PyTorch is smaller, because both PyTorch networks
+# share the convolutions, the pooling and the sigmoids, including all rounding errors of these
+# layers. In float64, the distance between npbn and PyTorch is more than a hundred thousand times
+# smaller than in float32. This result proves that all three networks compute the same function.
 
 # %%
 if dataset.key == "fashion-mnist":
@@ -285,20 +299,23 @@ if dataset.key == "fashion-mnist":
 # %% [markdown]
 # ## What differs: the moving averages
 #
-# Two conventions are not the same, and both are about the moving averages:
+# npbn and PyTorch differ in two conventions. Both conventions concern the moving averages:
 #
-# - npbn's `momentum` 0.9 is the fraction that is *kept* (as in the hand-written one above),
-#   PyTorch's `momentum` 0.1 the fraction that is *new*. That is the same average under two names.
-#   With a momentum of 0.9, PyTorch has averages that forget nearly everything at each step.
-# - In training, both divide by the *biased* variance, $\frac{1}{m} \sum_i (x_i - \mu)^2$. npbn
-#   keeps a moving average of just this; PyTorch keeps the *unbiased* one,
-#   $\frac{1}{m - 1} \sum_i (x_i - \mu)^2$, larger by $m / (m - 1)$.
+# - In npbn and in the hand-written batch norm, a `momentum` of 0.9 is the fraction of the average
+#   that each step *keeps*. In PyTorch, a `momentum` of 0.1 is the fraction that is *new*. A
+#   `momentum` of 0.9 in npbn and a `momentum` of 0.1 in PyTorch give the same average. With a
+#   `momentum` of 0.9, PyTorch forgets nearly the whole average at each step.
+# - In training, npbn and PyTorch both divide by the *biased* variance, which is
+#   $\frac{1}{m} \sum_i (x_i - \mu)^2$. npbn keeps a moving average of the biased variance. PyTorch
+#   keeps a moving average of the *unbiased* variance, which is
+#   $\frac{1}{m - 1} \sum_i (x_i - \mu)^2$. The unbiased variance is larger by the factor
+#   $m / (m - 1)$.
 #
 # With batches of 256, $m$ is 256 after a linear layer and 147,456 after the first convolution.
 
 # %%
 oracle = theirs["PyTorch"]
-start_left = 0.9**steps  # what is left of the 1 that moving variances start at
+start_left = 0.9**steps  # moving variances still contain this part of the initial 1
 print("                  m   moving variance by npbn's: expected   found")
 for i, m in ((1, 256 * 24 * 24), (5, 256 * 8 * 8), (10, 256), (13, 256)):
     norm = model.layers[i]
@@ -310,11 +327,12 @@ for i, m in ((1, 256 * 24 * 24), (5, 256 * 8 * 8), (10, 256), (13, 256)):
         np.testing.assert_allclose(ratio, m / (m - 1), rtol=1e-6)
 
 # %% [markdown]
-# In training mode, neither is used: the forward pass normalizes with the batch's own statistics,
-# and nothing flows back through the averages. So the losses above know nothing of it. In
-# prediction after a linear layer, PyTorch's $\hat{x}$ is smaller by the factor $\sqrt{255 / 256}$,
-# that is, by 0.2 %. How many of the test images does that put into another class? PyTorch's
-# network, with its own averages and with npbn's:
+# In training mode, npbn and PyTorch do not use the moving averages. The forward pass normalizes
+# with the statistics of the batch, and no gradient flows back through the moving averages. So the
+# two conventions do not change the losses above. In prediction after a linear layer, PyTorch's
+# $\hat{x}$ is smaller by the factor $\sqrt{255 / 256}$, that is, by 0.2 %. The next cell counts how
+# many test images get another class because of this factor. The cell evaluates PyTorch's network
+# first with PyTorch's moving variances and then with npbn's moving variances.
 
 # %%
 x, labels = next(dataset.test.batches(2000, "float64"))
@@ -338,12 +356,14 @@ oracle.train()
 # %% [markdown]
 # ## Ten epochs
 #
-# The published run, twice (a lesson after *Dive into Deep Learning*, in PyTorch), and the same
-# training here: npbn and both PyTorch networks, with the seeds 0, 1 and 2. The same seed means the
-# same initial weights, and the same batches in the same order.
+# A PyTorch lesson after *Dive into Deep Learning* published two runs of ten epochs. One published
+# run uses PyTorch's batch norm, and the other published run uses a hand-written batch norm. The
+# next cell compares the published runs with runs of npbn and of both PyTorch networks, with the
+# seeds 0, 1 and 2. Runs with the same seed have the same initial weights, and the same batches in
+# the same order.
 
 # %%
-# loss, training accuracy and test accuracy of each epoch
+# Each epoch has three numbers: the loss, the training accuracy and the test accuracy.
 PUBLISHED = {
     "published, PyTorch's batch norm": """
         .727 .736 .767  .475 .828 .774  .396 .855 .835  .359 .869 .822  .334 .878 .553
@@ -355,9 +375,9 @@ PUBLISHED = {
 
 
 def as_table(epochs: list[dict[str, float]]) -> np.ndarray:
-    """Return a table with one row for each epoch.
+    """Return a table with one row for each of the `epochs`.
 
-    The column "moving" is the test accuracy with the moving averages.
+    The columns are the loss, the training accuracy and the test accuracy with moving averages.
     """
     return np.array([[e["loss"], e["train_accuracy"], e["moving"]] for e in epochs])
 
@@ -369,7 +389,7 @@ results = {
 for found in curves(lesson, ten_epochs_of_pytorch, networks):
     name = "PyTorch" if found["network"] == "PyTorch" else "PyTorch, hand-written"
     results[name, found["seed"]] = as_table(found["epochs"])
-for found in curves(Lesson(), ten_epochs):  # lesson 2 measures these
+for found in curves(Lesson(), ten_epochs):  # lesson 2 measures these runs
     results["npbn", found["seed"]] = as_table(found["epochs"])
 
 STYLES: dict[str, tuple[str, str, float]] = {
@@ -411,14 +431,17 @@ for name in STYLES:
             )
 
 # %% [markdown]
-# The three lines of test accuracy lie on one another for 2,350 steps, dips included: with the seed
-# 0 down to .59 in the same epoch. So those jumps are no defect of npbn. They belong to this
-# training, and lesson 2 shows where they come from. It need not be so for every seed and order of
-# the examples: with another order, rounding errors of seed 0 grew until the runs parted company.
-# From then on, they were different runs of the same training, as those of other seeds are.
+# For each seed, the test accuracies of npbn and of both PyTorch networks lie on top of one another
+# for 2,350 steps. The dips agree as well. With the seed 0, all three test accuracies fall to .59 in
+# the same epoch. So the jumps of the test accuracy are no defect of npbn. The jumps belong to the
+# training, and lesson 2 shows where the jumps come from. The test accuracies need not agree for
+# every seed and for every order of the examples. With another order of the examples, the rounding
+# errors of seed 0 grew until the runs differed. From then on, the runs differed as much as runs
+# with different seeds.
 #
-# The published runs, of an unknown seed and on a GPU, lie among them. What can be compared is the
-# training loss and accuracy, and the best test accuracy. The last one is a matter of luck.
+# The published runs used a GPU and an unknown seed. The results of the published runs lie among the
+# results of this lesson. The training loss, the training accuracy and the best test accuracy can be
+# compared between runs. The test accuracy of the last epoch is a matter of luck.
 
 # %%
 for seed in SEEDS:

@@ -1,10 +1,12 @@
 """Measure what takes too long for a lesson, and store the results.
 
-Each function of this file trains for minutes on Fashion-MNIST and returns its results. The folder
-``curves`` stores these results, in a file with the name of the function. The file also has the
-machine, the date, the versions and the duration in minutes. (The machine was busy with other
-programs.) A lesson reads this file. With ``--regenerate``, the lesson first measures again. On
-another machine, rounding differs, and training with a high learning rate magnifies the difference.
+The functions `learning_rates`, `batch_sizes`, `ten_epochs` and `ten_epochs_of_pytorch` train for
+minutes on Fashion-MNIST and return results. The folder ``curves`` has one file with the name of
+each function. The file contains the results, the machine, the date, the versions and the duration
+in minutes. (The machine was busy with other programs during the measurement.) A lesson reads the
+results from the file. With the option ``--regenerate``, a lesson first measures the results again
+and stores the new results. On another machine, rounding differs, and training with a high learning
+rate magnifies the difference.
 """
 
 from __future__ import annotations
@@ -43,7 +45,11 @@ EPOCHS = 10
 
 
 def curves(lesson: Lesson, measure: Callable[..., Any], *arguments: Any) -> Any:
-    """Return the stored results of a function. With --regenerate, measure and store them first."""
+    """Return the stored results of the function `measure`.
+
+    If the `lesson` has the option --regenerate, call `measure` with the `arguments` and store the
+    results first.
+    """
     path = FOLDER / f"{measure.__name__}.json"
     if lesson.regenerate:
         try:
@@ -58,9 +64,9 @@ def curves(lesson: Lesson, measure: Callable[..., Any], *arguments: Any) -> Any:
 
 
 def learning_rates() -> list[dict[str, Any]]:
-    """Train network A for two epochs with several learning rates.
+    """Train network A for two epochs with each of several learning rates.
 
-    This is done with and without batch norm, and with sigmoid and ReLU.
+    The function trains with and without batch norm, and with sigmoid and ReLU.
     """
     dataset, found = data.load("fashion-mnist"), []
     for activation in (Sigmoid, ReLU):
@@ -87,8 +93,9 @@ def learning_rates() -> list[dict[str, Any]]:
 def batch_sizes() -> list[dict[str, Any]]:
     """Train network A with ReLU on 12,800 examples, in batches of several sizes.
 
-    This is done with and without batch norm. The learning rate is 0.2 for batches of 256. It is
-    proportional to the batch size, so that an example has the same weight for all sizes.
+    The function trains with and without batch norm. The learning rate is 0.2 for batches of 256.
+    The learning rate is proportional to the batch size, so that an example has the same weight for
+    all batch sizes.
     """
     dataset, found = data.load("fashion-mnist"), []
     for batch_norm in (True, False):
@@ -108,7 +115,7 @@ def batch_sizes() -> list[dict[str, Any]]:
 def ten_epochs() -> list[dict[str, Any]]:
     """Train as train.py does, with the seeds 0 to 2.
 
-    Some epochs are evaluated with several kinds of statistics.
+    After each epoch, the function evaluates the network with several kinds of statistics.
     """
     dataset, found = data.load("fashion-mnist"), []
     for seed in SEEDS:
@@ -140,7 +147,8 @@ def ten_epochs_of_pytorch(networks: dict[str, Callable[[LeNet], Any]]) -> list[d
     """Train in PyTorch with the initial weights of npbn, and on the same batches.
 
     Args:
-        networks: functions by name. Each returns a PyTorch model with the weights of an npbn model.
+        networks: a dict of functions by name. Each function takes an npbn model and returns a
+            PyTorch model with the weights of the npbn model.
     """
     import torch
 
@@ -181,7 +189,11 @@ def ten_epochs_of_pytorch(networks: dict[str, Callable[[LeNet], Any]]) -> list[d
 def new_run(
     dataset: data.Dataset, lr: float, batch_size: int = 256, *, seed: int = 0, **options: Any
 ) -> Training:
-    """Return a training of network A before its first step, with the settings of train.py."""
+    """Return a training of network A on `dataset` before the first step.
+
+    The training has the learning rate `lr`, batches of `batch_size` examples, and the random seed
+    `seed`. The `options` are arguments of LeNet. All other settings are the settings of train.py.
+    """
     model = LeNet(generator=np.random.default_rng(seed), **options)
     optimizer, device = SGD(model.parameters(), lr), backend.get_backend("numpy")
     what = model, optimizer, dataset.train, dataset.test
@@ -190,40 +202,43 @@ def new_run(
 
 
 def steps(run: Training, examples: int, epoch: int) -> list[float]:
-    """Train on the first examples of an epoch, and return the loss of every step."""
+    """Train `run` on the first `examples` examples of `epoch`, and return the loss of each step."""
     order = np.random.default_rng((run.seed, epoch)).permutation(len(run.train))[:examples]
-    with np.errstate(all="ignore"):  # a loss that becomes infinite is also a result
+    with np.errstate(all="ignore"):  # an infinite loss is also a result
         return [float(result.loss) for result in run.engine.steps(order)]
 
 
 def in_parts(losses: list[float], count: int) -> list[float]:
-    """Divide the losses of a training run into parts, and return the mean loss of each part."""
+    """Divide the `losses` of a run into `count` parts, and return the mean loss of each part."""
     return [float(np.mean(part)) for part in np.array_split(losses, count)]
 
 
 def accuracy_with_batch_statistics(
     model: Sequential, split: data.Split, batch_size: int = 256
 ) -> float:
-    """Return the test accuracy with the statistics of the test batches.
+    """Return the accuracy of `model` on `split`, with the statistics of each batch of `split`.
 
-    A prediction should not use these statistics.
+    A batch has `batch_size` examples. A prediction should not use the statistics of the batch.
     """
     correct = 0
-    with inspection.batch_norm_momentum(model, 1.0):  # the moving averages stay as they are
+    with inspection.batch_norm_momentum(model, 1.0):  # the moving averages do not change
         for x, labels in split.batches(batch_size, "float32"):
             correct += int(np.sum(np.argmax(model.forward(x), axis=1) == labels))
     return correct / len(split)
 
 
 def _precise(run: Training) -> float:
-    """Return the test accuracy with statistics of the training split for the current weights."""
+    """Return the test accuracy of `run` with precise statistics.
+
+    Precise statistics are statistics of the whole training split for the current weights.
+    """
     model = copy.deepcopy(run.model)
     inspection.precise_statistics(model, run.train)
     return evaluate(model, run.test).accuracy
 
 
 def _standing_still(run: Training) -> dict[str, float]:
-    """Return the test accuracies after up to 40 batches that change only the moving averages."""
+    """Return test accuracies of `run` after 1 to 40 batches that change only moving averages."""
     model = copy.deepcopy(run.model)
     model.train()
     found = {}
@@ -244,7 +259,7 @@ def _tensors(split: data.Split, order: np.ndarray) -> Iterator[tuple[Any, Any]]:
 
 def _write(path: Path, measure: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
     backend.keep_freed_memory()
-    backend.limit_blas_threads(1)  # so that the file does not depend on how many cores there are
+    backend.limit_blas_threads(1)  # the results must not depend on the number of cores
     started = time.perf_counter()
     found = _rounded(measure(*arguments))
     versions = f"Python {platform.python_version()}, {backend.get_backend('numpy').description}"
@@ -264,7 +279,10 @@ def _write(path: Path, measure: Callable[..., Any], arguments: tuple[Any, ...]) 
 
 
 def _rounded(value: Any) -> Any:
-    """Return a number rounded to four digits, or None if the number is not finite."""
+    """Return `value` with each number rounded to four digits.
+
+    The function replaces each number that is not finite by None.
+    """
     if isinstance(value, dict):
         return {key: _rounded(part) for key, part in value.items()}
     if isinstance(value, list):

@@ -1,8 +1,9 @@
-"""Define the common parts of all lessons: options, pictures, and printed arrays.
+"""Provide options, pictures and printed arrays for all lessons.
 
-A lesson is a Python file in cells (``# %%``). It opens as a notebook in VS Code and, with jupytext,
-in Jupyter. There, pictures appear below their cells. A lesson also runs as a script, which prints
-the texts and the outputs of the cells in their order, and saves the pictures:
+A lesson is a Python file in cells (``# %%``). A lesson opens as a notebook in VS Code and, with
+jupytext, in Jupyter. In a notebook, a picture appears below the cell that draws the picture. A
+lesson also runs as a script. The script prints the text and the output of each cell in order, and
+the option ``--pictures`` saves the pictures:
 
     python scripts/lessons/1_batch_norm_by_hand.py [--quick] [--pictures DIR]
 """
@@ -23,18 +24,18 @@ if TYPE_CHECKING:
 
     from npbn.data import Dataset
 
-# Okabe and Ito's, which the colour-blind can also tell apart.
+# Colour-blind readers can also tell these three colours of Okabe and Ito apart.
 BLUE, ORANGE, GREEN = "#0072B2", "#E69F00", "#009E73"
 
 
 @dataclass(frozen=True)
 class Lesson:
-    """The options of a lesson.
+    """Hold the options of a lesson.
 
     Attributes:
-        quick: whether to measure less. Everything is still shown and checked.
-        pictures: the folder for the pictures, or None.
-        regenerate: whether to repeat the measurements that take long; see `_curves`.
+        quick: whether to measure less. A quick lesson still shows and checks everything.
+        pictures: the folder for the pictures, or None to save no pictures.
+        regenerate: whether to repeat the long measurements of `_curves`.
     """
 
     quick: bool = False
@@ -42,7 +43,10 @@ class Lesson:
     regenerate: bool = False
 
     def show(self, figure: Figure, name: str) -> None:
-        """Show a finished picture in a notebook. In a script, save it if --pictures was given."""
+        """Show the finished picture `figure` in a notebook.
+
+        A script with the option --pictures saves the picture under the name `name`.
+        """
         import matplotlib.pyplot as plt
 
         if _in_notebook():
@@ -56,7 +60,7 @@ class Lesson:
         plt.close(figure)
 
     def data(self) -> Dataset:
-        """Return Fashion-MNIST or, where it is not available, the handwritten digits."""
+        """Return Fashion-MNIST, or the handwritten digits if Fashion-MNIST is not available."""
         from npbn import data
         from npbn.errors import DataError
 
@@ -70,18 +74,19 @@ class Lesson:
 
 
 def start(*, needs: tuple[str, ...] = (), curves: bool = False) -> Lesson:
-    """Return the options of the lesson. If a library is missing, exit with one clear line.
+    """Return the options of the lesson.
 
-    In a script, the first call runs the whole lesson cell by cell, prints its text, and exits.
+    In a script, the first call runs the whole lesson cell by cell, prints the text of the lesson,
+    and exits. If a library is missing, the script exits with one clear line.
 
     Args:
-        needs: the libraries that the lesson needs beside matplotlib.
+        needs: the libraries that the lesson needs besides matplotlib.
         curves: whether the lesson shows measurements of `_curves`.
     """
     if _running:
         return _running[0]
     lesson = Lesson() if _in_notebook() else _from_command_line(needs, curves)
-    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # at first, it reports on its fonts
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # hide matplotlib's reports on fonts
     import matplotlib.pyplot as plt
 
     if not _in_notebook():
@@ -95,11 +100,11 @@ def start(*, needs: tuple[str, ...] = (), curves: bool = False) -> Lesson:
 
 
 _running: list[Lesson] = []
-"""The lesson that this process runs as a script."""
+"""This list contains the lesson that the process runs as a script."""
 
 
 def _run(path: Path) -> None:
-    """Run the cells of a lesson in the main module, and print their text."""
+    """Run the code cells of the lesson `path` in the main module, and print the text cells."""
     code: list[str] = []
     lines = [*path.read_text(encoding="utf-8").splitlines(), "# %%"]
     for number, line in enumerate(lines):
@@ -110,7 +115,7 @@ def _run(path: Path) -> None:
             text = "\n".join(line.removeprefix("#").removeprefix(" ") for line in code[1:])
             print(f"{text.strip()}\n")
         else:
-            # Empty lines before it, so that a traceback has the numbers of the file.
+            # Empty lines before the source give a traceback the line numbers of the file.
             source = "\n" * (number - len(code)) + "\n".join(code)
             exec(compile(source, str(path), "exec"), vars(sys.modules["__main__"]))
             print()
@@ -118,12 +123,12 @@ def _run(path: Path) -> None:
 
 
 def print_arrays(**arrays: Any) -> None:
-    """Print each array after its name."""
+    """Print the name and the elements of each of the `arrays`."""
     import numpy as np
 
     for name, array in arrays.items():
         rounded = np.round(array, 4)
-        rounded = np.where(rounded == 0, 0, rounded)  # not -0.
+        rounded = np.where(rounded == 0, 0, rounded)  # replace -0 by 0
         start = f"{name} = "
         print(start + np.array2string(rounded, prefix=start, floatmode="maxprec_equal"))
 
@@ -131,16 +136,17 @@ def print_arrays(**arrays: Any) -> None:
 def draw_matrix(
     axes: Axes, matrix: Any, title: str, *, numbers: bool = True, largest: float | None = None
 ) -> None:
-    """Draw a matrix as an image with its numbers.
+    """Draw `matrix` on `axes` as an image with the title `title`.
 
-    Negative numbers are green, 0 is white, and positive numbers are brown. The colours are darkest
-    at ``largest``, which is the largest absolute value of the matrix by default.
+    Negative elements are green, 0 is white, and positive elements are brown. The colours are
+    darkest at `largest`. The default of `largest` is the largest absolute value of `matrix`. If
+    `numbers` is true, the image also shows the elements as numbers.
     """
     import numpy as np
 
     matrix = np.asarray(matrix)
     limit = 1.6 * float(np.max(np.abs(matrix)) if largest is None else largest)
-    axes.imshow(matrix, cmap="BrBG_r", vmin=-limit, vmax=limit)  # not as dark as the numbers
+    axes.imshow(matrix, cmap="BrBG_r", vmin=-limit, vmax=limit)  # paler than the numbers
     axes.set_title(title)
     axes.set_xticks(np.arange(matrix.shape[1] + 1) - 0.5, labels=[])
     axes.set_yticks(np.arange(matrix.shape[0] + 1) - 0.5, labels=[])
@@ -159,7 +165,7 @@ def _from_command_line(needs: tuple[str, ...], curves: bool) -> Lesson:
     sys.path.insert(0, str(Path(__file__).parent.parent))
     from _command_line import ArgumentParser
 
-    if hasattr(signal, "SIGPIPE"):  # end in silence when nobody reads any more, as in `| head`
+    if hasattr(signal, "SIGPIPE"):  # end silently if the reader stops, as `head` does
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     parser = ArgumentParser(
         description="A lesson, run as a script: prints its numbers and fails if a claim is wrong."
