@@ -292,6 +292,7 @@ def train(
     dtype: str = Config.dtype,
     backend: str = Config.backend,
     engine: str = Config.engine,
+    threads: int | None = Config.threads,
     on_epoch: Callable[[Epoch], None] | None = None,
 ) -> Training:
     """Train a model on a data set and return the finished training.
@@ -309,6 +310,8 @@ def train(
         dtype: "float32" or "float64".
         backend: "auto", "numpy" or "cupy".
         engine: "auto", "layers" or "fused".
+        threads: the number of threads of the fused engine on the CPU. By default, the number of
+            CPUs that this process may use. For several trainings at the same time, use 1.
         on_epoch: a function that is called with the `npbn.training.Epoch` after each epoch, for
             instance ``print``.
 
@@ -331,6 +334,7 @@ def train(
         dtype=dtype,
         backend=backend,
         engine=engine,
+        threads=threads,
     )
     device = get_backend(backend)
     training = build_training(config, dataset, device, model=model)

@@ -28,6 +28,7 @@ from npbn.commands.train import LAUNCHERS
 from npbn.engine.layers import LayersEngine
 from npbn.models import LeNet
 from npbn.optim import SGD
+from npbn.runs import Run
 
 QUICK = ("--dataset", "digits", "--backend", "numpy", "--epochs", "1")
 SHORT = (*QUICK, "--limit-train", "64", "--batch-size", "16")
@@ -228,6 +229,52 @@ def test_json_has_the_result_however_it_ends(options, prelude, code, status, tra
     assert (result["status"], result["best_test_accuracy"]) == (status, None)
     process = trainer(*SHORT, "--json", "no/such/result.json", cwd=tmp_path)
     assert_refused(process, "argument --json: there is no directory no/such")
+
+
+def events(run: Path) -> dict[tuple[str, int], float | None]:
+    """The values of the event files of a run by tag and epoch; None for a histogram.
+
+    Records of TensorFlow's format: length, its checksum, an Event, its checksum.
+    """
+    event_pb2 = pytest.importorskip("tensorboardX.proto.event_pb2")
+    found = {}
+    for path in sorted((run / "tensorboard").iterdir()):
+        content = path.read_bytes()
+        while content:
+            (length,) = struct.unpack("<Q", content[:8])
+            event = event_pb2.Event.FromString(content[12 : 12 + length])
+            content = content[16 + length :]
+            for value in event.summary.value:
+                scalar = value.simple_value if value.HasField("simple_value") else None
+                found[value.tag, event.step] = scalar
+    return found
+
+
+def test_metrics_for_tensorboard(trainer, tmp_path):
+    """Of the resumed part, too."""
+    options = (*SHORT, "--tensorboard", "--epochs", "2", "--eval-every", "2", "--run", "run")
+    process = trainer(*options, cwd=tmp_path)
+    assert process.returncode == 0, process.stderr
+    process = trainer("--resume", "run", "--epochs", "3", "--tensorboard", cwd=tmp_path)
+    assert process.returncode == 0, process.stderr
+    found = events(tmp_path / "run")
+    for record in Run.open(tmp_path / "run").records()[1:]:
+        number = record["number"]
+        assert found["lr", number] == record["lr"] == 1
+        for split in ("train", "test"):
+            for quantity in ("loss", "accuracy"):
+                assert ((f"{quantity}/{split}", number) in found) == (record[split] is not None)
+                if record[split] is not None:
+                    expected = np.float32(record[split][quantity])
+                    assert found[f"{quantity}/{split}", number] == expected
+    assert {number for tag, number in found if tag == "batch_norm_4/gamma"} == {1, 2, 3}
+
+
+def test_without_tensorboardx_it_is_said_at_once(trainer, tmp_path):
+    prelude = "import sys; sys.modules['tensorboardX'] = None"
+    process = trainer(*SHORT, "--tensorboard", cwd=tmp_path, prelude=prelude)
+    assert_refused(process, "--tensorboard: tensorboardX cannot be loaded", "pip install")
+    assert not (tmp_path / "runs").exists()
 
 
 def test_runs_of_the_same_second_have_names_of_their_own(trainer, tmp_path):

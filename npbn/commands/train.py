@@ -38,6 +38,7 @@ from npbn.commands.command_line import (
 )
 from npbn.commands.pictures import draw_run
 from npbn.commands.progress import Progress
+from npbn.commands.tensorboard import EventFile, check_tensorboard
 from npbn.data import YOURS, Dataset, Split
 from npbn.errors import (
     BackendError,
@@ -72,7 +73,8 @@ Ctrl-C, SIGTERM or SIGHUP
 """
 
 # The options that are allowed with --resume, and those that --from takes from the run.
-FREE_WITH_RESUME = ("resume", "data", "backend", "threads", "plots", "quiet", "json", *runs.LIMITS)
+FREE_WITH_RESUME = {"resume", "data", "backend", "threads", *runs.LIMITS}
+FREE_WITH_RESUME |= {"plots", "tensorboard", "quiet", "json"}
 OF_THE_WEIGHTS = ("model", "no_batch_norm", "activation")
 
 # The fields of `Config` that are options of the command line, in groups, with their help texts.
@@ -188,6 +190,11 @@ def parse_arguments(program: str, words: list[str]) -> argparse.Namespace:
         help="begin with the model of the run in this folder, from its best checkpoint",
     )
     kept.add_argument("--plots", action="store_true", help="draw the run at the end")
+    kept.add_argument(
+        "--tensorboard",
+        action="store_true",
+        help="write the metrics for TensorBoard, too: tensorboard --logdir DIR",
+    )
     kept.add_argument("--quiet", action="store_true", help="print only the last line")
     kept.add_argument(
         "--json", metavar="FILE", help="write the result to this file, however the training ends"
@@ -232,9 +239,13 @@ def main(program: str, words: list[str]) -> None:
     backend.keep_freed_memory()
     if arguments.plots:
         plots.check_matplotlib()
+    if arguments.tensorboard:
+        check_tensorboard()
     with quiet() if arguments.quiet else contextlib.nullcontext():
         try:
             session = start(arguments) if arguments.resume is None else resume(arguments)
+            if arguments.tensorboard:
+                session.events = EventFile(session.run.path, session.state.epoch)
             train(session, program, arguments.json)
         except MemoryError as error:
             raise NpbnError(
@@ -256,6 +267,7 @@ class Session:
     dataset: Dataset
     device: backend.Backend
     resumed: bool
+    events: EventFile | None = None
 
     def describe(self) -> None:
         """Print the description of data, model and training that stands above the table."""
@@ -306,7 +318,10 @@ class Session:
         # This comes before any writing, because `state` refuses a state that is not finite.
         arrays, record = self.state.state()
         if epoch is not None:
-            self.run.append(*self.records(epoch))
+            metrics, layers = self.records(epoch)
+            self.run.append(metrics, layers)
+            if self.events is not None:
+                self.events.add(metrics, layers)
         self.run.save(arrays, record, best=best)
 
 
@@ -572,6 +587,8 @@ def train(session: Session, program: str, json_file: str | None) -> None:
         raise NonFiniteError(f"{error}: {explain_non_finite(session)}") from None
     finally:
         progress.close()
+        if session.events is not None:
+            session.events.close()
         if json_file is not None:
             write_result(json_file, session, status, epochs)
     conclude(session, epochs, program)
