@@ -7,6 +7,7 @@ import contextlib
 import importlib
 import io
 import signal
+import subprocess
 import sys
 
 import pytest
@@ -113,6 +114,30 @@ def test_arbitrary_arguments_never_give_a_traceback(name, data, monkeypatch):
     free = VALUES.map(lambda text: [text])
     parts = data.draw(st.lists(st.one_of(token, token, free), max_size=6))
     parse(name, [text for part in parts for text in part])
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
+def test_a_signal_in_a_callback_of_a_c_library_is_not_lost(name):
+    """There, Python can only ignore an exception. Compilers have such callbacks."""
+    program = f"""
+import ctypes, os, signal, time
+from npbn.commands.command_line import run, say
+
+def callback():
+    os.kill(os.getpid(), signal.{name})
+    time.sleep(0)
+
+def main():
+    signal.signal(signal.SIGINT, signal.getsignal(signal.SIGTERM))  # it may be in the background
+    ctypes.CFUNCTYPE(None)(callback)()
+    time.sleep(600)
+
+run("program", main)
+"""
+    process = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert process.returncode == 128 + getattr(signal, name)
+    said = "interrupted" if name == "SIGINT" else f"stopped by {name}"
+    assert process.stderr.strip() == f"program: {said}"
 
 
 HUGE = str(10**400)

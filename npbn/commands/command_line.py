@@ -15,6 +15,7 @@ import math
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
@@ -83,6 +84,15 @@ class Stopped(KeyboardInterrupt):
 
 def _stop(number: int, frame: object) -> NoReturn:
     raise Stopped(number)
+
+
+def _unraisable(found: Any) -> None:
+    """Send a signal again if Python had to ignore its exception, as in a callback of a compiler."""
+    if isinstance(found.exc_value, Stopped):
+        # Not from here, where the exception would be ignored as well.
+        threading.Timer(0.1, os.kill, (os.getpid(), found.exc_value.signal)).start()
+    else:
+        sys.__unraisablehook__(found)
 
 
 class PostponedStop:
@@ -168,6 +178,7 @@ def run(program: str, main: Callable[[], int | None]) -> NoReturn:
 
     if isinstance(sys.stdout, io.TextIOWrapper):  # A terminal that cannot show √ shows \u221a.
         sys.stdout.reconfigure(errors="backslashreplace")
+    sys.unraisablehook = _unraisable
     for number in SIGNALS:
         if signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):
             signal.signal(number, _stop)
