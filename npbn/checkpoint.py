@@ -143,12 +143,24 @@ def _read(path: PathLike) -> tuple[Arrays, dict[str, str]]:
         if empty:
             raise CheckpointError(f"{path} is empty")
         with safetensors.safe_open(path, framework="numpy") as file:
+            metadata = file.metadata() or {}
             # keys() is needed, because this object cannot be iterated over as a dict can.
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+            dtypes = {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
+            for name, dtype in dtypes.items():
+                if dtype.startswith(("F8", "F4")):
+                    raise CheckpointError(f"{path}: {name} has dtype {dtype}; expected F16 or more")
+            arrays = {n: file.get_tensor(n) for n, dtype in dtypes.items() if dtype != "BF16"}
+        if len(arrays) < len(dtypes):
+            content = Path(path).read_bytes()
+            for name, entry in safetensors.deserialize(content):  # type: ignore[no-untyped-call]
+                if entry["dtype"] == "BF16":  # It is the upper half of a float32.
+                    upper = np.frombuffer(entry["data"], "<u2").astype("<u4")
+                    arrays[name] = (upper << 16).view("<f4").reshape(entry["shape"])
+        return arrays, metadata
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from None
     except (safetensors.SafetensorError, TypeError, ValueError, AttributeError) as error:
-        # TypeError and AttributeError mean that the file has a dtype that NumPy does not have.
+        # TypeError and AttributeError mean that the file has another dtype that NumPy has not.
         raise CheckpointError(f"{path} is damaged, or no safetensors file: {error}") from None
     except BaseException as error:
         if type(error).__name__ != "PanicException":  # safetensors raises it for absurd sizes.
@@ -174,6 +186,8 @@ _TORCH_NAMES = {
     "moving_var": "running_var",
 }
 _COUNT = "num_batches_tracked"
+# What wrappers of a PyTorch model put before all names.
+_PREFIXES = ("module.", "_orig_mod.", "model.")
 
 
 def export_torch(model: Sequential, path: PathLike) -> None:
@@ -213,13 +227,18 @@ def import_torch(model: Sequential, path: PathLike) -> None:
     """Load the state of the equivalent PyTorch model from a safetensors file.
 
     In PyTorch, ``safetensors.torch.save_file(model.state_dict(), path)`` writes such a file. The
-    docstring of `export_torch` describes the equivalent model.
+    docstring of `export_torch` describes the equivalent model. Numbers of the dtypes float16 and
+    bfloat16 are converted. The prefixes of PyTorch's wrappers ("module.", "_orig_mod.", "model.")
+    are removed if all names have them.
 
     Raises:
         CheckpointError: the file cannot be read, or belongs to another model. In this case, nothing
             is changed.
     """
     arrays, _ = _read(path)
+    for prefix in 2 * _PREFIXES:
+        if arrays and all(name.startswith(prefix) for name in arrays):
+            arrays = {name.removeprefix(prefix): value for name, value in arrays.items()}
     norms = _batch_norms(model)
     state: Arrays = {}
     for name, value in model.state_dict().items():

@@ -60,7 +60,9 @@ class Layer(ABC):
 
     To write a layer of your own, define ``forward`` and ``backward``. If the layer has its own
     ``__init__``, it must call ``super().__init__()`` first. Parameters, buffers and layers in
-    attributes of the layer belong to its state, under the names of the attributes.
+    attributes of the layer belong to its state, under the names of the attributes. An attribute may
+    also be a list, a tuple or a dict of them: the name of the first layer in a list ``blocks`` is
+    ``blocks.0``.
     """
 
     def __init__(self) -> None:
@@ -81,7 +83,7 @@ class Layer(ABC):
 
     def children(self) -> dict[str, Layer]:
         """Return the layers inside this layer by name."""
-        return {name: value for name, value in vars(self).items() if isinstance(value, Layer)}
+        return dict(_members("", vars(self), Layer))
 
     def parameters(self) -> dict[str, Parameter]:
         """Return the parameters by name. The names are those of `state`."""
@@ -91,10 +93,19 @@ class Layer(ABC):
         """Return the parameters and buffers by name.
 
         The name of an array in a child is the child's name, a dot, and the array's name there.
+
+        Raises:
+            ValueError: an array belongs to two layers. A backward pass would keep the gradient of
+                only one of them.
         """
-        found = {name: value for name, value in vars(self).items() if isinstance(value, Buffer)}
+        found = dict(_members("", vars(self), Buffer))
         for prefix, child in self.children().items():
             found |= {f"{prefix}.{name}": array for name, array in child.state().items()}
+        names: dict[int, str] = {}
+        for name, array in found.items():
+            other = names.setdefault(id(array), name)
+            if other != name:
+                raise ValueError(f"expected an array of its own as {name}, got that of {other}")
         return found
 
     def train(self) -> None:
@@ -491,6 +502,16 @@ def dtype_of(layer: Layer) -> str:
     return "float32"
 
 
+def _members(prefix: str, value: Any, kind: type) -> Iterator[tuple[str, Any]]:
+    """Yield the objects of a kind in a dict, a list or a tuple, at any depth, with their names."""
+    items = enumerate(value) if isinstance(value, list | tuple) else value.items()
+    for key, item in items:
+        if isinstance(item, kind):
+            yield f"{prefix}{key}", item
+        elif isinstance(item, list | tuple | dict) and key != "_cache":
+            yield from _members(f"{prefix}{key}.", item, kind)
+
+
 def _reshape(x: Array, shape: tuple[int, ...]) -> Array:
     return array_api_compat.array_namespace(x).reshape(x, shape)
 
@@ -514,6 +535,8 @@ def _initial_weight_and_bias(
     The distributions are those of `Conv2d`.
     """
     generator = np.random.default_rng() if generator is None else generator
+    if not isinstance(generator, np.random.Generator):
+        raise TypeError(f"expected generator as numpy.random.default_rng(seed), got {generator!r}")
     receptive_field = math.prod(shape[2:])
     fan_out, fan_in = shape[0] * receptive_field, shape[1] * receptive_field
 

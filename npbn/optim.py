@@ -7,9 +7,10 @@ rate of the next step.
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from npbn.functional.arrays import Array
 from npbn.layers import Parameter
@@ -17,11 +18,20 @@ from npbn.layers import Parameter
 Schedule: TypeAlias = Callable[[int], float]
 
 
+def _check_rate(name: str, value: Any) -> None:
+    """Raise ValueError if a value is not a finite number >= 0."""
+    if not isinstance(value, numbers.Real) or not 0 <= float(value) < math.inf:
+        raise ValueError(f"expected {name} as a finite number >= 0, got {value!r}")
+
+
 @dataclass(frozen=True)
 class Constant:
     """A schedule with the same learning rate, ``lr``, at every step."""
 
     lr: float
+
+    def __post_init__(self) -> None:
+        _check_rate("lr", self.lr)
 
     def __call__(self, step: int) -> float:
         return self.lr
@@ -39,6 +49,8 @@ class StepDecay:
     factor: float = 0.1
 
     def __post_init__(self) -> None:
+        _check_rate("lr", self.lr)
+        _check_rate("factor", self.factor)
         if self.every < 1:
             raise ValueError(f"expected every >= 1, got {self.every}")
 
@@ -60,6 +72,7 @@ class Cosine:
     total: int
 
     def __post_init__(self) -> None:
+        _check_rate("lr", self.lr)
         if self.total < 1:
             raise ValueError(f"expected total >= 1, got {self.total}")
 
@@ -99,12 +112,12 @@ class SGD:
                 f"expected parameters by name, as model.parameters() gives them, "
                 f"got {type(parameters).__name__}"
             )
-        if not callable(lr) and not 0 <= lr < math.inf:
-            raise ValueError(f"expected lr >= 0 and finite, got {lr}")
-        if not 0 <= momentum < 1:
+        if not parameters:
+            raise ValueError("expected at least one parameter, got none: nothing would be trained")
+        _check_rate("momentum", momentum)
+        if momentum >= 1:
             raise ValueError(f"expected momentum in [0, 1), got {momentum}")
-        if not weight_decay >= 0:
-            raise ValueError(f"expected weight_decay >= 0, got {weight_decay}")
+        _check_rate("weight_decay", weight_decay)
         self.parameters = dict(parameters)
         self.schedule = lr if callable(lr) else Constant(lr)
         self.momentum = float(momentum)  # A NumPy scalar would impose its dtype on the arrays.

@@ -19,9 +19,9 @@ from npbn.backend import Backend, to_numpy
 from npbn.data import Split
 from npbn.engine import Engine, Result
 from npbn.engine.layers import EVALUATION_BATCH_SIZE, predict
-from npbn.errors import NonFiniteError
+from npbn.errors import DataError, NonFiniteError
 from npbn.functional.arrays import common_library
-from npbn.layers import Layer, Sequential, dtype_of
+from npbn.layers import Layer, Sequential, dtype_of, modes_kept
 from npbn.optim import SGD
 
 
@@ -153,6 +153,29 @@ def evaluate(
     return _metrics(predict(model, split, dtype=dtype, batch_size=batch_size))
 
 
+def _count_outputs(model: Layer, split: Split) -> int:
+    """Return the number of classes that a model tells apart."""
+    with modes_kept(model):
+        model.eval()
+        x, _ = next(split.batches(1, dtype_of(model)))
+        return int(model.forward(x).shape[1])
+
+
+def _check_labels(name: str, split: Split, classes: int) -> None:
+    """Raise an error if a label is not from 0 to ``classes`` - 1.
+
+    Raises:
+        DataError: the message names the first such label and its place.
+    """
+    labels = to_numpy(split.labels)
+    wrong = np.flatnonzero((labels < 0) | (labels >= classes))
+    if wrong.size:
+        raise DataError(
+            f"expected labels from 0 to {classes - 1}, got {labels[wrong[0]]} for {name} image "
+            f"{wrong[0]}"
+        )
+
+
 class Training:
     """The state of a training run: model, optimizer, data, engine, and the progress so far.
 
@@ -180,6 +203,7 @@ class Training:
 
     Raises:
         ValueError: the batch size is less than 1, or a split has too few examples.
+        DataError: a label is not that of an output of the model.
         TypeError: the data is not on ``backend``.
 
     Attributes:
@@ -208,6 +232,9 @@ class Training:
         if len(test) == 0:
             raise ValueError("expected at least 1 test example, got 0")
         common_library(train=train.images, test=test.images, backend=backend.xp.asarray(0))
+        classes = _count_outputs(model, train)
+        _check_labels("training", train, classes)
+        _check_labels("test", test, classes)
         self.model = model
         self.optimizer = optimizer
         self.train = train

@@ -350,3 +350,57 @@ def test_neither_way_needs_pytorch(tmp_path):
     )
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)
     assert (tmp_path / "file").stat().st_size > 4 * 44_878
+
+
+def theirs(**options) -> dict:
+    """The state of a small model in PyTorch, ``options`` for its tensors' ``to``."""
+    torch = pytest.importorskip("torch")
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.BatchNorm1d(3))
+    return {
+        name: tensor.to(**options) if tensor.is_floating_point() else tensor
+        for name, tensor in model.state_dict().items()
+    }
+
+
+def imported(state: dict, path: Path) -> dict[str, np.ndarray]:
+    torch = pytest.importorskip("safetensors.torch")
+    torch.save_file(state, path)
+    model = Sequential(Linear(4, 3), BatchNorm(3, 2))
+    import_torch(model, path)
+    return model.state_dict()
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float64"])
+def test_weights_of_other_precisions_are_converted(dtype, tmp_path):
+    torch = pytest.importorskip("torch")
+    state = theirs(dtype=getattr(torch, dtype))
+    found = imported(state, tmp_path / "file")
+    assert found["0.weight"].dtype == np.float32
+    for ours, name in (("0.weight", "0.weight"), ("0.bias", "0.bias"), ("1.gamma", "1.weight")):
+        np.testing.assert_array_equal(found[ours].ravel(), state[name].float().numpy().ravel())
+
+
+def test_weights_of_8_bits_are_refused_by_their_name(tmp_path):
+    torch = pytest.importorskip("torch")
+    state = theirs() | {"0.weight": theirs()["0.weight"].to(torch.float8_e4m3fn)}
+    with pytest.raises(CheckpointError, match=r"0\.weight has dtype F8_E4M3; expected F16 or"):
+        imported(state, tmp_path / "file")
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "model.", "_orig_mod.module.", "x."])
+def test_prefixes_of_wrappers_are_removed(prefix, tmp_path):
+    state = {prefix + name: tensor for name, tensor in theirs().items()}
+    if prefix == "x.":
+        with pytest.raises(CheckpointError, match=r"another model: it has no 0\.weight"):
+            imported(state, tmp_path / "file")
+    else:
+        right = imported(theirs(), tmp_path / "right")
+        for name, value in imported(state, tmp_path / "file").items():
+            np.testing.assert_array_equal(value, right[name])
+
+
+def test_a_file_without_moving_statistics(tmp_path):
+    state = {name: tensor for name, tensor in theirs().items() if "running" not in name}
+    with pytest.raises(CheckpointError, match=r"it has no 1\.running_mean"):
+        imported(state, tmp_path / "file")

@@ -443,3 +443,65 @@ def test_repr(device):
 def test_errors(call, error, message):
     with pytest.raises(error, match=message):
         call()
+
+
+class Block(Layer):
+    """A layer of one's own that keeps layers in a list, in a tuple and in a dict."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = [Parameter("gamma", np.ones(4)), Parameter("gamma", np.ones(4))]
+        self.parts = [Linear(4, 4), (BatchNorm(4, 2),)]
+        self.heads = {"a": Linear(4, 4), "b": [Linear(4, 2)]}
+
+    def forward(self, x):
+        raise NotImplementedError
+
+    def backward(self, dy):
+        raise NotImplementedError
+
+
+def test_layers_in_lists_tuples_and_dicts_belong_to_the_layer():
+    block = Sequential(Block())
+    assert set(block.parameters()) == {
+        *("0.scale.0", "0.scale.1", "0.parts.0.weight", "0.parts.0.bias"),
+        *("0.parts.1.0.gamma", "0.parts.1.0.beta"),
+        *("0.heads.a.weight", "0.heads.a.bias", "0.heads.b.0.weight", "0.heads.b.0.bias"),
+    }
+    assert "0.parts.1.0.moving_var" in block.state_dict()
+    block.eval()
+    assert not block.layers[0].parts[1][0].training
+    block.load_state_dict({name: 0 * value for name, value in block.state_dict().items()})
+    assert not block.layers[0].heads["b"][0].weight.data.any()
+
+
+def test_a_parameter_of_two_layers_is_refused():
+    one, other = Linear(3, 3), Linear(3, 3)
+    other.weight = one.weight
+    with pytest.raises(ValueError, match=r"of its own as 1\.weight, got that of 0\."):
+        Sequential(one, other).parameters()
+    block = Block()
+    block.parts.append(block.parts[0])
+    with pytest.raises(ValueError, match=r"as parts\.2\.weight, got that of parts\.0\.weight"):
+        block.parameters()
+
+
+@pytest.mark.parametrize("generator", [0, np.random.RandomState(0), "0", np.random])
+def test_what_is_no_generator_is_refused_where_it_is_given(generator):
+    for make in (lambda g: Linear(2, 2, generator=g), lambda g: Conv2d(1, 2, 3, generator=g)):
+        with pytest.raises(TypeError, match=r"expected generator as numpy\.random\.default_rng"):
+            make(generator)
+    with pytest.raises(TypeError, match="expected generator as"):
+        LeNet(generator=generator)
+    for bits in (np.random.MT19937, np.random.Philox, np.random.SFC64):
+        assert Linear(2, 2, generator=np.random.Generator(bits(0))).weight.data.any()
+
+
+@pytest.mark.parametrize("size", [(2, 3), [2, 3], np.array([2, 3])])
+def test_pairs_may_be_lists_and_arrays(size):
+    layer = Conv2d(1, 2, size, padding=size, stride=size)
+    assert layer.kernel_size == layer.padding == layer.stride == (2, 3)
+    assert MaxPool2d(size).kernel_size == (2, 3)
+    for wrong in ([2], [2, 3, 4], [2.0, 3.0], np.array(2.5), [[2, 3]], "23", None):
+        with pytest.raises(ValueError, match="expected kernel_size as an int >= 1 or a pair"):
+            Conv2d(1, 2, wrong)

@@ -110,16 +110,39 @@ def test_the_schedule_is_followed():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"lr": -1.0}, "expected lr >= 0 and finite, got -1.0"),
-        ({"lr": float("nan")}, "expected lr >= 0 and finite, got nan"),
-        ({"momentum": -0.1}, r"expected momentum in \[0, 1\), got -0.1"),
+        ({"lr": -1.0}, "expected lr as a finite number >= 0, got -1.0"),
+        ({"lr": float("nan")}, "expected lr as a finite number >= 0, got nan"),
+        ({"lr": "0.1"}, "expected lr as a finite number >= 0, got '0.1'"),
+        ({"lr": 0.1j}, "expected lr as a finite number >= 0, got 0.1j"),
+        ({"momentum": -0.1}, "expected momentum as a finite number >= 0, got -0.1"),
         ({"momentum": 1.0}, r"expected momentum in \[0, 1\), got 1.0"),
-        ({"weight_decay": -1.0}, "expected weight_decay >= 0, got -1.0"),
+        ({"weight_decay": -1.0}, "expected weight_decay as a finite number >= 0, got -1.0"),
     ],
 )
 def test_errors(options, message):
     with pytest.raises(ValueError, match=message):
-        SGD({}, **({"lr": 0.1} | options))
+        SGD({"w": Parameter("weight", np.zeros(1))}, **({"lr": 0.1} | options))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda rate: Constant(rate),
+        lambda rate: StepDecay(rate, 2),
+        lambda rate: StepDecay(0.1, 2, rate),
+        lambda rate: Cosine(rate, 2),
+    ],
+)
+@pytest.mark.parametrize("rate", [-0.1, float("nan"), float("inf"), "0.1", None])
+def test_schedules_refuse_what_sgd_refuses(make, rate):
+    with pytest.raises(ValueError, match="as a finite number >= 0, got "):
+        make(rate)
+    assert make(np.float32(0.5))(0) > 0
+
+
+def test_nothing_to_train_is_refused():
+    with pytest.raises(ValueError, match="expected at least one parameter, got none"):
+        SGD({}, 0.1)
 
 
 def test_more_errors():

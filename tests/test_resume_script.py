@@ -211,30 +211,81 @@ def test_killed_while_it_replaces_a_run(trainer, tmp_path):
 
 
 # Any moment, by the clock: also where no step above is. With HYPOTHESIS_PROFILE=long, more often.
-KILLS = 50 if os.environ.get("HYPOTHESIS_PROFILE") == "long" else 5
+LONG = os.environ.get("HYPOTHESIS_PROFILE") == "long"
+STOPS = 50 if LONG else 5
+ALARM = """
+import signal
+signal.setitimer(signal.ITIMER_REAL, {seconds})  # its default action is as abrupt as kill -9
+"""
+TERMINATE = """
+import os, signal, threading
+timer = threading.Timer({seconds}, os.kill, (os.getpid(), signal.SIGTERM))
+timer.daemon = True
+timer.start()
+"""
 
 
-def test_killed_at_random_moments(trainer, tmp_path):
-    """The alarm's default action ends a process as abruptly as kill -9 does."""
+@pytest.mark.parametrize(
+    ("prelude", "codes"),
+    [(ALARM, {-signal.SIGALRM}), (TERMINATE, {143, -signal.SIGTERM})],
+    ids=["killed", "terminated"],
+)
+def test_stopped_at_random_moments(prelude, codes, trainer, tmp_path):
     started = time.perf_counter()
     assert_finished(trainer(*QUICK, "--run", "whole", cwd=tmp_path))
     duration = time.perf_counter() - started
     expected, rng = state(tmp_path / "whole"), np.random.default_rng()
-    kills, runs = 0, 0
-    while kills < KILLS:
+    stops, runs = 0, 0
+    while stops < STOPS:
         runs += 1
         name = f"run-{runs}"
         for _ in range(1000):
             exists = (tmp_path / name).exists()
             arguments = ("--resume", name) if exists else (*QUICK, "--run", name)
-            seconds = rng.uniform(1e-3, duration) if kills < KILLS else 0
-            alarm = f"import signal; signal.setitimer(signal.ITIMER_REAL, {seconds})"
-            process = trainer(*arguments, cwd=tmp_path, prelude=alarm)
+            seconds = rng.uniform(1e-3, duration) if stops < STOPS else 1000
+            process = trainer(*arguments, cwd=tmp_path, prelude=prelude.format(seconds=seconds))
             if process.returncode == 0:
                 break
-            assert process.returncode == -signal.SIGALRM, process.stderr
-            kills += 1
+            assert process.returncode in codes, process.stderr
+            assert len(process.stderr.strip().splitlines()) <= 1
+            stops += 1
         assert state(tmp_path / name) == expected
+
+
+@pytest.mark.parametrize("attempt", range(20 if LONG else 2))
+def test_two_resumes_at_once(attempt, trainer, tmp_path):
+    """Both may finish it, one after the other, or one is refused; nothing is written twice."""
+    assert_finished(trainer(*QUICK, "--run", "whole", cwd=tmp_path))
+    trainer(*QUICK, "--run", "run", cwd=tmp_path, prelude=after_step(3 + attempt % 7, CTRL_C))
+    command = [sys.executable, str(SCRIPTS / "train.py"), "--resume", "run"]
+    processes = [
+        subprocess.Popen(
+            command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        for _ in range(2)
+    ]
+    ends = [(*process.communicate(), process.returncode) for process in processes]
+    for _, errors, code in ends:
+        assert code == 0 or (code == 2 and "run is being written by " in errors), errors
+    assert 0 in {code for _, _, code in ends}
+    # The arrays alone: true processes have evaluated on more images than the other.
+    assert state(tmp_path / "run")[0] == state(tmp_path / "whole")[0]
+    assert [record["number"] for record in Run.open(tmp_path / "run").records()] == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("kilobytes", range(20, 1100, 20) if LONG else (40, 380, 560, 940))
+def test_a_disk_that_is_full_at_any_file(kilobytes, trainer, tmp_path):
+    """One line; and once there is space, the run goes on to the same end, or begins."""
+    assert_finished(trainer(*QUICK, "--run", "whole", cwd=tmp_path))
+    with small_disk(tmp_path / "disk", kilobytes) as disk:
+        process = trainer(*QUICK, "--run", "disk/run", cwd=tmp_path)
+        if process.returncode:
+            assert_refused(process, "train.py: error: disk/", "No space left on device")
+        subprocess.run(["mount", "-o", "remount,size=10m", str(disk)], check=True)
+        exists = (disk / "run").exists()
+        again = ("--resume", "disk/run") if exists else (*QUICK, "--run", "disk/run")
+        assert_finished(trainer(*again, cwd=tmp_path))
+        assert state(disk / "run") == state(tmp_path / "whole")
 
 
 @pytest.mark.parametrize("signal_number", [signal.SIGKILL, signal.SIGINT])

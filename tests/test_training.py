@@ -14,7 +14,7 @@ from npbn import backend, inspection, training
 from npbn import functional as F
 from npbn.data import Split
 from npbn.engine.layers import LayersEngine
-from npbn.errors import NonFiniteError
+from npbn.errors import DataError, NonFiniteError
 from npbn.layers import (
     AvgPool2d,
     BatchNorm,
@@ -25,6 +25,7 @@ from npbn.layers import (
     ReLU,
     Sequential,
     Sigmoid,
+    self_and_descendants,
 )
 from npbn.optim import SGD
 
@@ -260,7 +261,9 @@ def test_errors():
         train(a_model(), a_split(1))
     with pytest.raises(ValueError, match="expected at least 1 test example, got 0"):
         a_training(a_split(4), test=a_split(0))
-    with pytest.raises(TypeError, match="expected images of dtype uint8, got float32"):
+    with pytest.raises(
+        TypeError, match="expected images of dtype uint8, with values from 0 to 255, got float32"
+    ):
         Split(np.zeros((3, 1, 4, 4), np.float32), np.zeros(3, int))
     with pytest.raises(TypeError, match="expected labels of an integer dtype, got float64"):
         Split(np.zeros((3, 1, 4, 4), np.uint8), np.zeros(3))
@@ -288,7 +291,7 @@ def test_data_that_is_not_where_it_should_be_is_named():
         with pytest.raises(TypeError, match=f"one library, got {train}.*, {test}.*, {device}"):
             training.Training(
                 a_model(),
-                SGD({}, 0.1),
+                SGD(a_model().parameters(), 0.1),
                 split.to(places[0]),
                 split.to(places[1]),
                 engine=a_training(split).engine,
@@ -425,9 +428,10 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_is_located(lr, message):
 
 
 def test_a_label_out_of_range_is_located():
+    """If it comes after the training was made; before, it is refused."""
     split = a_split(64)
-    split.labels[40] = 2
     run = a_training(split)
+    split.labels[40] = 2
     start = run.state()
     with pytest.raises(NonFiniteError):
         run.run(1)
@@ -435,6 +439,20 @@ def test_a_label_out_of_range_is_located():
     assert re.match(
         r"step \d: expected labels from 0 to 1, got the label 2", run.locate_non_finite()
     )
+
+
+@pytest.mark.parametrize("label", [-1, 2, 10])
+def test_a_label_without_an_output_is_refused_before_training(label):
+    good, split = a_split(64), a_split(64)
+    split.labels[40] = label
+    said = f"expected labels from 0 to 1, got {label} for training image 40"
+    with pytest.raises(DataError, match=re.escape(said)):
+        a_training(split)
+    model = a_training(good).model
+    modes = [layer.training for layer in self_and_descendants(model)]
+    with pytest.raises(DataError, match=f"got {label} for test image 40"):
+        a_training(good, test=split)
+    assert [layer.training for layer in self_and_descendants(model)] == modes
 
 
 def test_a_state_that_is_not_finite_is_not_given_out():

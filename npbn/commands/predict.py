@@ -101,6 +101,11 @@ def read(path: str, config: Config, *, invert: bool) -> np.ndarray:
     """
     assert config.channels is not None and config.side is not None
     pixels = read_pixels(path, config.channels, config.side, invert=invert)
+    if pixels.max() < 32:
+        say(
+            f"note: {path} is nearly black: its brightest pixel is {pixels.max()} of 255 (scale "
+            "values of 8 or 12 bits in a file of 16 bits first)"
+        )
     border = np.concatenate(
         [pixels[:, 0], pixels[:, -1], pixels[:, :, 0], pixels[:, :, -1]], axis=1
     )

@@ -28,14 +28,17 @@ class Split:
     labels: Any
 
     def __post_init__(self) -> None:
+        xp = common_library(images=self.images, labels=self.labels)
         if self.images.ndim != 4 or tuple(self.labels.shape) != (self.images.shape[0],):
             raise ValueError(
                 f"expected images of shape (N, C, H, W) and labels of shape (N,), "
                 f"got {tuple(self.images.shape)} and {tuple(self.labels.shape)}"
             )
-        xp = common_library(images=self.images, labels=self.labels)
         if self.images.dtype != xp.uint8:
-            raise TypeError(f"expected images of dtype uint8, got {self.images.dtype}")
+            raise TypeError(
+                "expected images of dtype uint8, with values from 0 to 255, "
+                f"got {self.images.dtype}"
+            )
         if not xp.isdtype(self.labels.dtype, "integral"):
             raise TypeError(f"expected labels of an integer dtype, got {self.labels.dtype}")
 

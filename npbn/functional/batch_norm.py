@@ -69,6 +69,10 @@ channel with mean $10^4$ and deviation $10^{-2}$, and brings $y$ close to $\beta
 channel. (In prediction, no such correction is possible, because float32 represents a moving mean
 near $10^4$ only to about $10^{-3}$.)
 
+**Overflow.** If $\bar{x}^2$ is larger than the largest number of the dtype, the variance is
+infinite and $y = \beta$. In float32, this begins at $|\bar{x}| \approx 10^{19}$. A training finds
+the infinite moving average when it saves its state.
+
 **Source.** S. Ioffe and C. Szegedy, "Batch Normalization: Accelerating Deep Network Training by
 Reducing Internal Covariate Shift", ICML 2015 (arXiv:1502.03167). The forward pass is Algorithm 1.
 The gradients are those of section 3, derived with more intermediate nodes. The second subtraction
@@ -146,8 +150,9 @@ def batch_norm(
     ):
         check_shape(name, parameter, parameter_shape)
     eps, momentum = float(eps), float(momentum)  # NumPy scalars would impose their dtype.
-    if not eps > 0:
-        raise ValueError(f"expected eps > 0, got {eps}")
+    smallest = float(xp.finfo(x.dtype).smallest_normal)
+    if not eps >= smallest:  # Smaller numbers are 0 on some devices, and everywhere in the end.
+        raise ValueError(f"expected eps >= {smallest:.3g} for {x.dtype}, got {eps}")
     if not 0 <= momentum <= 1:
         raise ValueError(f"expected momentum between 0 and 1, got {momentum}")
 

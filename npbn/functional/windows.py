@@ -12,7 +12,7 @@ Arguments may have any memory order.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,18 +22,20 @@ import numpy as np
 from npbn.functional.arrays import Array
 
 
-def pair(name: str, value: int | tuple[int, int], *, minimum: int) -> tuple[int, int]:
+def pair(name: str, value: int | Sequence[int] | np.ndarray, *, minimum: int) -> tuple[int, int]:
     """Return ``value`` as (vertical, horizontal). A single int is used for both.
 
     Args:
         name: the name of the value in the error message.
-        value: an int, or a tuple of two ints.
+        value: an int, or a tuple, a list or an array of two ints.
         minimum: the smallest number that is allowed.
 
     Raises:
         ValueError: the value is neither an int nor a pair of ints, or is below the minimum.
     """
-    both: tuple[Any, ...] = value if isinstance(value, tuple) else (value, value)
+    both: Any = (value, value)
+    if isinstance(value, tuple | list) or (isinstance(value, np.ndarray) and value.ndim == 1):
+        both = value
     if len(both) != 2 or not all(
         isinstance(v, int | np.integer) and not isinstance(v, bool) and v >= minimum for v in both
     ):

@@ -249,9 +249,9 @@ def test_scale_and_shift_of_the_input_cancel(scale, shift, eps):
         ({"moving_mean": np.ones((1, 1))}, r"expected moving_mean of shape \(1, 3\)"),
         ({"gamma": np.ones((3,))}, r"expected gamma of shape \(1, 3\), got \(3,\)"),
         ({"moving_var": np.ones((1, 4))}, r"expected moving_var of shape \(1, 3\), got \(1, 4\)"),
-        ({"eps": -1e-5}, "expected eps > 0, got -1e-05"),
+        ({"eps": -1e-5}, "expected eps >= 2.23e-308 for float64, got -1e-05"),
         ({"momentum": -0.1}, "expected momentum between 0 and 1, got -0.1"),
-        ({"eps": 0.0}, "expected eps > 0, got 0.0"),
+        ({"eps": 0.0}, "expected eps >= 2.23e-308 for float64, got 0.0"),
         ({"momentum": 1.5}, "expected momentum between 0 and 1, got 1.5"),
     ],
 )
@@ -267,3 +267,32 @@ def test_a_numpy_scalar_does_not_impose_its_dtype(rng):
     options = {"eps": np.float64(1e-5), "momentum": np.float64(0.9)}
     y, _, moving = F.batch_norm(x, *parameters(x.shape, np.float32), training=True, **options)
     assert {array.dtype for array in (y, *moving)} == {np.dtype("float32")}
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_an_eps_that_vanishes_in_the_dtype_is_refused(training):
+    """Below the smallest normal number. A constant feature would be 0 / 0 there."""
+    x = np.full((8, 3), 0.5, np.float32)
+    arguments = [array.astype(np.float32) for array in parameters((8, 3))]
+    for eps in (1e-39, 1e-46, 1e-300):
+        with pytest.raises(ValueError, match=r"expected eps >= 1\.18e-38 for float32, got "):
+            F.batch_norm(x, *arguments, training=training, eps=eps)
+    y, *_ = F.batch_norm(x, *arguments, training=training, eps=2e-38)
+    assert np.isfinite(y).all()
+
+
+def test_squares_that_overflow_give_beta_and_an_infinite_variance():
+    """As the docstring says; a deviation of 1e18 is still all right."""
+    x = np.random.default_rng(0).standard_normal((64, 3))
+    gamma, beta, mean, var = (array.astype(np.float32) for array in parameters((64, 3)))
+    with np.errstate(over="ignore"):
+        y, _, (_, moving_var) = F.batch_norm(
+            (1e20 * x).astype(np.float32), gamma, beta, mean, var, training=True
+        )
+    assert np.isposinf(moving_var).all()
+    np.testing.assert_array_equal(y, np.broadcast_to(beta, y.shape))
+    y, _, (_, moving_var) = F.batch_norm(
+        (1e18 * x).astype(np.float32), gamma, 0 * beta, mean, var, training=True
+    )
+    assert np.isfinite(moving_var).all()
+    np.testing.assert_allclose((y / gamma).std(axis=0), 1, rtol=1e-5)
