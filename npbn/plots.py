@@ -43,10 +43,13 @@ def check_matplotlib() -> None:
     Raises:
         NpbnError: matplotlib is not installed, or does not work.
     """
-    # Jupyter gives a backend for windows to its commands, which matplotlib may not find there.
-    os.environ["MPLBACKEND"] = "agg"
     try:
-        import matplotlib.figure  # noqa: F401  # Only whether this works is of interest.
+        try:
+            import matplotlib  # Only whether this works is of interest.
+        except ValueError:
+            # Jupyter gives its own MPLBACKEND to commands, whose environment may not have it.
+            del os.environ["MPLBACKEND"]
+        import matplotlib.figure  # noqa: F401
     except ImportError as error:
         if error.name == "matplotlib":
             problem = "not installed: pip install 'matplotlib>=3.9'"

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import io
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -59,6 +62,18 @@ def test_curves_are_the_records(rng):
         assert axes.get_xlabel() == "epoch"
         assert quantity in axes.get_ylabel()
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["a", "b"]
+
+
+@pytest.mark.parametrize("name", ["module://no_such.backend", "agg"])
+def test_pictures_come_out_whatever_jupyter_says(name):
+    program = "from npbn import plots; plots.png(plots._new_figure(2, 2, 'x')); print('drawn')"
+    process = subprocess.run(
+        [sys.executable, "-c", program],
+        env=os.environ | {"MPLBACKEND": name},
+        capture_output=True,
+        text=True,
+    )
+    assert process.stdout == "drawn\n", process.stderr
 
 
 @pytest.mark.parametrize("length", [8, 60])

@@ -119,6 +119,7 @@ def split(parser: ArgumentParser, submission: str, functions: str | None) -> tup
 
 def main(program: str, words: list[str]) -> int:
     arguments = parse_arguments(program, words)
+    backend.limit_blas_threads(1)  # The matrices are small, and other programs may be running.
     return check_submissions(arguments) if arguments.submissions else check_npbn()
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import os
 import signal
 import sys
 from dataclasses import dataclass
@@ -87,10 +88,13 @@ def start(*, needs: tuple[str, ...] = (), curves: bool = False) -> Lesson:
         return _running[0]
     lesson = Lesson() if _in_notebook() else _from_command_line(needs, curves)
     logging.getLogger("matplotlib").setLevel(logging.ERROR)  # hide matplotlib's reports on fonts
+    if not _in_notebook():
+        os.environ["MPLBACKEND"] = "agg"
     import matplotlib.pyplot as plt
 
-    if not _in_notebook():
-        plt.switch_backend("Agg")
+    from npbn import backend
+
+    backend.limit_blas_threads(1)  # The matrices are small, and other programs may be running.
     plt.rcParams.update({"figure.constrained_layout.use": True, "axes.titlesize": "medium"})
     if not _in_notebook():
         _running.append(lesson)
