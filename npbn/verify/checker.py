@@ -16,11 +16,20 @@ $$\frac{\max_i |\text{analytic}_i - \text{numeric}_i|}
 because the terms may cancel. For example, the bias of a layer that feeds batch norm has the
 gradient 0, and the computed value of this gradient is only the rounding error of the terms.
 
-**The bound** comes from the arithmetic. It is 64 times the sum of three errors. A sum of $n$
-rounded terms has an error of about $\sqrt{n} u$ relative to the size of the terms, with $u$ the
-unit of rounding. The rounding of the inputs, by $u$ relative to each input, changes the gradient:
-the change is large if the operation is badly conditioned. The checker measures this change with
-inputs that are rounded differently. A central difference has an additional error of $u^{2/3}$.
+**The bound** comes from the arithmetic. It is the sum of three parts:
+
+1. 64 times the sum of two errors. A sum of $n$ rounded terms has an error of about $\sqrt{n} u$
+   relative to the size of the terms, with $u$ the unit of rounding. The rounding of the inputs, by
+   $u$ relative to each input, changes the gradient: the change is large if the operation is badly
+   conditioned. The checker measures this change with inputs that are rounded differently.
+2. 4 times the change of the gradient when the arrays in the cache are rounded differently. It is
+   large if the backward pass subtracts numbers that are almost equal. For example, the sigmoid's
+   $y (1 - y)$ at $x = 30$ has only three correct digits, because $y$ is rounded.
+3. 4 times the error of the numeric derivative, if it is a central difference.
+
+If the bound is above `COARSE`, a mistake of that size would not be seen. So the checker then says
+that it cannot tell, unless the error is even larger. Code for float32 or float16 is compared with
+derivatives in float64, if the forward pass can compute in float64.
 """
 
 from __future__ import annotations
@@ -39,6 +48,8 @@ from npbn.functional.arrays import Array
 from npbn.verify import numeric
 
 SAFETY = 64
+COARSE = 0.02
+"""The largest bound with which a gradient can be called right."""
 SAMPLE = 24
 """The number of elements of a gradient that are checked one by one. If a gradient has more
 elements, one further check covers all its elements together."""
@@ -57,6 +68,8 @@ class Finding:
         index: the index of the element with the largest error.
         analytic, numeric: the value of this element by the backward pass, and the numeric value.
         largest: the largest absolute value of any element, by the backward pass or numerically.
+        rounding: the size, relative to ``scale``, below which a gradient is only rounding error of
+            the cache.
         method: "complex step" or "central difference".
         problem: the reason why the gradient cannot be compared, as a sentence. The sentence is
             empty if the gradient was compared.
@@ -67,6 +80,7 @@ class Finding:
     error: float = math.nan
     bound: float = math.nan
     scale: float = math.nan
+    rounding: float = 0.0
     index: tuple[int, ...] = ()
     analytic: float = math.nan
     numeric: float = math.nan
@@ -77,7 +91,15 @@ class Finding:
     @property
     def ok(self) -> bool:
         """Return whether the gradient is right."""
-        return not self.problem and self.error <= self.bound
+        return not self.problem and self.error <= self.bound and not self.unclear
+
+    @property
+    def unclear(self) -> bool:
+        """Return whether a wrong gradient could not be told from a right one.
+
+        A gradient that is only rounding error is right nevertheless: no code could compute more.
+        """
+        return self.error <= self.bound and self.bound > COARSE and self.rounding < 1
 
     @property
     def cancels(self) -> bool:
@@ -103,6 +125,11 @@ class Finding:
             return f"d{self.name}: {self.problem}"
         if self.cancels:
             return f"d{self.name}: right, and 0: its terms cancel (error {self.error:.1e})"
+        if self.unclear:
+            return (
+                f"d{self.name}: can't tell: rounding hides mistakes of up to {self.bound:.0%}; try "
+                "float64 inputs, or inputs of another size"
+            )
         if self.ok:
             return f"d{self.name}: right (error {self.error:.1e}, bound {self.bound:.1e})"
         place = ", ".join(str(i) for i in self.index)
@@ -115,9 +142,15 @@ class Finding:
 
 @dataclass(frozen=True)
 class Report:
-    """The results of the checks of all gradients of an operation or of a model."""
+    """The results of the checks of all gradients of an operation or of a model.
+
+    Attributes:
+        findings: a finding for each gradient.
+        notes: further remarks, as sentences.
+    """
 
     findings: tuple[Finding, ...]
+    notes: tuple[str, ...] = ()
 
     @property
     def ok(self) -> bool:
@@ -130,7 +163,7 @@ class Report:
         return max((finding.error for finding in self.findings), default=0.0)
 
     def __str__(self) -> str:
-        return "\n".join(str(finding) for finding in self.findings)
+        return "\n".join([*(str(finding) for finding in self.findings), *self.notes])
 
 
 def check_gradients(
@@ -149,10 +182,11 @@ def check_gradients(
             arguments. The forward pass returns y or (y, cache, ...).
         backward: the backward pass. The checker calls it with (dy, cache); cache is None if the
             forward pass returns only y. The backward pass returns the gradients with respect to the
-            inputs, in the order of the inputs: one array, or a tuple of arrays. The tuple may
-            contain None in place of a gradient that does not exist.
-        inputs: the arrays with respect to which the gradients are checked, by name. The arrays may
-            be from any library. A proof needs float64 arrays.
+            inputs, in the order of the inputs: one array, or a tuple or a list of arrays. The tuple
+            may contain None in place of a gradient that does not exist.
+        inputs: the floating-point arrays with respect to which the gradients are checked, by name.
+            The arrays may be from any library. A proof needs float64 arrays. Both functions get
+            copies, so they may change what they are given.
         constants: further arguments of the forward pass, by name.
         generator: draws the upstream gradient and, for large inputs, the elements to check.
         method: "complex step", "central difference" or "auto". With "auto", the complex step is
@@ -163,8 +197,10 @@ def check_gradients(
         A report, which can be printed.
 
     Raises:
-        ValueError: the method is unknown, there are no inputs, or no point was found where the
-            forward pass has a derivative.
+        ValueError: the method is unknown; there are no inputs, or an input is empty; the output has
+            NaN, or is another for the same inputs; or no point was found where the forward pass has
+            a derivative.
+        TypeError: an input or the output is not a floating-point array.
         Exception: forward or backward raises this error.
     """
     if method not in ("auto", "complex step", "central difference"):
@@ -173,36 +209,71 @@ def check_gradients(
         )
     if not inputs:
         raise ValueError("expected at least one input to take a gradient by")
+    for name, x in inputs.items():
+        check_array(f"the input {name}", x)
+        if math.prod(x.shape) == 0:
+            raise ValueError(f"expected the input {name} to have elements, got shape {x.shape}")
     generator = np.random.default_rng(0) if generator is None else generator
     constants = {} if constants is None else constants
     xp = array_api_compat.array_namespace(*inputs.values())
 
-    def run(values: Mapping[str, Array]) -> tuple[Array, Any]:
-        result = forward(**values, **constants)
+    def run(values: Mapping[str, Array], constants: Mapping[str, Any]) -> tuple[Array, Any]:
+        result = forward(
+            **{name: xp.asarray(x, copy=True) for name, x in values.items()}, **constants
+        )
         return (result[0], result[1]) if isinstance(result, tuple) else (result, None)
+
+    # Numeric derivatives are computed in float64, if the forward pass can do that.
+    exact_constants = {name: promoted(value) for name, value in constants.items()}
+    exact = {name: promoted(x) for name, x in inputs.items()}
+    try:
+        y, _ = run(exact, exact_constants)
+        fit = array_api_compat.is_array_api_obj(y) and y.dtype == xp.float64
+    except Exception:  # Code that is written for one dtype may raise any error.
+        fit = False
+    if not fit:
+        exact, exact_constants = dict(inputs), dict(constants)
 
     def output(value: Array, name: str, others: Mapping[str, Array]) -> Array:
         """Return y as a function of one input."""
-        return run({**others, name: value})[0]
+        return run({**others, name: value}, exact_constants)[0]
 
-    inputs = {
-        name: smooth_point(functools.partial(output, name=name, others=inputs), x, generator)
-        for name, x in inputs.items()
-    }
-    y, cache = run(inputs)
+    y, _ = run(inputs, constants)
+    check_array("the output y", y)
+    if not np.all(np.isfinite(to_numpy(y))):
+        raise ValueError("expected a finite output; the forward pass gave NaN or infinity")
+    if not np.array_equal(to_numpy(y), to_numpy(run(inputs, constants)[0])):
+        raise ValueError(
+            "expected the same output for the same inputs; the forward pass is random, or it "
+            "changes something that it uses again"
+        )
+    for name, x in exact.items():
+        function = functools.partial(output, name=name, others=exact)
+        moved = smooth_point(function, x, generator)
+        inputs = {**inputs, name: xp.astype(moved, inputs[name].dtype)}
+        exact[name] = xp.astype(inputs[name], x.dtype)
+
+    y, cache = run(inputs, constants)
     dy = like(y, generator.standard_normal(tuple(y.shape)))
-    gradients = backward(dy, cache)
-    if not isinstance(gradients, tuple):
-        gradients = (gradients,)
-    if len(gradients) != len(inputs):
-        # dbias is None if no bias is among the inputs.
-        gradients = tuple(g for g in gradients if g is not None)
+    given = xp.asarray(dy, copy=True)
+    gradients = in_a_tuple(backward(given, cache), len(inputs))
+    notes = []
+    if not np.array_equal(to_numpy(given), to_numpy(dy)):
+        notes.append("note: the backward pass changes dy, which belongs to its caller")
     if len(gradients) != len(inputs):
         problem = f"expected {len(inputs)} gradients ({', '.join(inputs)}), got {len(gradients)}"
         return Report(tuple(Finding(n, tuple(x.shape), problem=problem) for n, x in inputs.items()))
+    u = float(xp.finfo(xp.asarray(dy).dtype).eps)
+    u = max(u, *(float(xp.finfo(x.dtype).eps) for x in inputs.values()))
+    _, cache = run(inputs, constants)
+    try:
+        again = backward(xp.asarray(dy, copy=True), rounded_differently(cache, u, generator))
+        others = in_a_tuple(again, len(inputs))
+    except Exception:  # A cache may hold numbers that must not change.
+        others = gradients
 
     findings = []
-    for (name, x), gradient in zip(inputs.items(), gradients, strict=True):
+    for (name, x), gradient, other in zip(exact.items(), gradients, others, strict=True):
         shape = tuple(x.shape)
         problem = wrong_form(gradient, shape)
         if problem:
@@ -212,40 +283,91 @@ def check_gradients(
         random = like(x, generator.choice((-1.0, 1.0), shape))
         chosen = method
         if method == "auto":
-            function = functools.partial(output, name=name, others=inputs)
+            function = functools.partial(output, name=name, others=exact)
             fit = numeric.takes_complex(function, x, random)
             chosen = "complex step" if fit else "central difference"
-        derive = numeric.complex_step if chosen == "complex step" else numeric.central_difference
 
-        u = float(xp.finfo(x.dtype).eps)
         rounded = {
-            other: like(value, to_numpy(value) * (1 + u * generator.choice((-1, 1), value.shape)))
-            for other, value in inputs.items()
+            key: like(value, to_numpy(value) * (1 + u * generator.choice((-1, 1), value.shape)))
+            for key, value in exact.items()
         }
 
         def measure(
             direction: Array,
             others: Mapping[str, Array],
             name: str = name,
-            derive: Callable[..., Array] = derive,
-        ) -> tuple[float, float]:
+            chosen: str = chosen,
+        ) -> tuple[float, float, float]:
             function = functools.partial(output, name=name, others=others)
-            terms = to_numpy(derive(function, others[name], direction)) * to_numpy(dy)
-            return float(terms.sum()), float(np.abs(terms).sum())
+            if chosen == "complex step":
+                values = to_numpy(numeric.complex_step(function, others[name], direction))
+                errors = np.zeros(())
+            else:
+                values, errors = numeric.extrapolated_difference(function, others[name], direction)
+            terms = values * to_numpy(dy)
+            error = np.abs(errors * to_numpy(dy)).sum()
+            return float(terms.sum()), float(np.abs(terms).sum()), float(error)
 
+        change = 0.0
+        if not wrong_form(other, shape):
+            change = float(np.abs(to_numpy(other) - to_numpy(gradient)).max())
         findings.append(
             compare(
                 name,
                 x,
                 to_numpy(gradient).ravel(),
-                functools.partial(measure, others=inputs),
+                functools.partial(measure, others=exact),
                 functools.partial(measure, others=rounded),
-                math.prod(y.shape),
-                chosen,
-                generator,
+                count=math.prod(y.shape),
+                u=u,
+                change=change,
+                method=chosen,
+                generator=generator,
             )
         )
-    return Report(tuple(findings))
+    return Report(tuple(findings), tuple(notes))
+
+
+def in_a_tuple(gradients: Any, count: int) -> tuple[Any, ...]:
+    """Return what a backward pass returned as a tuple."""
+    if not isinstance(gradients, tuple | list):
+        return (gradients,)
+    if len(gradients) != count:  # dbias is None if no bias is among the inputs.
+        return tuple(gradient for gradient in gradients if gradient is not None)
+    return tuple(gradients)
+
+
+def check_array(name: str, value: Any) -> None:
+    """Raise TypeError if a value is not a floating-point array."""
+    if not array_api_compat.is_array_api_obj(value):
+        raise TypeError(f"expected {name} as a floating-point array, got {type(value).__name__}")
+    xp = array_api_compat.array_namespace(value)
+    if not xp.isdtype(value.dtype, "real floating"):
+        raise TypeError(f"expected {name} as a floating-point array, got {value.dtype}")
+
+
+def promoted(value: Any) -> Any:
+    """Return a floating-point array as float64. Everything else is returned as it is."""
+    if not array_api_compat.is_array_api_obj(value):
+        return value
+    xp = array_api_compat.array_namespace(value)
+    return xp.astype(value, xp.float64) if xp.isdtype(value.dtype, "real floating") else value
+
+
+def rounded_differently(cache: Any, u: float, generator: np.random.Generator) -> Any:
+    """Return a cache whose numbers are changed by u relative to each number, up or down."""
+    if array_api_compat.is_array_api_obj(cache):
+        xp = array_api_compat.array_namespace(cache)
+        if not xp.isdtype(cache.dtype, "real floating"):
+            return cache
+        signs = generator.choice((-1, 1), tuple(cache.shape))
+        return like(cache, to_numpy(cache).astype(np.float64) * (1 + u * signs))
+    if isinstance(cache, dict):
+        return {key: rounded_differently(value, u, generator) for key, value in cache.items()}
+    if isinstance(cache, tuple | list):
+        values = [rounded_differently(value, u, generator) for value in cache]
+        return type(cache)(*values) if hasattr(cache, "_fields") else type(cache)(values)
+    return cache
 
 
 def smooth_point(
@@ -285,7 +407,7 @@ def _bends(function: Callable[[Array], Array], x: Array, move: Array, u: float) 
 
 
 TRIES = 20
-Measure = Callable[[Array], tuple[float, float]]
+Measure = Callable[[Array], tuple[float, float, float]]
 
 
 def compare(
@@ -294,7 +416,10 @@ def compare(
     gradient: np.ndarray,
     measure: Measure,
     measure_rounded: Measure,
+    *,
     count: int,
+    u: float,
+    change: float,
     method: str,
     generator: np.random.Generator,
 ) -> Finding:
@@ -304,17 +429,17 @@ def compare(
         name, x: the name and the value of the input.
         gradient: the gradient by the backward pass, as a flat array.
         measure: a function of a direction. The function returns the numeric derivative along the
-            direction, and the sum of the absolute values of the terms of this derivative.
+            direction, the sum of the absolute values of its terms, and an estimate of its error.
         measure_rounded: the function ``measure`` for inputs that are rounded differently.
         count: the number of terms.
+        u: the unit of rounding of the backward pass.
+        change: the change of the gradient when the cache is rounded differently.
         method: the method of the numeric derivative, "complex step" or "central difference".
         generator: chooses the elements of a large input to check.
     """
-    xp = array_api_compat.array_namespace(x)
-    u = float(xp.finfo(x.dtype).eps)
     indices = sample(gradient, generator)
     measured = np.array([measure(numeric.unit(x, i)) for i in indices])
-    values, sizes = measured[:, 0], measured[:, 1]
+    values, sizes, uncertain = measured.T
     scale = float(max(np.abs(values).max(), sizes.max()))
     differences = np.abs(gradient[indices] - values)
     worst = int(np.argmax(np.where(np.isnan(differences), np.inf, differences)))
@@ -323,7 +448,7 @@ def compare(
         # Only some elements were checked one by one. Also check all elements together, by the sum
         # of all elements with random signs.
         signs = generator.choice((-1.0, 1.0), gradient.size)
-        value, size = measure(like(x, signs.reshape(tuple(x.shape))))
+        value, size, _ = measure(like(x, signs.reshape(tuple(x.shape))))
         size = max(size, float(np.abs(gradient).sum()))
         if size:
             error = max(error, abs(float(gradient @ signs) - value) / size)
@@ -333,14 +458,15 @@ def compare(
     moved = [measure_rounded(numeric.unit(x, indices[k]))[0] - values[k] for k in some]
     conditioning = float(np.abs(moved).max()) / scale if scale else 0.0
     bound = SAFETY * (math.sqrt(count) * u + conditioning)
-    if method == "central difference":
-        bound += SAFETY * u ** (2 / 3)
+    rounding = 4 * change / scale if scale else 0.0
+    bound += rounding + (4 * float(uncertain.max()) / scale if scale else 0.0)
     return Finding(
         name=name,
         shape=tuple(x.shape),
         error=error,
         bound=bound,
         scale=scale,
+        rounding=rounding,
         index=tuple(int(i) for i in np.unravel_index(indices[worst], tuple(x.shape))),
         analytic=float(gradient[indices[worst]]),
         numeric=float(values[worst]),
@@ -381,5 +507,7 @@ def like(array: Array, values: np.ndarray) -> Array:
     The result is real, even if ``array`` is complex.
     """
     xp = array_api_compat.array_namespace(array)
-    dtype = xp.float32 if array.dtype in (xp.float32, xp.complex64) else xp.float64
+    dtype = array.dtype
+    if xp.isdtype(dtype, "complex floating"):
+        dtype = xp.float32 if dtype == xp.complex64 else xp.float64
     return xp.asarray(values, dtype=dtype, device=array_api_compat.device(array))

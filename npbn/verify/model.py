@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Iterator
+from typing import Any
 
 import array_api_compat
 import numpy as np
@@ -14,7 +15,7 @@ from npbn.backend import to_numpy
 from npbn.functional.arrays import Array
 from npbn.layers import Layer, Parameter, Sequential
 from npbn.verify import numeric
-from npbn.verify.checker import Finding, Report, compare, like, wrong_form
+from npbn.verify.checker import Finding, Report, compare, like, rounded_differently, wrong_form
 
 
 def check_model(
@@ -59,14 +60,33 @@ def check_model(
     rounded_inputs = [rounded, *forward(0, rounded)]
     inputs = [x, *forward(0, x)]
     _, cache = F.softmax_cross_entropy(inputs[-1], labels)
-    upstream = [F.softmax_cross_entropy_backward(cache)]
-    for _, layer in reversed(layers):
-        upstream.insert(0, layer.backward(upstream[0]))
+
+    def backward(cache: Any) -> list[Array]:
+        """Return the gradients of all layers' inputs and of the logits; set those of parameters."""
+        upstream = [F.softmax_cross_entropy_backward(cache)]
+        for _, layer in reversed(layers):
+            upstream.insert(0, layer.backward(upstream[0]))
+        return upstream
+
+    # To see what the rounding of the caches changes, go backward with caches that are rounded
+    # differently.
+    caches = [layer._cache for _, layer in layers]
+    for _, layer in layers:
+        layer._cache = rounded_differently(layer._cache, u, generator)
+    changed = backward(rounded_differently(cache, u, generator))[0]
+    others = [
+        parameter.gradient for _, layer in layers for parameter in layer.parameters().values()
+    ]
+    for (_, layer), before in zip(layers, caches, strict=True):
+        layer._cache = before
+    upstream = backward(cache)
 
     def measure(
         direction: Array, k: int, parameter: Parameter | None, layer_inputs: list[Array]
-    ) -> tuple[float, float]:
-        """Return the derivative of the loss along a direction, and the size of its terms.
+    ) -> tuple[float, float, float]:
+        """Return the derivative of the loss along a direction, the size of its terms, and 0.
+
+        The 0 is the error of the derivative, because the complex step has none.
 
         The derivative is with respect to a parameter of layer k, or, if the parameter is None, with
         respect to the layer's input.
@@ -81,9 +101,11 @@ def check_model(
         loss, _ = F.softmax_cross_entropy(outputs[-1], labels)
         slope = to_numpy(xp.imag(outputs[0])) / numeric.STEP
         size = np.abs(slope * to_numpy(upstream[k + 1])).sum()
-        return float(xp.imag(loss)) / numeric.STEP, float(size)
+        return float(xp.imag(loss)) / numeric.STEP, float(size), 0.0
 
-    def check(name: str, x: Array, gradient: Array, k: int, parameter: Parameter | None) -> Finding:
+    def check(
+        name: str, x: Array, gradient: Array, other: Array, k: int, parameter: Parameter | None
+    ) -> Finding:
         problem = wrong_form(gradient, tuple(x.shape))
         if problem:
             return Finding(name, tuple(x.shape), problem=problem)
@@ -95,16 +117,19 @@ def check_model(
             functools.partial(at, layer_inputs=inputs),
             functools.partial(at, layer_inputs=rounded_inputs),
             count=inputs[k + 1].size,
+            u=u,
+            change=float(xp.max(xp.abs(other - gradient))),
             method="complex step",
             generator=generator,
         )
 
+    remaining = iter(others)
     findings = [
-        check(prefix + name, parameter.data, parameter.gradient, k, parameter)
+        check(prefix + name, parameter.data, parameter.gradient, next(remaining), k, parameter)
         for k, (prefix, layer) in enumerate(layers)
         for name, parameter in layer.parameters().items()
     ]
-    return Report((*findings, check("x", x, upstream[0], 0, None)))
+    return Report((*findings, check("x", x, upstream[0], changed, 0, None)))
 
 
 def leaves(model: Sequential, prefix: str = "") -> Iterator[tuple[str, Layer]]:
