@@ -360,7 +360,15 @@ def differences(configs: Sequence[Config]) -> list[str]:
         if field.name not in NOT_COMPARED
         and len({getattr(config, field.name) for config in configs}) > 1
     ]
-    return [" ".join(f"{name}={getattr(config, name)}" for name in names) for config in configs]
+    words = {
+        ("no_batch_norm", True): "without batch norm",
+        ("no_batch_norm", False): "with batch norm",
+    }
+
+    def word(name: str, value: Any) -> str:
+        return words.get((name, value), f"{name}={value}")
+
+    return [" ".join(word(name, getattr(config, name)) for name in names) for config in configs]
 
 
 def open_run(path: str | os.PathLike[str]) -> tuple[runs.Run, Config]:

@@ -83,8 +83,8 @@ def test_runs_says_what_distinguishes_them(runs, tmp_path):
     head, broken, one, other = process.stdout.splitlines()
     assert head.split() == ["name", "differs", "in", "epochs", "best", "seconds"]
     assert broken.startswith("broken   ") and "format: expected 2" in broken
-    assert one.startswith("with     no_batch_norm=False epochs=3  3/3     ")
-    assert other.startswith("without  no_batch_norm=True epochs=2   2/2     ")
+    assert one.startswith("with     with batch norm epochs=3     3/3     ")
+    assert other.startswith("without  without batch norm epochs=2  2/2     ")
     assert_refused(command("runs", "none", cwd=tmp_path), "npbn runs: error: none cannot be read")
     assert_refused(command("runs", "runs/no run", cwd=tmp_path), "holds no runs")
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Mapping
 
 import array_api_compat
 import numpy as np
@@ -15,7 +14,8 @@ from npbn.backend import to_numpy
 from npbn.functional.arrays import Array
 from npbn.layers import Layer, Parameter, Sequential
 from npbn.verify import numeric
-from npbn.verify.checker import Finding, Report, compare, like, rounded_differently, wrong_form
+from npbn.verify.checker import Finding, Measured, Report, compare, moved_by_rounding, wrong_form
+from npbn.verify.numeric import like
 
 
 def check_model(
@@ -59,34 +59,39 @@ def check_model(
     rounded = x * like(x, 1 + u * generator.choice((-1, 1), tuple(x.shape)))
     rounded_inputs = [rounded, *forward(0, rounded)]
     inputs = [x, *forward(0, x)]
-    _, cache = F.softmax_cross_entropy(inputs[-1], labels)
+    loss, cache = F.softmax_cross_entropy(inputs[-1], labels)
+    upstream = [F.softmax_cross_entropy_backward(cache)]
+    for _, layer in reversed(layers):
+        upstream.insert(0, layer.backward(upstream[0]))
 
-    def backward(cache: Any) -> list[Array]:
-        """Return the gradients of all layers' inputs and of the logits; set those of parameters."""
-        upstream = [F.softmax_cross_entropy_backward(cache)]
-        for _, layer in reversed(layers):
-            upstream.insert(0, layer.backward(upstream[0]))
-        return upstream
-
-    # To see what the rounding of the caches changes, go backward with caches that are rounded
-    # differently.
-    caches = [layer._cache for _, layer in layers]
-    for _, layer in layers:
-        layer._cache = rounded_differently(layer._cache, u, generator)
-    changed = backward(rounded_differently(cache, u, generator))[0]
-    others = [
-        parameter.gradient for _, layer in layers for parameter in layer.parameters().values()
+    owners = [
+        (prefix + name, parameter.data, k, parameter)
+        for k, (prefix, layer) in enumerate(layers)
+        for name, parameter in layer.parameters().items()
     ]
-    for (_, layer), before in zip(layers, caches, strict=True):
-        layer._cache = before
-    upstream = backward(cache)
+    checked = [*owners, ("x", x, 0, None)]
+
+    def all_gradients(values: Mapping[str, Array]) -> list[Array]:
+        """Return the gradients of a new copy of the model with other parameters and another x."""
+        other = copy.deepcopy(model)
+        named = [p for _, layer in leaves(other) for p in layer.parameters().values()]
+        for parameter, (name, *_) in zip(named, owners, strict=True):
+            parameter.data = values[name]
+        _, cache = F.softmax_cross_entropy(other.forward(values["x"]), labels)
+        dx = other.backward(F.softmax_cross_entropy_backward(cache))
+        return [*(parameter.gradient for parameter in named), dx]
+
+    gradients = [p.gradient for _, _, _, p in owners] + [upstream[0]]
+    problems = [wrong_form(g, x.shape) for g, (_, x, _, _) in zip(gradients, checked, strict=True)]
+    moved = [np.zeros(())] * len(checked)
+    if not any(problems):
+        values = {name: value for name, value, _, _ in checked}
+        moved = moved_by_rounding(all_gradients, values, gradients, generator)
 
     def measure(
         direction: Array, k: int, parameter: Parameter | None, layer_inputs: list[Array]
-    ) -> tuple[float, float, float]:
+    ) -> Measured:
         """Return the derivative of the loss along a direction, the size of its terms, and 0.
-
-        The 0 is the error of the derivative, because the complex step has none.
 
         The derivative is with respect to a parameter of layer k, or, if the parameter is None, with
         respect to the layer's input.
@@ -98,38 +103,32 @@ def check_model(
             parameter.data = numeric.stepped(value, direction)
             outputs = forward(k, layer_inputs[k])
             parameter.data = value
-        loss, _ = F.softmax_cross_entropy(outputs[-1], labels)
+        stepped_loss, _ = F.softmax_cross_entropy(outputs[-1], labels)
         slope = to_numpy(xp.imag(outputs[0])) / numeric.STEP
         size = np.abs(slope * to_numpy(upstream[k + 1])).sum()
-        return float(xp.imag(loss)) / numeric.STEP, float(size), 0.0
+        return float(xp.imag(stepped_loss)) / numeric.STEP, float(size), 0.0
 
-    def check(
-        name: str, x: Array, gradient: Array, other: Array, k: int, parameter: Parameter | None
-    ) -> Finding:
-        problem = wrong_form(gradient, tuple(x.shape))
-        if problem:
-            return Finding(name, tuple(x.shape), problem=problem)
+    findings = []
+    for i, (name, value, k, parameter) in enumerate(checked):
+        if problems[i]:
+            findings.append(Finding(name, tuple(value.shape), problem=problems[i]))
+            continue
         at = functools.partial(measure, k=k, parameter=parameter)
-        return compare(
-            name,
-            x,
-            to_numpy(gradient).ravel(),
-            functools.partial(at, layer_inputs=inputs),
-            functools.partial(at, layer_inputs=rounded_inputs),
-            count=inputs[k + 1].size,
-            u=u,
-            change=float(xp.max(xp.abs(other - gradient))),
-            method="complex step",
-            generator=generator,
+        findings.append(
+            compare(
+                name,
+                value,
+                gradients[i],
+                functools.partial(at, layer_inputs=inputs),
+                functools.partial(at, layer_inputs=rounded_inputs),
+                outputs=inputs[k + 1],
+                size=float(loss),
+                moved=moved[i],
+                method="complex step",
+                generator=generator,
+            )
         )
-
-    remaining = iter(others)
-    findings = [
-        check(prefix + name, parameter.data, parameter.gradient, next(remaining), k, parameter)
-        for k, (prefix, layer) in enumerate(layers)
-        for name, parameter in layer.parameters().items()
-    ]
-    return Report((*findings, check("x", x, upstream[0], changed, 0, None)))
+    return Report(tuple(findings))
 
 
 def leaves(model: Sequential, prefix: str = "") -> Iterator[tuple[str, Layer]]:
