@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import struct
@@ -253,7 +254,9 @@ BAD = {
     "text": (lambda path: path.write_text("no image"), "is no image"),
     "truncated": (truncated, "cannot be read as an image: image file is truncated"),
     "missing": (lambda path: None, "cannot be read as an image: No such file"),
-    "directory": (lambda path: path.mkdir(), "cannot be read as an image"),
+    "directory": (lambda path: path.mkdir(), "cannot be read as an image: it is not a file"),
+    "pipe": (lambda path: os.mkfifo(path), "cannot be read as an image: it is not a file"),
+    "link to itself": (lambda path: path.symlink_to(path.name), "cannot be read as an image"),
     "bomb": (
         lambda path: path.write_bytes(header_of_a_png(20_000, 20_000)),
         "could be decompression bomb",

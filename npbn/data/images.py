@@ -17,6 +17,7 @@ There is a rule for each kind of file:
 from __future__ import annotations
 
 import os
+import stat
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -114,6 +115,8 @@ def _opened(path: str | os.PathLike[str]) -> Iterator[Any]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             warnings.simplefilter("error", Image.DecompressionBombWarning)
+            if not stat.S_ISREG(os.stat(path).st_mode):  # Reading a pipe may never end.
+                raise ValueError("it is not a file")
             with Image.open(path) as image:
                 yield image
     except UnidentifiedImageError:
