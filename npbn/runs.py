@@ -54,10 +54,11 @@ class Run:
         config: the options of the run by name.
     """
 
+    _lock: IO[str] | None = None  # the open file whose lock this process holds
+
     def __init__(self, path: str | os.PathLike[str], config: Mapping[str, Any]) -> None:
         self.path = Path(path)
         self.config = dict(config)
-        self._lock: IO[str] | None = None
 
     def __del__(self) -> None:
         self.unlock()
