@@ -258,18 +258,22 @@ def _one_line(error: Exception) -> str:
     return f"{type(error).__name__}: " + " ".join(str(error).split())
 
 
-def describe_numpy() -> dict[str, str]:
-    """Return the versions of NumPy and BLAS, and the kinds of processors they compute for."""
-    features = np.show_config(mode="dicts")["SIMD Extensions"]["found"]
-    blas = {
-        f"{pool['internal_api']} {pool['version']} for {pool.get('architecture', 'any processor')}"
-        for pool in threadpoolctl.threadpool_info()
-        if pool["user_api"] == "blas"
+def cpu_features() -> list[str]:
+    """Return the processor's features that NumPy found and uses."""
+    simd: Any = np.show_config(mode="dicts").get("SIMD Extensions", {})
+    # On processors other than x86-64, NumPy may use only features that it always expects.
+    return list(simd.get("found") or simd.get("baseline", []))
+
+
+def blas_name() -> str:
+    """Return the BLAS library of NumPy's matrix products and the architecture of its kernels."""
+    pools = [pool for pool in threadpoolctl.threadpool_info() if pool["user_api"] == "blas"]
+    texts = {
+        f"{'OpenBLAS' if pool['internal_api'] == 'openblas' else pool['internal_api']} "
+        f"{pool['version']}, architecture {pool.get('architecture', 'unknown')}"
+        for pool in pools
     }
-    return {
-        "NumPy": f"{np.__version__} with {' '.join(features) or 'no CPU features'}",
-        "BLAS": ", ".join(sorted(blas)) or "unknown",
-    }
+    return "; ".join(sorted(texts)) or "BLAS unknown"
 
 
 def cpu_name() -> str:

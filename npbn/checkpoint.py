@@ -152,6 +152,7 @@ def _read(path: PathLike) -> tuple[Arrays, dict[str, str]]:
             arrays = {n: file.get_tensor(n) for n, dtype in dtypes.items() if dtype != "BF16"}
         if len(arrays) < len(dtypes):
             content = Path(path).read_bytes()
+            # safetensors gives the types of its functions, except for this one.
             for name, entry in safetensors.deserialize(content):  # type: ignore[no-untyped-call]
                 if entry["dtype"] == "BF16":  # It is the upper half of a float32.
                     upper = np.frombuffer(entry["data"], "<u2").astype("<u4")

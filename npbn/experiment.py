@@ -407,10 +407,7 @@ def load_training(
     try:
         _check_numbers(arrays)
         check_images(config, dataset)
-        model = build_model(config, np.random.default_rng(0))
-        training = build_training(
-            config, dataset, device, model=model, report=report, fallback=True
-        )
+        training = build_training(config, dataset, device, report=report, fallback=True)
         training.load_state(arrays, record)
     except (ValueError, TypeError, KeyError) as error:
         raise _misfit(run, "last", error) from None
@@ -491,7 +488,7 @@ def check_images(config: Config, dataset: Dataset) -> None:
     """Raise an error if a data set has other images or classes than a fitted configuration.
 
     Raises:
-        DataError: the message gives both sizes.
+        DataError: they differ. The message gives the images and the classes of both.
     """
     _, channels, height, width = dataset.train.images.shape
     theirs, ours = (

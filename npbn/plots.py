@@ -49,10 +49,10 @@ def check_matplotlib() -> None:
         except ValueError:
             # Jupyter gives its own MPLBACKEND to commands, whose environment may not have it.
             del os.environ["MPLBACKEND"]
-        import matplotlib.figure  # noqa: F401
+        import matplotlib.figure  # noqa: F401 (as above)
     except ImportError as error:
         if error.name == "matplotlib":
-            problem = "not installed: pip install 'matplotlib>=3.9'"
+            problem = "not installed: pip install 'matplotlib>=3.10.7'"
         else:
             problem = f"installed but cannot be loaded: {error}"
         raise NpbnError(f"matplotlib is {problem}") from None

@@ -37,12 +37,12 @@ import portalocker
 
 from npbn.checkpoint import Arrays, Record, load_checkpoint, read_file, save_checkpoint, write_file
 from npbn.errors import CheckpointError, RunExistsError
+from npbn.inspection import HISTOGRAM_EDGES
 
 CHECKPOINTS = ("last", "best")
 LIMITS = ("epochs", "max_steps")
 """The options that may change when a run is resumed."""
 _LINES = _METRICS, _LAYERS = "metrics.jsonl", "layers.jsonl"
-_RECORDED = {"number", "batch_norm", "preactivations"}
 _MEASURED = ("loss", "accuracy", "examples", "seconds")
 
 
@@ -274,9 +274,8 @@ class Run:
         """
         count = len(self.records())
         lines = self._lines(_LAYERS)[:count]
-        forms = [_form(line) for line in lines]
-        whole = len(forms) == count and all(form == forms[0] for form in forms)
-        if not whole or not isinstance(forms[0], dict) or not forms[0].keys() >= _RECORDED:
+        sizes = [_sizes(line, number) for number, line in enumerate(lines)]
+        if len(sizes) < count or sizes[0] is None or any(size != sizes[0] for size in sizes):
             raise CheckpointError(f"{self.path / _LAYERS} is damaged")
         return lines
 
@@ -321,28 +320,38 @@ def _fixed(config: Any) -> Any:
 
 def _are_metrics(record: Any, number: int) -> bool:
     """Return whether a value has the fields of `npbn.training.Epoch` that are read again."""
+
+    def measured(part: Any) -> bool:
+        return isinstance(part, dict) and all(
+            isinstance(part.get(name), int | float) for name in _MEASURED
+        )
+
     return (
         isinstance(record, dict)
         and record.get("number") == number
-        and all(
-            record[part] is None
-            or (
-                isinstance(record[part], dict)
-                and all(isinstance(record[part].get(name), int | float) for name in _MEASURED)
-            )
-            for part in ("train", "test")
-            if part in record
-        )
+        and isinstance(record.get("step"), int)
+        and {"train", "test"} <= record.keys()
+        and (measured(record["train"]) or (number == 0 and record["train"] is None))
+        and (measured(record["test"]) or record["test"] is None)
     )
 
 
-def _form(value: Any) -> Any:
-    """Return a value of JSON with every number as 0, to compare the structure of values."""
-    if isinstance(value, dict):
-        return {name: _form(inner) for name, inner in value.items()}
-    if isinstance(value, list):
-        return [_form(inner) for inner in value]
-    return 0 if isinstance(value, int | float) else value
+def _sizes(line: Any, number: int) -> list[dict[str, int]] | None:
+    """Return the lengths of all lists in a line of layers.jsonl, or None if it is damaged."""
+    if not isinstance(line, dict) or line.get("number") != number:
+        return None
+    norms, counts = line.get("batch_norm"), line.get("preactivations")
+    if not isinstance(norms, list) or not isinstance(counts, dict):
+        return None
+    for part in (*norms, counts):
+        if not isinstance(part, dict) or (part is not counts and part.keys() != {"gamma", "beta"}):
+            return None
+        for values in part.values():
+            if not isinstance(values, list) or not all(isinstance(v, int | float) for v in values):
+                return None
+    if any(len(values) != len(HISTOGRAM_EDGES) - 1 for values in counts.values()):
+        return None
+    return [{name: len(values) for name, values in part.items()} for part in (*norms, counts)]
 
 
 def _digest(content: bytes) -> str:

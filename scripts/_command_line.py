@@ -15,6 +15,7 @@ NEEDED = (
     "numpy",
     "array_api_compat",
     "platformdirs",
+    "portalocker",
     "safetensors",
     "threadpoolctl",
     "tqdm",

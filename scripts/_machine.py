@@ -7,9 +7,6 @@ import importlib.metadata
 import platform
 from typing import Any
 
-import numpy as np
-import threadpoolctl
-
 from npbn import backend
 
 VERSIONS = {  # the names of distributions, and the names of the libraries in a report
@@ -33,7 +30,7 @@ def machine() -> dict[str, Any]:
         "cpu": backend.cpu_name(),
         "cores": backend.usable_cpus(),
         "features": features(),
-        "blas": blas(),
+        "blas": backend.blas_name(),
         "system": platform.system(),
         "python": platform.python_version(),
         "versions": {name: found for name in VERSIONS if (found := version(name))},
@@ -54,22 +51,8 @@ def about(machine: dict[str, Any]) -> str:
 
 
 def features() -> list[str]:
-    """Return the processor's features that NumPy looked for and found."""
-    simd: Any = np.show_config(mode="dicts").get("SIMD Extensions", {})
-    # On processors other than x86-64, all features that matter may be in the baseline.
-    found: list[str] = simd.get("found") or simd.get("baseline", [])
-    return [word for name in found for word in LEVELS.get(name, name).split()]
-
-
-def blas() -> str:
-    """Return the BLAS library of NumPy's matrix products and the architecture of its kernels."""
-    pools = [pool for pool in threadpoolctl.threadpool_info() if pool["user_api"] == "blas"]
-    texts = [
-        f"{'OpenBLAS' if pool['internal_api'] == 'openblas' else pool['internal_api']} "
-        f"{pool['version']}, architecture {pool.get('architecture', 'unknown')}"
-        for pool in pools
-    ]
-    return ", ".join(dict.fromkeys(texts)) or "BLAS unknown"
+    """Return the processor's features that NumPy uses, by names that a reader knows."""
+    return [word for name in backend.cpu_features() for word in LEVELS.get(name, name).split()]
 
 
 def version(distribution: str) -> str | None:

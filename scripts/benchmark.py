@@ -480,11 +480,11 @@ def print_cpu_floor(
 
 
 def gpu_floor(arguments: argparse.Namespace) -> dict[str, float]:
-    """Return the least time of a training step on this GPU, with the numbers that it follows from.
+    """Return the least time of a training step on this GPU, and how it is computed.
 
-    The least time is the longer of two times: that of the operations of the layers' products, and
-    that of the memory traffic. In each step, the pixels are read, and the parameters and moving
-    averages are read and written.
+    Two times are computed. The first is the time that the operations of the matrix products take.
+    The second is the time that the memory traffic takes: in each step, the pixels are read, and the
+    parameters and moving averages are read and written. The least time is the longer of the two.
     """
     model = npbn_model(settings_of(arguments))
     n = arguments.batch_size

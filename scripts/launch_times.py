@@ -46,8 +46,8 @@ def main() -> None:
     )
     peak = max(Peaks().measure(engine.threads).values())
     backend.limit_blas_threads(1)
-    # Each launch is a call of its own, in the order of a step. The last call is empty; its time is
-    # the overhead of a call.
+    # Each launch is called separately, in the order of a step. The last call launches nothing: its
+    # time is the overhead of a call.
     program = np.concatenate([engine.training_program, engine.prediction_program[1:]])
     calls = [*np.split(program, len(program)), program[:0]]
     rounds: list[list[float]] = []

@@ -1,13 +1,40 @@
-"""Folders and disks in the states in which files get lost."""
+"""Files, folders and disks in the states in which files get lost."""
 
 from __future__ import annotations
 
 import contextlib
+import os
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+
+
+def sparse(path: Path, content: bytes) -> None:
+    with open(path, "wb") as file:
+        file.write(content)
+        file.truncate(200 * 10**9)
+
+
+DAMAGES: dict[str, Callable[[Path, bytes], object]] = {
+    "missing": lambda path, content: None,
+    "empty": lambda path, content: path.write_bytes(b""),
+    "cut": lambda path, content: path.write_bytes(content[: len(content) // 2]),
+    "doubled": lambda path, content: path.write_bytes(2 * content),
+    "not UTF-8": lambda path, content: path.write_bytes(b"\xff\xfe" * 10 + b"\n"),
+    "an array": lambda path, content: path.write_bytes(b"[1]\n"),
+    "a number": lambda path, content: path.write_bytes(b"1e999\n"),
+    "an empty object": lambda path, content: path.write_bytes(b"{}\n{}\n"),
+    "deep": lambda path, content: path.write_bytes(b"[" * 100_000 + b"\n"),
+    "a directory": lambda path, content: path.mkdir(),
+    "a pipe": lambda path, content: os.mkfifo(path),
+    "a link to nowhere": lambda path, content: path.symlink_to("nowhere"),
+    "a link to itself": lambda path, content: path.symlink_to(path.name),
+    "an endless file": lambda path, content: path.symlink_to("/dev/zero"),
+    "200 GB": sparse,
+}
+"""What makes a damaged file of a path that does not exist and of the content it had, by name."""
 
 
 def contents(folder: Path) -> dict[str, bytes | None]:

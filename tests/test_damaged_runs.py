@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from disks import DAMAGES
 from npbn import data
 from npbn.checkpoint import load_checkpoint, save_checkpoint
 from npbn.commands import command_line, evaluate, export, plot, predict, runs, train
@@ -41,29 +42,6 @@ FILES = (
 )
 
 
-def sparse(path: Path, content: bytes) -> None:
-    with open(path, "wb") as file:
-        file.write(content)
-        file.truncate(200 * 10**9)
-
-
-DAMAGES: dict[str, Callable[[Path, bytes], object]] = {
-    "missing": lambda path, content: None,
-    "empty": lambda path, content: path.write_bytes(b""),
-    "cut": lambda path, content: path.write_bytes(content[: len(content) // 2]),
-    "doubled": lambda path, content: path.write_bytes(2 * content),
-    "not UTF-8": lambda path, content: path.write_bytes(b"\xff\xfe" * 10 + b"\n"),
-    "an array": lambda path, content: path.write_bytes(b"[1]\n"),
-    "a number": lambda path, content: path.write_bytes(b"1e999\n"),
-    "an empty object": lambda path, content: path.write_bytes(b"{}\n{}\n"),
-    "deep": lambda path, content: path.write_bytes(b"[" * 100_000 + b"\n"),
-    "a directory": lambda path, content: path.mkdir(),
-    "a pipe": lambda path, content: os.mkfifo(path),
-    "a link to nowhere": lambda path, content: path.symlink_to("nowhere"),
-    "a link to itself": lambda path, content: path.symlink_to(path.name),
-    "an endless file": lambda path, content: path.symlink_to("/dev/zero"),
-    "200 GB": sparse,
-}
 CASES = [(file, kind) for file in FILES for kind in DAMAGES]
 
 

@@ -455,10 +455,10 @@ class Block(Layer):
         self.heads = {"a": Linear(4, 4), "b": [Linear(4, 2)]}
 
     def forward(self, x):
-        raise NotImplementedError
+        return x
 
     def backward(self, dy):
-        raise NotImplementedError
+        return dy
 
 
 def test_layers_in_lists_tuples_and_dicts_belong_to_the_layer():

@@ -16,7 +16,7 @@ import portalocker
 import pytest
 
 from commands import assert_refused
-from disks import contents, unchanged
+from disks import DAMAGES, contents, unchanged
 from npbn.errors import CheckpointError
 from npbn.runs import LIMITS, Run
 
@@ -27,16 +27,23 @@ ARRAYS = {"model.w": np.arange(6.0)}
 
 
 def layers(number: int) -> dict:
-    return {"number": number, "batch_norm": [], "preactivations": {"2": [number, 1]}}
+    norms = [{"gamma": [1.0, number], "beta": [0.0, 0.5]}]
+    return {"number": number, "batch_norm": norms, "preactivations": {"2": [number] * 80}}
+
+
+def metrics(number: int, **changed) -> dict:
+    measured = {"loss": 0.1, "accuracy": 0.9, "examples": 5, "seconds": 1}
+    train = measured if number else None
+    return {"number": number, "step": 3 * number, "train": train, "test": None} | changed
 
 
 def create(path: Path, config=CONFIG, **options) -> Run:
-    start = ({"number": 0}, layers(0), ARRAYS, {"epoch": 0})
+    start = (metrics(0), layers(0), ARRAYS, {"epoch": 0})
     return Run.create(path, config, ENVIRONMENT, start, **options)
 
 
 def go_on(run: Run, epoch: int) -> None:
-    run.append({"number": epoch}, layers(epoch))
+    run.append(metrics(epoch), layers(epoch))
     run.save({"model.w": np.arange(6.0) + epoch}, {"epoch": epoch}, best=epoch == 1)
 
 
@@ -273,10 +280,13 @@ def test_lines_of_the_metrics_are_short_whatever_the_network(trained):
     [
         [],
         {},
-        {"number": 2},
-        {"number": 1, "train": 3, "test": None},
-        {"number": 1, "train": {"loss": "x"}, "test": None},
-        {"number": 1, "test": {"loss": 0.1, "accuracy": 0.2, "examples": 5}},
+        {"number": 1},
+        metrics(2),
+        metrics(1, step=None),
+        metrics(1, train=None),
+        metrics(1, train=3),
+        metrics(1, train=metrics(1)["train"] | {"loss": "x"}),
+        metrics(1, test={"loss": 0.1, "accuracy": 0.2, "examples": 5}),
     ],
 )
 def test_metrics_edited_by_hand(edited, run):
@@ -288,12 +298,35 @@ def test_metrics_edited_by_hand(edited, run):
 
 
 @pytest.mark.parametrize(
-    "edited", ["", "[]", "{}", '{"number": 1, "batch_norm": 1}', '{"number": "1"}', "[" * 10**5]
+    "edited",
+    [
+        *("", "[]", "{}", '{"number": 1, "batch_norm": 1}', '{"number": "1"}', "[" * 10**5),
+        layers(2),
+        layers(1) | {"batch_norm": None},
+        layers(1) | {"batch_norm": []},
+        layers(1) | {"batch_norm": [{"gamma": [1.0, 2.0]}]},
+        layers(1) | {"batch_norm": [{"gamma": [1.0, "2"], "beta": [1.0, 2.0]}]},
+        layers(1) | {"batch_norm": [{"gamma": [1.0], "beta": [1.0, 2.0]}]},
+        layers(1) | {"preactivations": [[1] * 80]},
+        layers(1) | {"preactivations": {}},
+        layers(1) | {"preactivations": {"2": 80}},
+    ],
+    ids=lambda edited: str(edited)[:60],
 )
 def test_layers_edited_by_hand(edited, run):
     lines = (run.path / "layers.jsonl").read_text().splitlines()
-    lines[1] = edited
+    lines[1] = edited if isinstance(edited, str) else json.dumps(edited)
     (run.path / "layers.jsonl").write_text("\n".join(lines) + "\n")
+    with pytest.raises(CheckpointError, match=r"layers\.jsonl is damaged"):
+        run.layers()
+
+
+def test_histograms_of_another_length_in_every_line(run):
+    path = run.path / "layers.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    for line in lines:
+        line["preactivations"]["2"].pop()
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     with pytest.raises(CheckpointError, match=r"layers\.jsonl is damaged"):
         run.layers()
 
@@ -318,7 +351,7 @@ def test_a_line_that_is_not_finished_is_not_read(run):
 
 def test_a_checkpoint_in_the_middle_of_an_epoch_keeps_the_lines_before(run):
     run.save(ARRAYS, {"epoch": 2, "batch": 5})
-    run.append({"number": 3}, layers(3))
+    run.append(metrics(3), layers(3))
     run.rewind(run.load()[1])
     assert [line["number"] for line in run.records()] == [0, 1, 2]
 
@@ -344,13 +377,11 @@ def flipped(content: bytes) -> bytes:
 
 
 DAMAGE = {
-    "missing": lambda path, content: None,
-    "empty": lambda path, content: path.write_bytes(b""),
-    "cut": lambda path, content: path.write_bytes(content[: len(content) // 2]),
     "flipped": lambda path, content: path.write_bytes(flipped(content)),
-    "not UTF-8": lambda path, content: path.write_bytes(b"\xff\xfe" * 10),
-    "an array": lambda path, content: path.write_bytes(b"[1]\n"),
-    "directory": lambda path, content: path.mkdir(),
+    **{
+        name: DAMAGES[name]
+        for name in ("missing", "empty", "cut", "not UTF-8", "an array", "a directory")
+    },
 }
 READ_BY = {
     "config.json": lambda path: Run.open(path).load(),

@@ -427,20 +427,6 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_is_located(lr, message):
     assert re.match(message, run.locate_non_finite())
 
 
-def test_a_label_out_of_range_is_located():
-    """If it comes after the training was made; before, it is refused."""
-    split = a_split(64)
-    run = a_training(split)
-    split.labels[40] = 2
-    start = run.state()
-    with pytest.raises(NonFiniteError):
-        run.run(1)
-    run.load_state(*start)
-    assert re.match(
-        r"step \d: expected labels from 0 to 1, got the label 2", run.locate_non_finite()
-    )
-
-
 @pytest.mark.parametrize("label", [-1, 2, 10])
 def test_a_label_without_an_output_is_refused_before_training(label):
     good, split = a_split(64), a_split(64)

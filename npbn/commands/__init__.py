@@ -52,8 +52,8 @@ def start(command: str, program: str, arguments: list[str] | None = None) -> NoR
     """
     from npbn.commands.command_line import run
 
-    # During the imports, Ctrl-C ends the process without a traceback. Then `run` handles it. If
-    # Ctrl-C is ignored, as in the background, it stays ignored.
+    # During the imports, Ctrl-C ends the process without a traceback. After them, `run` handles
+    # Ctrl-C. In the background, where Ctrl-C is ignored, it stays ignored.
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
     module = importlib.import_module(f"npbn.commands.{command}")

@@ -72,9 +72,10 @@ machine, or an output that cannot be written, 3 the loss became NaN, 130, 143 or
 Ctrl-C, SIGTERM or SIGHUP
 """
 
-# The options that are allowed with --resume, and those that --from takes from the run.
+# The options that are allowed with --resume.
 FREE_WITH_RESUME = {"resume", "data", "backend", "threads", *runs.LIMITS}
 FREE_WITH_RESUME |= {"plots", "tensorboard", "quiet", "json"}
+# The options that --from copies from the run whose weights it takes.
 OF_THE_WEIGHTS = ("model", "no_batch_norm", "activation")
 
 # The fields of `Config` that are options of the command line, in groups, with their help texts.
@@ -252,8 +253,7 @@ def main(program: str, words: list[str]) -> None:
                 f"out of memory: {error or 'no more is free'}; a smaller --batch-size or "
                 "--limit-train needs less"
             ) from None
-    if arguments.plots:
-        with quiet() if arguments.quiet else contextlib.nullcontext():
+        if arguments.plots:
             draw_run(experiment.load(session.run.path), session.dataset, session.run.path / "plots")
 
 
@@ -334,6 +334,7 @@ def start(arguments: argparse.Namespace) -> Session:
     if arguments.run is not None:  # This check comes before steps that take long.
         check_name(path, overwrite=arguments.overwrite)
     source = None if arguments.source is None else experiment.load(arguments.source)
+    model = None if source is None else source.model
     if source is not None:
         of_weights = {name: getattr(source.config, name) for name in OF_THE_WEIGHTS}
         config = dataclasses.replace(config, **of_weights)
@@ -346,11 +347,9 @@ def start(arguments: argparse.Namespace) -> Session:
             experiment.check_images(source.config, dataset)
         except DataError as error:
             raise NpbnError(f"--from {arguments.source}: {error}") from None
+        say(f"weights: from {arguments.source}, after epoch {source.epoch}")
     data = None if config.data is None else str(Path(config.data).resolve())
     config = dataclasses.replace(config.fitted(dataset), backend=device.name, data=data)
-    if source is not None:
-        say(f"weights: from {arguments.source}, after epoch {source.epoch}")
-    model = None if source is None else source.model
     with device.explaining_failures():
         try:
             state = experiment.build_training(config, dataset, device, model=model, report=say)
@@ -471,7 +470,11 @@ def describe_environment(session: Session) -> dict[str, str | None]:
     }
     if session.device.name != "numpy":
         return found | {"device": session.device.description}
-    found |= {"device": backend.cpu_name(), **backend.describe_numpy()}
+    found |= {
+        "device": backend.cpu_name(),
+        "NumPy": f"{np.__version__} with {' '.join(backend.cpu_features()) or 'no CPU features'}",
+        "BLAS": backend.blas_name(),
+    }
     if session.state.engine.kind == "layers":
         return found | {"threads": str(backend.blas_threads())}
     from npbn.engine.cpu.compilation import describe_compiler
@@ -517,10 +520,6 @@ def refuse_launchers() -> None:
             )
 
 
-class StoppedError(Exception):
-    """The training was stopped by a signal between two batches, and a checkpoint was saved."""
-
-
 def train(session: Session, program: str, json_file: str | None) -> None:
     """Train to the end and save after each epoch; print the table of epochs and a summary.
 
@@ -543,7 +542,11 @@ def train(session: Session, program: str, json_file: str | None) -> None:
         progress.update(examples)
         if postponed.signal is not None:
             session.save()
-            raise StoppedError
+            progress.close()
+            with contextlib.suppress(OutputError):  # After SIGHUP, the terminal may be gone.
+                steps = state.optimizer.steps
+                say(f"stopped after step {steps}; to go on: {resuming(program, run)}")
+            raise Stopped(postponed.signal)
 
     def on_epoch(epoch: training.Epoch) -> None:
         nonlocal best
@@ -572,13 +575,9 @@ def train(session: Session, program: str, json_file: str | None) -> None:
                 on_epoch=on_epoch,
             )
         status = "trained"
-    except StoppedError:
+    except Stopped:
         status = "stopped"
-        assert postponed.signal is not None
-        progress.close()
-        with contextlib.suppress(OutputError):  # After SIGHUP, the terminal may be gone.
-            say(f"stopped after step {state.optimizer.steps}; to go on: {resuming(program, run)}")
-        raise Stopped(postponed.signal) from None
+        raise
     except BackendError as error:
         raise BackendError(f"{error}: {resuming(program, run)}") from None
     except NonFiniteError as error:
@@ -632,7 +631,7 @@ def explain_non_finite(session: Session) -> str:
     with np.errstate(over="ignore", invalid="ignore"):
         where = state.locate_non_finite()
     cause = ""
-    if "label" not in where and state.optimizer.steps > 0:
+    if state.optimizer.steps > 0:
         cause = f"; most likely the learning rate, {state.optimizer.lr:g}, is too high"
     return f"{where}{cause}; the last good checkpoint is kept: {run.path / 'last.safetensors'}"
 
@@ -673,7 +672,7 @@ def check_gradients(session: Session) -> None:
     On a GPU, the check would be tens of thousands of launches of small kernels.
 
     Raises:
-        NpbnError: a gradient is wrong.
+        NpbnError: a gradient is wrong, or it cannot be told whether it is right.
     """
     copied = copy.deepcopy(session.state.model)
     copied.to(backend.get_backend("numpy"), "float64")
@@ -687,4 +686,4 @@ def check_gradients(session: Session) -> None:
     for finding in report.findings:
         say(f"{finding.name:12}  {finding.error:14.1e}  {finding.verdict}")
     if not report.ok:
-        raise NpbnError("a gradient is wrong, see above; nothing was trained")
+        raise NpbnError("a gradient is not right, see above; nothing was trained")

@@ -20,8 +20,8 @@ class Split:
 
     Attributes:
         images: the images as a uint8 array (N, C, H, W), grey values or colours from 0 to 255.
-        labels: the labels as an integer array (N,), from 0 to the number of classes - 1. A label
-            that is out of range makes the loss NaN.
+        labels: the labels as an integer array (N,), from 0 to the number of classes - 1. A
+            `npbn.training.Training` refuses other labels.
     """
 
     images: Any

@@ -26,7 +26,9 @@ gradient 0, and the computed value of this gradient is only the rounding error o
 - A central difference has an error that it estimates itself; see `npbn.verify.numeric`.
 - The rounding in the code moves the gradient of the backward pass. For example, $1 - y$ cancels
   where $y$ is close to 1. The checker measures this with stochastic arithmetic, for each element of
-  the gradient; see `npbn.verify.rounding`.
+  the gradient; see `npbn.verify.rounding`. It measures code that computes with NumPy's arrays. For
+  other arrays, this error counts as 0, so a right gradient may be called wrong where $1 - y$
+  cancels.
 
 **Can't tell.** If the bound is so large that a mistake of some percent stays within the bound, a
 gradient within the bound is not called right: nobody can tell. In float64, the last of the four

@@ -113,7 +113,7 @@ struct alignas(2 * sizeof(real)) Mean {
 };
 
 // The batch norm of a stage. The pointer `gamma` is null if the stage has no batch norm. All arrays
-// except `means` and `squares` contain one number for each channel: (channel).
+// except `means` and `squares` have the shape (channels): one number for each channel.
 //
 // Statistics of the batch exist in two forms. The kernel that computes y divides the batch into
 // parts and writes the statistics of each part: means[o, part] is the mean of channel o over the
@@ -123,7 +123,7 @@ struct alignas(2 * sizeof(real)) Mean {
 // later kernels of the step, and all kernels in prediction, read `mean` and `var`. For these
 // kernels, the pointer `means` is null.
 //
-// The arrays `mean` and `rest` contain the two numbers of each channel's `Mean`. In prediction,
+// The arrays `mean` and `rest` contain the mean of each channel as a `Mean`. In prediction,
 // `rest` is null.
 template <typename real>
 struct Norm {
@@ -527,8 +527,8 @@ __device__ void merge(int had, int count, real mean, const real (&sums)[2], Mean
 // beginning of the tile to the edges of the matrices.
 //
 // The block loads TILE_K terms of both matrices into shared memory at a time: left (row, k) and
-// right (column, k). TILE threads read each number there. Beyond the edges of the matrices, the
-// numbers in shared memory are 0.
+// right (column, k). TILE threads read each number of the shared memory. Beyond the edges of the
+// matrices, the numbers in shared memory are 0.
 //
 // If `left_along_k` is true, numbers of `left` with neighbouring k are neighbours in global memory.
 // If it is false, numbers of `left` in neighbouring rows are neighbours in global memory. The
@@ -1192,8 +1192,8 @@ __device__ void store_results(int n, const Batch& batch, real loss, int right, r
 }
 
 // Computes the last linear layer, the loss, and the backward passes of both. The layer, S, must
-// have no batch norm, no activation and no pooling. P must not be the images. The input x of the
-// layer is the output of P:
+// have no batch norm, no activation and no pooling. P must be a stage, not the images: the
+// input x of the layer is the output of P:
 //   logits[n,o] = Σ_k x[n,k] w[o,k] + b[o]
 //   dx[n,k] = Σ_o dlogits[n,o] w[o,k]
 //   dw[o,k] = Σ_n dlogits[n,o] x[n,k],   db[o] = Σ_n dlogits[n,o]

@@ -490,7 +490,7 @@ class _Writer:
         return NULL if found is None else Pointer(array, found[0])
 
     def _output(self, stage: KernelStage) -> Pointer | None:
-        """Return the array of the output of a stage's affine map, or null for the images."""
+        """Return the array of the affine map of a stage, or null if the stage is the images."""
         return NULL if stage.plan is None else Pointer(f"y{stage.name}")
 
     def _batch(self, order: Pointer | None, step: Pointer) -> Structure:

@@ -139,7 +139,7 @@ class Program:
 
 
 def largest(programs: Iterable[Program]) -> dict[str, ArraySpec]:
-    """Return the arrays of several programs by name; among arrays of one name, the largest."""
+    """Return the arrays of several programs by name. For each name, return the largest array."""
     found: dict[str, ArraySpec] = {}
     for program in programs:
         for name, spec in program.arrays.items():
