@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 
 import platformdirs
 
@@ -14,6 +15,10 @@ for library in ("OPENBLAS", "MKL", "OMP"):
 os.environ.setdefault("NUMBA_NUM_THREADS", "4")
 # Kernels are compiled once, also for programs that the tests start with another home directory.
 os.environ.setdefault("NUMBA_CACHE_DIR", str(platformdirs.user_cache_path("npbn") / "kernels"))
+# With nohup and in the background, these are ignored, also by the programs that tests start.
+for number, handler in {"SIGHUP": signal.SIG_DFL, "SIGINT": signal.default_int_handler}.items():
+    if hasattr(signal, number) and signal.getsignal(getattr(signal, number)) is signal.SIG_IGN:
+        signal.signal(getattr(signal, number), handler)
 
 from collections.abc import Iterator
 from pathlib import Path

@@ -321,14 +321,36 @@ def test_layers_edited_by_hand(edited, run):
         run.layers()
 
 
-def test_histograms_of_another_length_in_every_line(run):
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda line: line["preactivations"]["2"].pop(),
+        lambda line: line["batch_norm"][0].pop("beta"),
+        lambda line: line["batch_norm"][0].update(more=[1.0]),
+    ],
+)
+def test_the_same_damage_in_every_line_of_the_layers(damage, run):
     path = run.path / "layers.jsonl"
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     for line in lines:
-        line["preactivations"]["2"].pop()
+        damage(line)
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     with pytest.raises(CheckpointError, match=r"layers\.jsonl is damaged"):
         run.layers()
+
+
+def test_layers_of_an_epoch_without_metrics_are_not_read(run):
+    """As after a kill between the two lines."""
+    with open(run.path / "layers.jsonl", "a") as file:
+        file.write(json.dumps(layers(3)) + "\n")
+    assert [line["number"] for line in run.layers()] == [0, 1, 2]
+
+
+def test_a_lock_names_only_its_last_holder(run):
+    (run.path / "lock").write_text("a holder whose name is very long\n" * 10)
+    run.lock()
+    text = (run.path / "lock").read_text()
+    assert text.startswith(f"process {os.getpid()} on ") and len(text.splitlines()) == 1
 
 
 @pytest.mark.parametrize("more", [b"", b'{"number": 3}\n', b'{"number": 3}\n{"num', b'{"n', b"\n"])
