@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import re
 
 import pytest
@@ -49,9 +50,9 @@ def test_a_class(tmp_path):
     source = operation_source("batch_norm")
     files = {
         "1 right.py": (source, "right", 0),
-        "2 float32.py": (source.replace("x_hat = (x", "x_hat = np.float32(x"), "undecided", 3),
-        "3 wrong.py": (BATCH_NORM[1].source, "wrong", 1),
-        "4 broken.py": ("def broken(:", "could not be run", 1),
+        "2 float32.py": (source.replace("x_hat = (x", "x_hat = np.float32(x"), "can't tell", 3),
+        "3 broken.py": ("def broken(:", "could not be loaded", 3),
+        "4 wrong.py": (BATCH_NORM[1].source, "wrong", 1),
         "5 helpers.py": ("", "bad input", 2),
     }
     for name, (text, _, _) in files.items():
@@ -64,22 +65,25 @@ def test_a_class(tmp_path):
             "6 names.py:bn,bn_backward",
             *list(files)[:count],
             *options,
-            "--csv",
-            "marks.csv",
+            *("--csv", "marks.csv", "--json", "marks.json", "--edits", "0"),
             cwd=tmp_path,
         )
         assert process.returncode == code, process.stderr
+    records = json.loads((tmp_path / "marks.json").read_text())
+    assert [record["verdict"] for record in records[1:]] == [v for _, v, _ in files.values()]
+    assert (records[4]["forward"], records[4]["backward"]) == ("right", "wrong")
+    assert records[4]["mistakes"][0]["name"] == "without the variance path"
     with open(tmp_path / "marks.csv", newline="", encoding="utf-8") as file:
         first, *rows = csv.DictReader(file)
     assert first["file"] == "6 names.py" and first["verdict"] == "right"
     assert [(row["file"], row["verdict"]) for row in rows] == [
         (name, verdict) for name, (_, verdict, _) in files.items()
     ]
-    assert rows[2]["right outputs"] == "y moving_mean moving_var dgamma dbeta"
-    assert rows[2]["wrong outputs"] == "dx"
-    assert rows[2]["first mistake"] == "without the variance path"
-    assert "every x moves the batch variance" in rows[2]["report"]
-    assert rows[4]["first mistake"] == "5 helpers.py has no function batch_norm"
+    assert rows[3]["right outputs"] == "y moving_mean moving_var dgamma dbeta"
+    assert rows[3]["wrong outputs"] == "dx"
+    assert rows[3]["what"] == "without the variance path"
+    assert "every x moves the batch variance" in rows[3]["report"]
+    assert rows[4]["what"] == "5 helpers.py has no function batch_norm"
     lines = process.stdout.splitlines()
     assert len(lines) == 7 and lines[0].startswith("file          verdict ")
     for line, row in zip(lines[2:], rows, strict=True):
@@ -104,7 +108,7 @@ def test_trouble_that_is_not_the_author_s(tmp_path):
 def test_the_help_says_what_an_adapter_is_and_how_a_loss_is_given(tmp_path):
     text = run("check_gradients.py", "--help", cwd=tmp_path).stdout
     assert "softmax_loss,softmax_loss" in text and "NotExaminedError" in text
-    assert "An adapter turns somebody's (forward, backward)" in text
+    assert "returns two in npbn's signature" in text
     assert "gamma is (1, D)" in text
 
 
@@ -116,10 +120,11 @@ def test_the_help_says_what_an_adapter_is_and_how_a_loss_is_given(tmp_path):
         (("--csv", "a.csv"), "FILE:FORWARD,BACKWARD and --op belong together"),
         (("a.py:f,g", "--csv", "a.csv"), "FILE:FORWARD,BACKWARD and --op belong together"),
         (("*.py", "--op", "relu", "--functions", "f,g"), "expected FILE:FORWARD,BACKWARD"),
-        (("f,g", "--op", "relu"), "expected FILE:FORWARD,BACKWARD, got 'f,g'"),
-        (("a.py:f", "--op", "relu"), "expected FILE:FORWARD,BACKWARD"),
+        (("f,g", "--op", "relu"), "expected FILE:FORWARD,BACKWARD or FILE:CLASS, got 'f,g'"),
+        (("a.py:f,g,h", "--op", "relu"), "expected FILE:FORWARD,BACKWARD"),
+        (("a.py:f", "--op", "relu"), "a.py is not a file"),
         (("no.py:f,g", "--op", "relu"), "no.py is not a file"),
-        (("a.py:f,g", "--op", "dropout"), "argument --op: invalid choice: 'dropout'"),
+        (("a.py:f,g", "--op", "attention"), "argument --op: invalid choice: 'attention'"),
         (("a.py:f,g", "--op", "relu", "--timeout", "0"), "argument --timeout"),
     ],
 )

@@ -156,7 +156,7 @@ def test_damaged_metrics(copy):
 STAND_INS = {
     "missing": (
         "raise ModuleNotFoundError(\"No module named 'matplotlib'\", name='matplotlib')",
-        "matplotlib is not installed: pip install 'matplotlib>=3.9'",
+        "matplotlib is not installed: pip install 'matplotlib>=3.10.7'",
     ),
     "broken": (
         "raise ImportError('numpy is too old')",

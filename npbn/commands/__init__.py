@@ -16,6 +16,7 @@ COMMANDS = {
     "runs": "list the runs in a folder",
     "export": "write a run's model for PyTorch or ONNX Runtime",
     "check": "check gradients: npbn's, or those of files of yours",
+    "grade": "grade the homework of a class",
 }
 
 

@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import argparse
 import csv
+import dataclasses
 import functools
 import io
+import json
 import os
+import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
 from npbn import backend, layers, models, verify
 from npbn import functional as F
 from npbn.checkpoint import write_file
-from npbn.commands.command_line import ArgumentParser, number, say, typed
+from npbn.commands.command_line import ArgumentParser, integer, number, one_line, say, typed
 from npbn.errors import NpbnError, SubmissionError
-from npbn.verify import signatures
+from npbn.verify.examination import ASKED, CONVENTION, UNDECIDED, UNLOADED, UNWRITTEN
+from npbn.verify.grading import Grade, Task, spreadsheet_cell
+from npbn.verify.isolated import calling
 from npbn.verify.operations import OPERATIONS, Pair, probes, true_functions
 
 EPILOG = """\
@@ -25,21 +30,65 @@ examples:
   {check}
   {check} homework.py:batch_norm_forward,batch_norm_backward \\
       --op batch_norm
+  {check} layers.py:BatchNormalization --op batch_norm
   {check} submissions/*.py --op softmax_cross_entropy \\
       --functions softmax_loss,softmax_loss --timeout 10 --csv marks.csv
 
+For all functions of all students at once, see npbn grade --help.
+
 operations: {operations}
 
-signatures that functions of yours may have, in plain NumPy:
+what can be checked, in plain NumPy:
 
 {signatures}
 
-exit codes: 0 right, 1 wrong or cannot be run, 2 bad input, 3 can't tell, 130 interrupted; of
-several files, the worst: 2 before 1 before 3
+exit codes: 0 right, 1 wrong, not written or cannot be run, 2 bad input, 3 can't tell or cannot be
+loaded here, 130 interrupted; of several files, the worst: 2 before 1 before 3
 """
 
-CODES = {"right": 0, "undecided": 3, "wrong": 1, "could not be run": 1, "bad input": 2}
-COLUMNS = ("file", "verdict", "right outputs", "wrong outputs", "first mistake", "report")
+CODES = {
+    "right": 0,
+    CONVENTION: 0,
+    ASKED: 0,
+    UNDECIDED: 3,
+    UNLOADED: 3,
+    "wrong": 1,
+    UNWRITTEN: 1,
+    "could not be run": 1,
+    "bad input": 2,
+}
+COLUMNS = ("file", "verdict", "right outputs", "wrong outputs", "what", "report")
+HINTS = ("edit", "reason", "line")
+EDITS = 3.0
+"""The default time for the search for an edit that makes wrong code right, in seconds."""
+
+
+def add_edit_options(parser: argparse.ArgumentParser, seconds: float) -> None:
+    """Add the options for the search for edits."""
+    group = parser.add_argument_group("where the mistake is")
+    positive = number("a number >= 0", lambda value: value >= 0)
+    group.add_argument(
+        "--edits",
+        type=positive,
+        default=seconds,
+        metavar="SECONDS",
+        help="how long to search for a small change that makes wrong code right, for each function "
+        f"(default: {seconds:g}; 0: not at all)",
+    )
+    group.add_argument(
+        "--pairs",
+        type=positive,
+        default=0.0,
+        metavar="SECONDS",
+        help="how long to search for two such changes after that (default: 0)",
+    )
+    group.add_argument(
+        "--hint",
+        choices=HINTS,
+        default="edit",
+        help="what the report shows of the change: all of it, its line and reason, or its line "
+        "(default: edit)",
+    )
 
 
 def parse_arguments(program: str, words: list[str]) -> argparse.Namespace:
@@ -49,7 +98,7 @@ def parse_arguments(program: str, words: list[str]) -> argparse.Namespace:
         epilog=EPILOG.format(
             check=typed(program),
             operations=", ".join(OPERATIONS),
-            signatures=(signatures.__doc__ or "").split("\n\n", 1)[1].strip(),
+            signatures=(calling.__doc__ or "").split("\n\n", 1)[1].strip(),
         ),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -57,61 +106,66 @@ def parse_arguments(program: str, words: list[str]) -> argparse.Namespace:
         "submissions",
         nargs="*",
         metavar="FILE:FORWARD,BACKWARD",
-        help="a Python file and two functions in it; of several, a line each; npbn itself unless "
-        "given",
+        help="a Python file or a notebook, and two functions or a class in it; of several, a line "
+        "each; npbn itself unless given",
     )
     parser.add_argument(
         "--functions",
         metavar="FORWARD,BACKWARD",
-        help="the two functions, for files given without them",
+        help="the two functions, or the class, for files given without them",
     )
     parser.add_argument(
         "--op",
         choices=OPERATIONS,
         metavar="OPERATION",
-        help="what the two functions are to be (listed below)",
-    )
-    parser.add_argument(
-        "--signature",
-        choices=("auto", *signatures.SIGNATURES),
-        default="auto",
-        help="how they take their arguments (default: auto, by the names of the arguments)",
+        help="what the code should compute (listed below)",
     )
     parser.add_argument(
         "--adapter",
         metavar="FILE:FUNCTION",
-        help="for other signatures: a function that gets (forward, backward) and returns both in "
-        "npbn's signature",
+        help="for arguments that are not recognized: a function that gets (forward, backward) and "
+        "returns both in npbn's signature",
     )
     parser.add_argument(
         "--timeout",
         type=number("a number > 0", lambda value: value > 0),
         default=60.0,
         metavar="SECONDS",
-        help="for running those of one file (default: 60)",
+        help="for each call of a function (default: 60)",
+    )
+    parser.add_argument(
+        "--seed", type=integer(0), metavar="N", help="of the inputs (default: new each time)"
     )
     parser.add_argument(
         "--csv",
         metavar="FILE",
-        help="write file, verdict, right outputs, wrong outputs, first mistake and report there",
+        help="write file, verdict, right outputs, wrong outputs, what and report there",
     )
+    parser.add_argument("--json", metavar="FILE", help="write a record for each file there")
+    add_edit_options(parser, EDITS)
     arguments = parser.parse_args(words)
     needed = arguments.submissions, arguments.op
-    if any((*needed, arguments.functions, arguments.csv)) and not all(needed):
+    more = arguments.functions, arguments.csv, arguments.json, arguments.adapter
+    if any((*needed, *more)) and not all(needed):
         parser.error("FILE:FORWARD,BACKWARD and --op belong together")
     arguments.submissions = [split(parser, s, arguments.functions) for s in arguments.submissions]
     return arguments
 
 
 def split(parser: ArgumentParser, submission: str, functions: str | None) -> tuple[str, str, str]:
-    """Return the file, and the names of the forward and the backward function."""
+    """Return the file, and the names of the forward and the backward function.
+
+    The names of a class are equal.
+    """
     if functions and os.path.isfile(submission):
         file, names = submission, functions
     else:
         file, _, names = submission.rpartition(":")
-    forward, _, backward = names.partition(",")
+    forward, comma, backward = names.partition(",")
+    if not comma:
+        backward = forward
     if not file or not forward or not backward or "," in backward:
-        parser.error(f"expected FILE:FORWARD,BACKWARD, got {submission!r}")
+        parser.error(f"expected FILE:FORWARD,BACKWARD or FILE:CLASS, got {submission!r}")
     if not os.path.isfile(file):  # Path.is_file may raise an error.
         parser.error(f"{file} is not a file")
     return file, forward, backward
@@ -131,41 +185,72 @@ def check_submissions(arguments: argparse.Namespace) -> int:
     several = len(arguments.submissions) > 1
     longest = max(len(file) for file, _, _ in arguments.submissions)
     outputs = len("y moving_mean moving_var dx dgamma dbeta")
-    widths = (longest, len("could not be run"), outputs, outputs)
+    widths = (longest, max(map(len, CODES)), outputs, outputs)
     rows = [COLUMNS]
+    grades: list[Grade] = []
+    seed = secrets.randbelow(2**32) if arguments.seed is None else arguments.seed
 
     def line(row: tuple[str, ...]) -> str:
-        return "  ".join([*map(str.ljust, row, widths), row[4]]).rstrip()
+        return "  ".join([*map(str.ljust, map(one_line, row), widths), one_line(row[4])]).rstrip()
 
     if several:
         say(line(COLUMNS))
     for file, forward, backward in arguments.submissions:
+        task = Task(arguments.op, forward, backward)
         try:
-            examined = verify.examine_file(
+            found = verify.examine_file(
                 file,
                 forward,
                 backward,
                 arguments.op,
-                signature=arguments.signature,
                 adapter=arguments.adapter,
                 timeout=arguments.timeout,
+                seed=seed,
+                edit_seconds=(arguments.edits, arguments.pairs),
             )
         except SubmissionError as error:
             if not several:
                 raise
             rows.append((file, "bad input", "", "", str(error), str(error)))
+            grades.append(Grade(file, task, file, "bad input", None, str(error)))
         else:
-            right, wrong = " ".join(examined.right), " ".join(examined.wrong)
-            rows.append((file, examined.verdict, right, wrong, examined.first, str(examined)))
+            grade = Grade(file, task, file, found.verdict, found, str(found))
+            grades += hinted({"": [grade]}, arguments.hint)[""]
+            shown = grades[-1].examination
+            assert shown is not None
+            right, wrong = " ".join(shown.right), " ".join(shown.wrong)
+            rows.append((file, shown.verdict, right, wrong, shown.first, str(shown)))
         say(line(rows[-1]) if several else rows[-1][-1])
     if arguments.csv is not None:
         text = io.StringIO()
-        csv.writer(text).writerows(rows)
-        try:
-            write_file(arguments.csv, text.getvalue().encode(errors="backslashreplace"))
-        except OSError as error:
-            raise NpbnError(f"{arguments.csv} cannot be written: {error.strerror}") from None
+        csv.writer(text).writerows([*map(spreadsheet_cell, row[:-1]), row[-1]] for row in rows)
+        write(arguments.csv, text.getvalue())
+    if arguments.json is not None:
+        write(arguments.json, json.dumps([grade.record() for grade in grades], indent=1) + "\n")
     return max((CODES[verdict] for _, verdict, *_ in rows[1:]), key=(0, 3, 1, 2).index)
+
+
+def hinted(grades: Mapping[str, Sequence[Grade]], hint: str) -> dict[str, list[Grade]]:
+    """Return the grades with edits that show no more than the hint allows."""
+
+    def shortened(grade: Grade) -> Grade:
+        found = grade.examination
+        if found is None or not found.edits or hint == "edit":
+            return grade
+        found = dataclasses.replace(
+            found, edits=tuple(edit.shown(hint) for edit in found.changes), changes=()
+        )
+        return dataclasses.replace(grade, examination=found, text=str(found))
+
+    return {student: [shortened(g) for g in found] for student, found in grades.items()}
+
+
+def write(path: str, text: str) -> None:
+    """Write a text to a file in one step."""
+    try:
+        write_file(path, text.encode(errors="backslashreplace"))
+    except OSError as error:
+        raise NpbnError(f"{path} cannot be written: {error.strerror}") from None
 
 
 def check_npbn() -> int:
@@ -202,11 +287,15 @@ def operations() -> Checks:
     """Return a check of every operation on each of its probes."""
     checks: Checks = {}
     for name, operation in OPERATIONS.items():
+        if not hasattr(F, name):
+            continue
         pairs = {name: true_functions(name)}
         if name == "batch_norm":
             pairs["batch_norm, staged"] = F.batch_norm, F.batch_norm_backward_staged
         for title, pair in pairs.items():
             for probe in probes(name):
+                if probe.beyond or probe.optional:
+                    continue
                 wanted = [gradient.removeprefix("d") for gradient in operation.gradients]
                 inputs = {key: probe.arguments[key] for key in wanted}
                 others = {k: v for k, v in probe.arguments.items() if k not in wanted}
@@ -222,7 +311,7 @@ def with_dy(name: str, pair: Pair) -> Pair:
     The backward pass of a loss has only the argument cache, so it is wrapped in a new function.
     """
     forward, backward = pair
-    if name != "softmax_cross_entropy":
+    if not OPERATIONS[name].loss:
         return pair
     return forward, lambda dy, cache: dy * backward(cache)
 

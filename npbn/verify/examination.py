@@ -1,11 +1,17 @@
-"""Find the mistake in a forward and a backward pass, by comparison with a catalogue of mistakes.
+"""Judge the results of a forward and a backward pass, and find the mistake in them.
 
 The code under examination runs on a few probes, which are small random inputs. The probes are
 chosen so that every mistake of the catalogue changes some result: there are odd sizes, a large eps,
-training and prediction, overlapping and uneven windows, and ties. The results are compared with the
-results of `npbn.functional`. Wrong results are also compared with the results of the mutants of
-`npbn.verify.mutants`, one at a time and in pairs. If a mutant gives the same wrong numbers on every
-probe, the code has the mistake of this mutant, or a mistake with the same effect.
+training and prediction, overlapping and uneven windows, and ties. Two questions are answered:
+
+1. Is the backward pass the gradient of its own forward pass?
+2. Is the forward pass the operation, and by which convention?
+
+The results are compared with those of `npbn.functional`, and with those of the conventions in
+`npbn.verify.mutants.CONVENTIONS`, which are as good. Wrong results are also compared with the
+results of the mutants of `npbn.verify.mutants`, one at a time and in pairs. If a mutant gives the
+same wrong numbers on every probe, the code has the mistake of this mutant, or a mistake with the
+same effect.
 """
 
 from __future__ import annotations
@@ -14,15 +20,14 @@ import contextlib
 import functools
 import itertools
 import math
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-from npbn.verify.mutants import MUTANTS, Mutant, functions_of
-from npbn.verify.operations import OPERATIONS, NotExaminedError, Probe, probes, true_functions
-from npbn.verify.signatures import BadResultError
+from npbn.verify.mutants import CONVENTIONS, MUTANTS, Mutant, functions_of, plain_name
+from npbn.verify.operations import OPERATIONS, STRUCTURE, Probe, probes, true_functions
 
 RIGHT = 1e-10
 """The largest relative error of right float64 code. The probes are small and well conditioned."""
@@ -30,73 +35,165 @@ WRONG = 1e-4
 """Code with a larger relative error than this is wrong. If the error lies between RIGHT and WRONG,
 the code may compute in float32, or may have a small mistake."""
 
+FIXED = {
+    "eps": (1e-5, 1e-8, 1e-7, 1e-6, 1e-3, 1e-4, 1e-12, 1e-10, 1e-15, 1e-2),
+    "momentum": (0.9, 0.99, 0.999, 0.1, 0.95, 0.5),
+    "slope": (0.01, 0.1, 0.2, 0.3),
+}
+"""Values that people write in their code in place of an argument."""
+
+
+@dataclass(frozen=True)
+class Change:
+    """A change of a line that, perhaps with others, makes wrong code right.
+
+    Attributes:
+        line: the number of the line.
+        before, after: the statement, and the statement after the change.
+        reason: what the change does, or an empty text.
+    """
+
+    line: int
+    before: str
+    after: str
+    reason: str = ""
+
+    def shown(self, hint: str = "edit") -> str:
+        """Return the change as a text; the hint is "edit", "reason" or "line"."""
+        if hint == "line":
+            return f"line {self.line}"
+        if hint == "reason":
+            return f"line {self.line}: {self.reason or 'a small change is missing'}"
+        reason = f" ({self.reason})" if self.reason else ""
+        return f"line {self.line}: `{self.before}` → `{self.after}`{reason}"
+
+
 Outputs = dict[str, np.ndarray]
+Given = Mapping[str, Outputs]
+"""Outputs by probe."""
+
+
+@dataclass
+class Ran:
+    """The result of some code on a probe.
+
+    Attributes:
+        outputs: the outputs by name, as npbn keeps them.
+        failure: how the code failed, such as "raised KeyError: 'eps'", or an empty text.
+        refusal: whether the code raised an AssertionError or a NotImplementedError itself.
+        unwritten: whether the failure means that the code is not written yet.
+        needs: whether the failure means that something is not installed here.
+        ended: whether the process ended or was too slow.
+        skipped: why the code, or its backward pass, was not run, or an empty text.
+        layout: the name of the layout in which the code keeps its arrays.
+    """
+
+    outputs: Outputs = field(default_factory=dict)
+    failure: str = ""
+    refusal: bool = False
+    unwritten: bool = False
+    needs: bool = False
+    ended: bool = False
+    skipped: str = ""
+    layout: str = ""
+
+
+@dataclass
+class Facts:
+    """What was observed while the code ran.
+
+    Attributes:
+        taken: the roles of the arguments that the code takes.
+        changed: the arguments that the code changes in place.
+        missing: the gradients that the code returns as None.
+        order: the gradients in the order of the forward pass's arguments, if they are returned so.
+        state: how the results of one call depend on other calls, or an empty text.
+        own_gradient: for each gradient whether it is that of the code's own forward pass, as far
+            as this was examined.
+        is_class: whether the code is a class.
+        without_dy: whether the backward pass takes no upstream gradient.
+        base, fixed: the conventions of the code, and the values that are fixed in it.
+        notes: further remarks.
+    """
+
+    taken: dict[str, None] = field(default_factory=dict)
+    changed: dict[str, None] = field(default_factory=dict)
+    missing: dict[str, None] = field(default_factory=dict)
+    order: list[str] = field(default_factory=list)
+    state: str = ""
+    own_gradient: dict[str, bool] = field(default_factory=dict)
+    is_class: bool = False
+    without_dy: bool = False
+    base: tuple[Mutant, ...] = ()
+    fixed: tuple[tuple[str, float], ...] = ()
+    notes: list[str] = field(default_factory=list)
 
 
 def outputs(
-    operation: str, pair: tuple[Callable[..., Any], Callable[..., Any]], probe: Probe
+    operation: str, pair: tuple[Callable[..., Any], Callable[..., Any]], probe: Probe, seed: int
 ) -> Outputs:
-    """Return all outputs of a forward and a backward pass on a probe, by name.
+    """Return all outputs of a forward and a backward pass with npbn's signature on a probe."""
+    from npbn.verify.submission import upstream
 
-    If the backward pass raises `NotExaminedError`, the result has only the forward pass's outputs.
-    """
     forward, backward = pair
     result = forward(**probe.arguments)
-    y, cache = result[0], result[1]
-    if y is None:
-        raise BadResultError("returned None from forward")
-    found = {"y": y}
-    if operation == "batch_norm" and len(result) > 2 and result[2] is not None:
+    found = {"y": np.asarray(result[0])}
+    if len(result) > 2:
         found["moving_mean"], found["moving_var"] = result[2]
-    try:
-        if operation == "softmax_cross_entropy":
-            gradients = backward(cache)
-        else:
-            dy = np.random.default_rng(1502).standard_normal(np.shape(y))
-            gradients = backward(dy, cache)
-    except NotExaminedError:
-        pass
+    if OPERATIONS[operation].loss:
+        gradients = backward(result[1])
     else:
-        found |= _named(operation, gradients)
-    arrays = {name: np.asarray(value) for name, value in found.items()}
-    if operation == "batch_norm":  # Outputs of shape (D,) get the shape of gamma.
-        gamma = probe.arguments["gamma"]
-        for name, array in arrays.items():
-            if array.shape == (gamma.size,):
-                arrays[name] = array.reshape(gamma.shape)
-    return arrays
+        gradients = backward(upstream(seed, found["y"].shape), result[1])
+    gradients = gradients if isinstance(gradients, tuple) else (gradients,)
+    found |= dict(zip(OPERATIONS[operation].gradients, gradients, strict=True))
+    return {name: np.asarray(value) for name, value in found.items()}
 
 
-def _named(operation: str, gradients: Any) -> dict[str, Any]:
-    names = OPERATIONS[operation].gradients
-    if gradients is None:
-        raise BadResultError("returned None from backward")
-    if not isinstance(gradients, (tuple, list)):
-        gradients = (gradients,)
-    if len(gradients) != len(names):
-        raise BadResultError(
-            f"returned {len(gradients)} from backward, expected {len(names)} gradients "
-            f"({', '.join(names)})"
-        )
-    return dict(zip(names, gradients, strict=True))
+@functools.lru_cache(100_000)
+def given(
+    operation: str, mistakes: tuple[Mutant, ...], seed: int, fixed: tuple[Any, ...] = ()
+) -> Given:
+    """Return the outputs of an operation with these mistakes, for each probe where it can run.
+
+    Args:
+        operation: the name of the operation.
+        mistakes: mutants and conventions.
+        seed: the seed of the probes.
+        fixed: arguments that have another value than in the probes, as pairs (name, value).
+    """
+    found: dict[str, Outputs] = {}
+    try:
+        # The plain code is faster; a test compares it with the true functions.
+        plain = bool(mistakes or fixed)
+        pair = functions_of(operation, mistakes) if plain else true_functions(operation)
+    except ValueError:  # The mistakes change the same line, so they cannot be combined.
+        return found
+    for probe in probes(operation, seed):
+        changed = {name: value for name, value in fixed if name in probe.arguments}
+        moved = Probe(probe.name, probe.arguments | changed)
+        with np.errstate(all="ignore"), contextlib.suppress(Exception):
+            found[probe.name] = outputs(operation, pair, moved, seed)
+    return found
+
+
+SAID = {
+    layout.name
+    for operation in OPERATIONS.values()
+    for layout in (*operation.layouts, *operation.map_layouts)
+    if layout.said
+}
+"""The layouts that are conventions of which the report tells."""
 
 
 def difference(found: np.ndarray, expected: np.ndarray) -> float:
     """Return the relative error; infinite for a wrong shape, a dtype without numbers, or NaN."""
     if found.shape != expected.shape or found.dtype.kind not in "fiub":
         return math.inf
-    error = np.max(np.abs(found - expected), initial=0.0)
-    scale = np.max(np.abs(expected), initial=0.0)
-    relative = float(error / scale) if scale else float(error)
+    with np.errstate(all="ignore"):
+        error = np.max(np.abs(found - expected), initial=0.0)
+        scale = np.max(np.abs(expected), initial=0.0)
+        relative = float(error / scale) if scale else float(error)
     return math.inf if math.isnan(relative) else relative
-
-
-Place = tuple[str, str]
-"""The name of a probe and the name of an output."""
-
-Results = Mapping[str, Outputs | str | NotExaminedError]
-"""The result of some code on each probe. A result is the outputs, or an exception that says why the
-code was not run, or a text such as "raised KeyError" that says how the code failed."""
 
 
 @dataclass(frozen=True)
@@ -105,124 +202,493 @@ class Examination:
 
     Attributes:
         operation: the name of the operation.
-        verdict: "right", "wrong", "undecided", or, if the code failed on all probes, "could not be
-            run".
+        verdict: one of `VERDICTS`.
         error: the largest relative error of any output on any probe. The error is infinite if the
             code failed on a probe, and NaN if the code was not run.
+        forward, backward: "right", "wrong", "not written yet" or "not examined". Backward is right
+            if it is the gradient of its own forward pass.
         complaints: sentences that say what is wrong, one for each wrong output or failure.
         mistakes: alternative explanations. Each is a combination of one or more mutants.
+        conventions: in which the code differs from npbn without being wrong.
+        beyond: demands that the code does not meet, but that the assignment does not make.
         right, wrong: the names of the outputs that are right, and of those that are wrong.
         notes: further remarks: which arguments the code changes, and what was not examined.
+        changes: the changes of the code that together make it right.
+        edits: the changes as texts.
     """
 
     operation: str
     verdict: str
-    error: float
+    error: float = math.nan
+    forward: str = "not examined"
+    backward: str = "not examined"
     complaints: tuple[str, ...] = ()
     mistakes: tuple[tuple[Mutant, ...], ...] = ()
+    conventions: tuple[str, ...] = ()
+    beyond: tuple[str, ...] = ()
     right: tuple[str, ...] = ()
     wrong: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    changes: tuple[Change, ...] = ()
+    edits: tuple[str, ...] = ()
 
     @property
     def first(self) -> str:
-        """Return the names of the mistakes, or the first complaint if no mistake was found."""
+        """Return in a few words what is wrong, or what is special."""
+        if self.verdict in ("right", CONVENTION):
+            return "; ".join(self.conventions)
+        if self.verdict == ASKED:
+            return f"not for {'; '.join(self.beyond)}"
+        if self.edits:
+            return self.edits[0]
         if self.mistakes:
             return " and ".join(mutant.name for mutant in self.mistakes[0])
         return "".join(self.complaints[:1])
 
     def __str__(self) -> str:
-        lines = []
-        if self.verdict == "right":
-            digits = 15 if self.error == 0 else min(15, math.floor(-math.log10(self.error)))
-            lines.append(f"{self.operation} is right, to {digits} digits.")
-        elif self.verdict == "undecided" and math.isnan(self.error):
-            lines.append(f"{self.operation}: can't tell.")
-        elif self.verdict == "undecided":
-            digits = math.floor(-math.log10(self.error))
-            lines.append(
-                f"{self.operation}: can't tell. It agrees to {digits} digits: that may be float32 "
+        verdict, digits = self.verdict, ""
+        if self.error < WRONG and verdict != "wrong":
+            count = 15 if self.error == 0 else min(15, math.floor(-math.log10(self.error)))
+            digits = f", to {count} digits"
+        lines = [f"{self.operation} {OF[verdict]}{digits if verdict != UNDECIDED else ''}."]
+        if verdict == UNDECIDED and digits:
+            lines = [
+                f"{self.operation}: can't tell. It agrees{digits}: that may be float32 "
                 "arithmetic, or a small mistake. Compute in float64 and try again."
-            )
-        elif self.verdict == "wrong":
-            lines.append(f"{self.operation} is wrong.")
-        else:
-            lines.append(f"{self.operation} could not be run.")
+            ]
         lines += [f"  {complaint}" for complaint in self.complaints]
+        if self.beyond:
+            lines.append(f"It breaks for {'; '.join(self.beyond)}.")
+        if self.conventions:
+            lines.append(f"Conventions: {'; '.join(self.conventions)}.")
+        if verdict == "wrong" and self.forward == "wrong" and self.backward == "right":
+            lines.append("The backward pass is the gradient of this forward pass.")
         if self.right:
             lines.append(f"Right where examined: {', '.join(self.right)}.")
+        if self.edits:
+            lines += ["This change makes it right:", *(f"  {edit}" for edit in self.edits)]
         if self.mistakes:
             lines.append("Most likely:")
             for k, combination in enumerate(self.mistakes):
                 joined = ", AND ".join(f"{m.name}: {m.explanation}" for m in combination)
                 lines.append(f"  {'or ' if k else ''}{joined}.")
-        elif self.wrong and self.verdict == "wrong":
+        elif self.wrong and verdict == "wrong" and not self.edits:
             lines.append("It equals none of the mistakes that npbn knows.")
         if self.notes:
             lines += ["Note:", *(f"  {note}" for note in self.notes)]
         return "\n".join(lines)
 
 
-def examine(operation: str, results: Results, changed: Iterable[str] = ()) -> Examination:
+CONVENTION, ASKED = "right, another convention", "right where the assignment asks"
+UNWRITTEN, UNDECIDED, UNLOADED = "not written yet", "can't tell", "could not be loaded"
+OF = {
+    "right": "is right",
+    CONVENTION: "is right, by another convention",
+    ASKED: "is right where the assignment asks",
+    "wrong": "is wrong",
+    UNWRITTEN: "is not written yet",
+    UNDECIDED: "cannot be judged",
+    "could not be run": "could not be run",
+    UNLOADED: "could not be loaded here",
+}
+VERDICTS = tuple(OF)
+
+
+def examine(
+    operation: str,
+    results: Mapping[str, Ran],
+    facts: Facts,
+    seed: int,
+    beyond: Mapping[str, str],
+) -> Examination:
     """Judge the results of some code.
 
     Args:
         operation: the name of the operation that the code should compute.
         results: the result on each probe.
-        changed: the names of the arguments that the code changed in place.
+        facts: what was observed while the code ran.
+        seed: the seed of the probes.
+        beyond: the probes that the code need not be right on, with what they demand.
     """
-    truth = {p.name: outputs(operation, true_functions(operation), p) for p in probes(operation)}
-    ran = {probe: found for probe, found in results.items() if isinstance(found, dict)}
-    failures = {probe: found for probe, found in results.items() if isinstance(found, str)}
-    if not ran and not failures:
-        reasons = dict.fromkeys(str(reason) for reason in results.values())
-        return Examination(operation, "undecided", math.nan, tuple(reasons))
-    complaints: dict[str, str] = {}
+    results = _meant(operation, _of_its_kind(operation, results, facts, seed), seed)
+    ran = {name: result.outputs for name, result in results.items() if result.outputs}
+    failures = {name: r for name, r in results.items() if r.failure and not r.refusal}
+    notes = [f"it changes its argument {name}" for name in facts.changed] + facts.notes
+    notes += _unexamined(results)
     if not ran:
-        everywhere = len(set(failures.values())) == 1  # The failure does not depend on the probe.
-        for probe, failure in failures.items():
-            complaints.setdefault(failure, f"it {failure}" + f" ({probe})" * (not everywhere))
-        return Examination(operation, "could not be run", math.inf, tuple(complaints.values()))
+        return _without_outputs(operation, results, tuple(notes))
 
+    if all(name in beyond for name in ran):  # Code for a stride of 1, for instance.
+        beyond = {name: text for name, text in beyond.items() if name not in ran or text == "ties"}
+    core = {name: found for name, found in ran.items() if name not in beyond}
+    layouts = [
+        n for n in dict.fromkeys(r.layout for r in results.values() if r.outputs) if n in SAID
+    ]
+    columns = any(layout.startswith("examples in columns") for layout in layouts)
+    fixed, base = _conventions(operation, ran, facts, seed, columns, beyond)
+    facts.fixed, facts.base = fixed, base
+    truth = given(operation, base, seed, fixed)
     errors = {
         (probe, name): difference(found[name], truth[probe][name])
         for probe, found in ran.items()
         for name in truth[probe]
-        if name in found  # The code need not return moving averages.
+        if name in found
     }
-    largest = math.inf if failures else max(errors.values())
-    verdict = "right" if largest <= RIGHT else "wrong" if largest > WRONG else "undecided"
-    # If the code has a mistake, outputs that differ only by rounding get no complaint.
-    bound = WRONG if verdict == "wrong" else RIGHT
+    hard_ones = {probe.name for probe in probes(operation, seed) if probe.hard}
+    errors = {p: 0.0 if p[0] in hard_ones and e <= WRONG else e for p, e in errors.items()}
+    usual = {place: e for place, e in errors.items() if place[0] not in beyond}
+    bad_failures = [name for name in failures if name not in beyond]
+    largest = math.inf if bad_failures else max(usual.values(), default=math.nan)
+    tolerance, unit = _tolerance(operation, core or ran, seed, fixed)
+    complaints: dict[str, str] = {facts.state: facts.state} if facts.state else {}
+    bound = WRONG if largest > max(WRONG, tolerance) else tolerance
     for probe in truth:
-        if probe in failures:
-            complaints.setdefault(failures[probe], f"it {failures[probe]} ({probe})")
-        for name in ran.get(probe, ()):
-            if errors[probe, name] > bound:
-                pair = ran[probe][name], truth[probe][name]
-                complaints.setdefault(name, _complaint(name, probe, *pair))
+        result = results.get(probe)
+        if result is None or probe in beyond:
+            continue
+        for name, value in result.outputs.items():
+            if errors.get((probe, name), 0.0) > bound:
+                text = _complaint(name, probe, value, truth[probe][name])
+                complaints.setdefault(name, text)
+    for probe in truth:
+        if probe in failures and probe not in beyond:
+            failure = results[probe].failure
+            complaints.setdefault(failure, f"it {failure} ({probe})")
+    wrongly_changed = [name for name in facts.changed if name != "dy"]
+    if wrongly_changed and operation != "batch_norm":
+        text = f"forward changes its argument {wrongly_changed[0]}, which others may still need"
+        complaints[text] = text
     names = list(dict.fromkeys(name for _, name in errors))
     wrong = tuple(name for name in names if name in complaints)
+
+    zero = {
+        name
+        for name in wrong
+        if not any(np.any(found[name]) for found in core.values() if name in found)
+        and any(np.any(truth[probe][name]) for probe in core)
+    }
+    for name in facts.missing:
+        complaints.setdefault(f"{name} None", f"{name} is None")
+    unwritten = zero | set(facts.missing)
+    backward_unwritten = any(r.unwritten for name, r in failures.items() if name not in beyond)
+    broken = _broken(results, errors, beyond, truth)
+    disagreeing = [text for text, forward_right in broken.items() if forward_right]
+
+    hard = set(complaints) - unwritten - {f"{name} None" for name in facts.missing}
+    hard -= {r.failure for r in results.values() if r.unwritten}
+    conventions = [m.name for m in base]
+    conventions += [f"{name} is {value:g} in the code" for name, value in fixed]
+    conventions += layouts
+    if facts.without_dy and not OPERATIONS[operation].loss:
+        conventions.append("the backward pass is without the upstream gradient")
+    if largest <= max(RIGHT, tolerance) and unit and tolerance < 0.02 and not complaints:
+        conventions.append(f"{unit} arithmetic ({largest / UNITS[unit]:.1f} units)")
+    if not complaints and disagreeing:
+        text = f"for {disagreeing[0]}, the outputs are right and the gradients are wrong"
+        complaints[text] = text
+        hard.add(text)
+
+    if complaints and not hard:
+        verdict = UNWRITTEN
+    elif tolerance >= 0.02:
+        verdict = UNDECIDED if largest <= max(tolerance, WRONG) else "wrong"
+    elif math.isnan(largest):
+        verdict = UNDECIDED
+    elif not complaints:
+        verdict = ASKED if broken else CONVENTION if conventions else "right"
+        if verdict == CONVENTION and conventions[-1].endswith("units)") and len(conventions) == 1:
+            verdict = "right"
+    elif facts.state or largest > max(WRONG, tolerance) or hard - set(names):
+        verdict = "wrong"
+    else:
+        verdict = UNDECIDED
+    gradients = [name for name in names if name in OPERATIONS[operation].gradients]
+    raised = [failure.failure.startswith("raised") for failure in failures.values()]
+    if verdict == "wrong" and not gradients and not wrong and all(raised):
+        verdict = "could not be run"
+    right = tuple(name for name in names if name not in wrong)
+    if backward_unwritten and verdict == "wrong":
+        notes.append("the backward pass is not written yet")
+    explained: tuple[tuple[Mutant, ...], ...] = ()
+    more: list[str] = []
+    if verdict == "wrong" and (wrong or disagreeing):
+        meant = {
+            place: error
+            for place, error in errors.items()
+            if broken.get(beyond.get(place[0], ""), True)
+        }
+        if any(error > WRONG for error in meant.values()):
+            explained = _fully(operation, ran, meant, seed, fixed, base)
+        if not explained:
+            more = _other_order(operation, core, truth, errors)
+        if not explained and not more:
+            explained = _in_part(operation, ran, meant, seed, fixed, base)
     return Examination(
         operation,
         verdict,
         largest,
-        tuple(complaints.values()),
-        _explain(operation, ran, errors) if verdict == "wrong" and wrong else (),
-        tuple(name for name in names if name not in wrong),
+        _forward_verdict(verdict, wrong, names, results),
+        _backward_verdict(
+            operation, verdict, wrong, names, facts, backward_unwritten, bool(bad_failures)
+        ),
+        (*more, *complaints.values()),
+        explained,
+        tuple(conventions),
+        tuple(broken),
+        right,
         wrong,
-        (*(f"it changes its argument {name}" for name in changed), *_unexamined(results, truth)),
+        tuple(dict.fromkeys(notes)),
     )
 
 
-def _unexamined(results: Results, truth: Mapping[str, Outputs]) -> list[str]:
+UNITS = {"float32": 2.0**-24, "float16": 2.0**-11}
+
+
+def _tolerance(operation: str, ran: Given, seed: int, fixed: tuple[Any, ...]) -> tuple[float, str]:
+    """Return the largest relative error of right code of this precision, and its name.
+
+    For float64, the name is empty. For a lower precision, the error of npbn's own operation in
+    float32 is measured, which shows how the rounding of the inputs and of the terms of the sums
+    grows, and 16 times as much is allowed.
+    """
+    sizes = [
+        value.dtype.itemsize
+        for o in ran.values()
+        for value in o.values()
+        if value.dtype.kind == "f"
+    ]
+    smallest = min(sizes, default=8)
+    if smallest >= 8:
+        return RIGHT, ""
+    name = "float32" if smallest == 4 else "float16"
+    return 16 * max(_growth(operation, seed, fixed), 1.0) * UNITS[name], name
+
+
+@functools.lru_cache(1000)
+def _growth(operation: str, seed: int, fixed: tuple[Any, ...]) -> float:
+    """Return the error of the operation in float32, in units of rounding."""
+    truth = given(operation, (), seed, fixed)
+    worst = 0.0
+    for probe in probes(operation, seed):
+        if probe.beyond:
+            continue
+        low = {
+            name: value.astype(np.float32)
+            if isinstance(value, np.ndarray) and value.dtype.kind == "f"
+            else value
+            for name, value in (probe.arguments | dict(fixed)).items()
+            if name in probe.arguments
+        }
+        with np.errstate(all="ignore"), contextlib.suppress(Exception):
+            pair = functions_of(operation)
+            found = outputs(operation, pair, Probe(probe.name, low), seed)
+            errors = [difference(found[name], truth[probe.name][name]) for name in found]
+            worst = max([worst, *(e for e in errors if math.isfinite(e))])
+    return worst / UNITS["float32"]
+
+
+def _of_its_kind(
+    operation: str, results: Mapping[str, Ran], facts: Facts, seed: int
+) -> dict[str, Ran]:
+    """Return the results; code that is only for (N, D) or for (N, C, H, W) skips the other."""
+    found = dict(results)
+    if not OPERATIONS[operation].map_layouts:
+        return found
+    groups: dict[int, list[str]] = {}
+    right = given(operation, (), seed)
+    for probe in probes(operation, seed):
+        if probe.name in results and not probe.beyond:
+            groups.setdefault(probe.arguments["x"].ndim, []).append(probe.name)
+    for ndim, names in groups.items():
+        others = [
+            name for other, found_names in groups.items() if other != ndim for name in found_names
+        ]
+        fails = all(not results[n].outputs for n in names)
+
+        def close(name: str) -> bool:
+            # The code may have another eps, which matters where the variance is small. That of
+            # few examples may be so by chance.
+            y = results[name].outputs.get("y", np.empty(0))
+            bound = 0.1 if right[name]["y"].ndim == 4 else 0.5
+            return "small" in name or difference(y, right[name]["y"]) < bound
+
+        # Code for (N, D) that gets maps may also compute something by broadcasting.
+        vectors = facts.is_class or any(results[n].layout == "gamma (D,)" for n in others)
+        odd = vectors and any(results[n].failure or not close(n) for n in names)
+        works = any(results[n].outputs and not results[n].failure for n in others)
+        if not fails:
+            works = works and all(close(n) for n in others if results[n].outputs)
+        if works and (fails or odd) and not any(results[n].ended for n in names):
+            text = "homework is for (N, D)" if ndim == 4 else "homework is for (N, C, H, W)"
+            for probe in probes(operation, seed):
+                if probe.arguments["x"].ndim == ndim and probe.name in found:
+                    found[probe.name] = Ran(skipped=text)
+    return found
+
+
+def _meant(operation: str, results: Mapping[str, Ran], seed: int) -> dict[str, Ran]:
+    """Return the results without those of optional probes that the code is not meant for."""
+    right, found = given(operation, (), seed), dict(results)
+    for probe in probes(operation, seed):
+        y = found[probe.name].outputs.get("y") if probe.name in found else None
+        if probe.optional and (
+            y is None or (not probe.beyond and difference(y, right[probe.name]["y"]) > WRONG)
+        ):
+            found.pop(probe.name, None)
+    return found
+
+
+def _without_outputs(
+    operation: str, results: Mapping[str, Ran], notes: tuple[str, ...]
+) -> Examination:
+    """Return the examination of code that gave no output on any probe."""
+    failed = {name: r for name, r in results.items() if r.failure}
+    if not failed:
+        reasons = dict.fromkeys(r.skipped for r in results.values())
+        return Examination(operation, UNDECIDED, math.nan, complaints=tuple(reasons), notes=notes)
+    everywhere = len({r.failure for r in failed.values()}) == 1
+    complaints = {
+        r.failure: f"it {r.failure}" + f" ({name})" * (not everywhere)
+        for name, r in reversed(failed.items())
+    }
+    verdict = "could not be run"
+    if all(r.unwritten for r in failed.values()):
+        verdict = UNWRITTEN
+    elif any(r.needs for r in failed.values()):
+        verdict = UNLOADED
+    lines = tuple(reversed(complaints.values()))
+    state = UNWRITTEN if verdict == UNWRITTEN else "not examined"
+    return Examination(operation, verdict, math.inf, state, state, lines, notes=notes)
+
+
+def _conventions(
+    operation: str, ran: Given, facts: Facts, seed: int, columns: bool, beyond: Collection[str]
+) -> tuple[tuple[tuple[str, float], ...], tuple[Mutant, ...]]:
+    """Return the values that are fixed in the code, and the conventions, that explain most outputs.
+
+    The fewest conventions that do so are chosen.
+    """
+    first = probes(operation, seed)[0].arguments
+    fixed: tuple[tuple[str, float], ...] = ()
+    known = [m for m in CONVENTIONS if m.operation == plain_name(operation)]
+
+    def distance(output: str, values: tuple[tuple[str, float], ...]) -> float:
+        """Return how far an output is from the right one, by the nearest convention."""
+        return min(
+            sum(
+                min(1.0, difference(found[output], right[probe][output]))
+                for probe, found in ran.items()
+                if output in found and output in right.get(probe, {})
+            )
+            for convention in ((), *((m,) for m in known))
+            if (right := given(operation, convention, seed, values))
+        )
+
+    for name, values in FIXED.items():
+        output = "moving_mean" if name == "momentum" else "y"
+        if (
+            name in first
+            and name not in facts.taken
+            and facts.taken
+            and any(output in found for found in ran.values())
+        ):
+            choices = [(*fixed, (name, value)) for value in values]
+            fixed = min(choices, key=functools.partial(distance, output))
+    candidates = known
+    if not columns and not facts.is_class:
+        candidates = [m for m in candidates if m.name != "means over the batch"]
+    if not facts.without_dy:
+        candidates = [m for m in candidates if m.name != "the gradient of the sum"]
+
+    def wrong(base: tuple[Mutant, ...]) -> int:
+        right = given(operation, base, seed, fixed)
+        return sum(
+            3 if name == "y" else 1  # The forward pass decides what the backward pass should be.
+            for probe, found in ran.items()
+            for name, value in found.items()
+            if not difference(value, right.get(probe, {}).get(name, np.empty(0))) <= WRONG
+        )
+
+    def close(base: tuple[Mutant, ...]) -> int:
+        """Return how many outputs are right to all digits."""
+        right = given(operation, base, seed, fixed)
+        return sum(
+            name in right.get(probe, {}) and difference(value, right[probe][name]) <= RIGHT
+            for probe, found in ran.items()
+            if probe not in beyond
+            for name, value in found.items()
+        )
+
+    best: tuple[Mutant, ...] = ()
+    fewest, most = wrong(best), close(best)
+    total = sum(len(found) for probe, found in ran.items() if probe not in beyond)
+    for size in (1, 2, 3):
+        if fewest == 0 and most == total:
+            break
+        for base in itertools.combinations(candidates, size):
+            count, exact = wrong(base), close(base)
+            if (count, -exact) < (fewest, -most):
+                best, fewest, most = base, count, exact
+    return fixed, best
+
+
+def _broken(
+    results: Mapping[str, Ran],
+    errors: Mapping[tuple[str, str], float],
+    beyond: Mapping[str, str],
+    truth: Given,
+) -> dict[str, bool]:
+    """Return the demands beyond the usual ones that the code does not meet.
+
+    The value says whether the outputs are right there, and only the gradients are wrong.
+    """
+    found: dict[str, bool] = {}
+    for probe, demand in beyond.items():
+        result = results.get(probe)
+        if result is None or (result.skipped and not result.outputs) or result.refusal:
+            continue
+        wrong = {name for (p, name), e in errors.items() if p == probe and e > WRONG}
+        if result.failure or wrong:
+            forward = "y" not in wrong and bool(result.outputs) and demand in STRUCTURE
+            found[demand] = found.get(demand, False) or forward
+    return found
+
+
+def _forward_verdict(
+    verdict: str, wrong: Sequence[str], names: Sequence[str], results: Mapping[str, Ran]
+) -> str:
+    if {"y", "moving_mean", "moving_var"} & set(wrong):
+        return "wrong"
+    return "right" if "y" in names else "not examined"
+
+
+def _backward_verdict(
+    operation: str,
+    verdict: str,
+    wrong: Sequence[str],
+    names: Sequence[str],
+    facts: Facts,
+    unwritten: bool,
+    failed: bool,
+) -> str:
+    gradients = [g for g in OPERATIONS[operation].gradients if g in names]
+    if unwritten or (verdict == UNWRITTEN and set(wrong) & set(gradients)):
+        return UNWRITTEN
+    if not gradients:
+        return "wrong" if failed else "not examined"
+    if facts.own_gradient:
+        return "right" if all(facts.own_gradient.values()) else "wrong"
+    return "wrong" if set(gradients) & set(wrong) or facts.state else "right"
+
+
+def _unexamined(results: Mapping[str, Ran]) -> list[str]:
     places: dict[str, list[str]] = {}
-    for probe, found in results.items():
-        if isinstance(found, NotExaminedError):
-            places.setdefault(f"not examined, as {found}", []).append(probe)
-        elif not isinstance(found, str) and truth[probe].keys() - found.keys():
-            left = ", ".join(name for name in truth[probe] if name not in found)
-            places.setdefault(f"{left} not examined", []).append(probe)
+    for probe, result in results.items():
+        if result.skipped:
+            what = "backward not examined" if result.outputs else "not examined"
+            places.setdefault(f"{what}, as {result.skipped}", []).append(probe)
+        elif result.refusal:
+            places.setdefault(f"not examined, as it {result.failure}", []).append(probe)
     return [f"{what}: {'; '.join(where)}" for what, where in places.items()]
 
 
@@ -240,79 +706,124 @@ def _complaint(name: str, probe: str, found: np.ndarray, expected: np.ndarray) -
     )
 
 
-def _explain(
-    operation: str, ran: Mapping[str, Outputs], errors: Mapping[Place, float]
+Place = tuple[str, str]
+"""The name of a probe and the name of an output."""
+
+
+def _other_order(
+    operation: str, ran: Given, truth: Given, errors: Mapping[Place, float]
+) -> list[str]:
+    """Return a sentence if the gradients are right, but in another order, or have another sign."""
+    gradients = OPERATIONS[operation].gradients
+    places = [probe for probe, found in ran.items() if all(g in found for g in gradients)]
+    if not places:
+        return []
+    for order in itertools.permutations(gradients):
+        if order != gradients and all(
+            difference(ran[probe][name].ravel(), truth[probe][true].ravel()) <= WRONG
+            for probe in places
+            for name, true in zip(gradients, order, strict=True)
+        ):
+            return [f"the gradients are right, but in another order: {', '.join(order)}"]
+    said = []
+    for name in gradients:
+        wrong = [p for p in places if errors[p, name] > WRONG]
+        if not wrong:
+            continue
+        if all(difference(-ran[p][name], truth[p][name]) <= WRONG for p in places):
+            said.append(f"{name} has the wrong sign")
+        elif all(
+            ran[p][name].size == truth[p][name].size
+            and ran[p][name].shape != truth[p][name].shape
+            and difference(ran[p][name].ravel(), truth[p][name].ravel()) <= WRONG
+            for p in wrong
+        ):
+            said.append(f"{name} has the right numbers in another shape")
+        elif (
+            all(
+                ran[p][name].size == 1
+                and abs(float(np.sum(ran[p][name]) - np.sum(truth[p][name]))) < 1e-6
+                for p in wrong
+            )
+            and ran[wrong[0]][name].shape != truth[wrong[0]][name].shape
+        ):
+            said.append(f"{name} is summed over all axes: an axis is missing")
+    unexplained = [n for (p, n), e in errors.items() if e > WRONG and p in ran]
+    if said and len(said) >= len(set(unexplained)):
+        return said
+    return []
+
+
+def _fully(
+    operation: str,
+    ran: Given,
+    errors: Mapping[Place, float],
+    seed: int,
+    fixed: tuple[Any, ...],
+    base: tuple[Mutant, ...],
 ) -> tuple[tuple[Mutant, ...], ...]:
-    """Return alternative explanations of wrong results. Each is a combination of mutants.
+    """Return the single mutants, or else the pairs, that give the same results as the code."""
+    for conventions in dict.fromkeys((base, ())):
+        matching = _matching(operation, ran, errors, seed, fixed, conventions)
+        if matching:
+            return tuple(matching)
+    return ()
 
-    If single mutants give the same results as the code, the explanations are these mutants. If not,
-    the explanations are the pairs that give the same results. If no pair does, a combination is
-    chosen for each wrong output, and the only explanation is the union of these combinations.
 
-    Args:
-        operation: the name of the operation.
-        ran: the outputs of the code on each probe.
-        errors: the relative error of each output on each probe.
+def _in_part(
+    operation: str,
+    ran: Given,
+    errors: Mapping[Place, float],
+    seed: int,
+    fixed: tuple[Any, ...],
+    base: tuple[Mutant, ...],
+) -> tuple[tuple[Mutant, ...], ...]:
+    """Return an explanation of wrong results that no mutant and no pair explains.
+
+    A combination of mutants is chosen for each wrong output. The explanation is their union.
     """
-    matching = _matching(operation, ran, errors)
-    if matching:
-        return tuple(matching)
-    truth = _given(operation, ())
+    truth = given(operation, base, seed, fixed)
     chosen: dict[Mutant, None] = {}
     for name in dict.fromkeys(name for (_, name), error in errors.items() if error > WRONG):
         places = [place for place, error in errors.items() if place[1] == name and error > WRONG]
-        matching = _matching(operation, ran, places)
+        matching = _matching(operation, ran, places, seed, fixed, base)
         if matching:  # Choose the combination that makes the fewest other outputs wrong.
             elsewhere = [
                 sum(
                     difference(value, truth[probe][other]) > WRONG
-                    for probe, given in _given(operation, combination).items()
-                    for other, value in given.items()
+                    for probe, found in given(operation, (*base, *c), seed, fixed).items()
+                    for other, value in found.items()
                     if other != name
                 )
-                for combination in matching
+                for c in matching
             ]
             chosen |= dict.fromkeys(matching[elsewhere.index(min(elsewhere))])
     return (tuple(chosen),) if chosen else ()
 
 
 def _matching(
-    operation: str, ran: Mapping[str, Outputs], places: Iterable[Place]
+    operation: str,
+    ran: Given,
+    places: Iterable[Place],
+    seed: int,
+    fixed: tuple[Any, ...],
+    base: tuple[Mutant, ...],
 ) -> list[tuple[Mutant, ...]]:
-    """Return the mutants, or else the pairs of mutants, that agree with the code in some places.
-
-    Args:
-        operation: the name of the operation.
-        ran: the outputs of the code on each probe.
-        places: the outputs to compare, as pairs (name of the probe, name of the output).
-    """
-    candidates = [m for m in MUTANTS if m.operation == operation]
+    """Return the mutants, or else the pairs of mutants, that agree with the code in some places."""
+    places = list(places)
+    candidates = [m for m in MUTANTS if m.operation == plain_name(operation)]
     matching: list[tuple[Mutant, ...]] = []
     for size in (1, 2):
         for combination in itertools.combinations(candidates, size):
-            given = _given(operation, combination)
+            found = given(operation, (*base, *combination), seed, fixed)
             if all(
-                name in given.get(probe, {}) and _equal(ran[probe][name], given[probe][name])
+                name in found.get(probe, {}) and _equal(ran[probe][name], found[probe][name])
                 for probe, name in places
             ):
                 matching.append(combination)
         if matching:
             break
     return matching
-
-
-@functools.cache
-def _given(operation: str, mistakes: tuple[Mutant, ...]) -> dict[str, Outputs]:
-    """Return the outputs of an operation with these mistakes, for each probe where it can run."""
-    given: dict[str, Outputs] = {}
-    try:
-        pair = functions_of(operation, mistakes)
-    except ValueError:  # The mistakes change the same line, so they cannot be combined.
-        return given
-    for probe in probes(operation):
-        with np.errstate(all="ignore"), contextlib.suppress(Exception):
-            given[probe.name] = outputs(operation, pair, probe)
-    return given
 
 
 def _equal(found: np.ndarray, expected: np.ndarray) -> bool:

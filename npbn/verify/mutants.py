@@ -59,8 +59,14 @@ def mutant(operation: str, name: str, explanation: str, *changes: tuple[str, str
     return Mutant(operation, name, explanation, changes)
 
 
+def plain_name(operation: str) -> str:
+    """Return the name of an operation's functions in plain.py."""
+    return {"spatial_batch_norm": "batch_norm"}.get(operation, operation)
+
+
 def operation_source(operation: str) -> str:
     """Return the source of an operation's forward and backward pass in plain.py."""
+    operation = plain_name(operation)
     functions = re.findall(
         rf"^def {operation}(?:_backward)?\(.*?(?=\n\n\n|\Z)", SOURCE, re.M | re.S
     )
@@ -97,7 +103,8 @@ def functions_of(
     mutants = list(mutants)
     source = source_of(mutants) if mutants else operation_source(operation)
     namespace = _compiled(source)
-    return namespace[operation], namespace[f"{operation}_backward"]
+    name = plain_name(operation)
+    return namespace[name], namespace[f"{name}_backward"]
 
 
 BATCH_NORM = (
@@ -714,3 +721,159 @@ OTHERS = (
 )
 
 MUTANTS = BATCH_NORM + CONV2D + POOLING + OTHERS
+
+_CACHE = "training, axes, m), (moving_mean"
+_UNPACKED = "x_hat, s, gamma, training, axes, m = cache"
+_VARIANCE = "(dx_hat * x_hat).sum(axis=axes, keepdims=True) / m"
+_LOSS = "loss = -log_p[np.arange(n), labels].sum() / n"
+
+CONVENTIONS = (
+    mutant(
+        "batch_norm",
+        "unbiased batch variance",
+        "the batch variance is divided by m - 1, and the backward pass belongs to that",
+        (
+            "((x - mean) ** 2).sum(axis=axes, keepdims=True) / m",
+            "((x - mean) ** 2).sum(axis=axes, keepdims=True) / (m - 1)",
+        ),
+        (_VARIANCE, _VARIANCE.replace("/ m", "/ (m - 1)")),
+    ),
+    mutant(
+        "batch_norm",
+        "eps outside of the root",
+        "the output is divided by √v + eps, and the backward pass belongs to that",
+        ("s = np.sqrt(var + eps)", "s = np.sqrt(var) + eps"),
+        (_CACHE, _CACHE.replace("m)", "m, eps)")),
+        (_UNPACKED, _UNPACKED.replace("m =", "m, eps =")),
+        (_VARIANCE, f"{_VARIANCE} * s / (s - eps)"),
+    ),
+    mutant(
+        "batch_norm",
+        "moving variance unbiased",
+        "the moving variance is made from the unbiased batch variance, as PyTorch's is",
+        (
+            "moving_var = momentum * moving_var + (1 - momentum) * var",
+            "moving_var = momentum * moving_var + (1 - momentum) * var * m / (m - 1)",
+        ),
+    ),
+    mutant(
+        "batch_norm",
+        "momentum reversed",
+        "the moving averages keep 1 - momentum and take momentum of the new, as PyTorch's do",
+        (
+            "moving_mean = momentum * moving_mean + (1 - momentum) * mean",
+            "moving_mean = (1 - momentum) * moving_mean + momentum * mean",
+        ),
+        (
+            "moving_var = momentum * moving_var + (1 - momentum) * var",
+            "moving_var = (1 - momentum) * moving_var + momentum * var",
+        ),
+    ),
+    mutant(
+        "batch_norm",
+        "eps in the moving variance",
+        "the moving variance is the average of var + eps, and prediction divides by its root",
+        (
+            "moving_var = momentum * moving_var + (1 - momentum) * var",
+            "moving_var = momentum * moving_var + (1 - momentum) * (var + eps)",
+        ),
+        ("mean, var = moving_mean, moving_var", "mean, var = moving_mean, moving_var - eps"),
+    ),
+    mutant(
+        "linear",
+        "means over the batch",
+        "dweight and dbias are divided by the number of examples, and the loss is not",
+        ("dweight = dy.T @ x", "dweight = dy.T @ x / len(x)"),
+        ("dbias = dy.sum(axis=0)", "dbias = dy.mean(axis=0)"),
+    ),
+    mutant(
+        "conv2d",
+        "means over the batch",
+        "dweight and dbias are divided by the number of examples, and the loss is not",
+        ("return dx, dweight, dbias", "return dx, dweight / n, dbias / n"),
+    ),
+    mutant(
+        "batch_norm",
+        "means over the batch",
+        "dgamma and dbeta are divided by the number of examples, and the loss is not",
+        ("return dx, dgamma, dbeta", "return dx, dgamma / len(dy), dbeta / len(dy)"),
+    ),
+    mutant(
+        "avg_pool2d",
+        "padding not counted",
+        "windows at the edge are divided by how many pixels of the image they see",
+        (
+            "window.sum(axis=(2, 3)) / (kh * kw)",
+            "window.sum(axis=(2, 3)) / (min(p * sh + kh, h - ph) - max(p * sh, ph))"
+            " / (min(q * sw + kw, w - pw) - max(q * sw, pw))",
+        ),
+        (
+            _SHARE,
+            "share = dy[:, :, p, q] / (min(p * sh + kh, shape[2] - ph) - max(p * sh, ph))"
+            " / (min(q * sw + kw, shape[3] - pw) - max(q * sw, pw))",
+        ),
+    ),
+    mutant(
+        "max_pool2d",
+        "ties shared out",
+        "dy is shared out among all elements that equal the maximum",
+        ("chosen = np.arange(kh * kw) == first", "chosen = window == window.max(2)[:, :, None]"),
+        ("share = chosen * dy", "share = chosen / chosen.sum(2)[:, :, None] * dy"),
+    ),
+    mutant(
+        "max_pool2d",
+        "ties to the last",
+        "of several elements that equal the maximum, the last gets dy",
+        (
+            "first = window.argmax(axis=2)[:, :, None]",
+            "first = kh * kw - 1 - window[:, :, ::-1].argmax(axis=2)[:, :, None]",
+        ),
+    ),
+    mutant("relu", "the gradient at 0 is 1", "dx is dy where x is 0", ("(x > 0)", "(x >= 0)")),
+    mutant(
+        "softmax_cross_entropy",
+        "sums over the batch",
+        "the loss is a sum over the batch, and so is its gradient",
+        (_LOSS, _LOSS.removesuffix(" / n")),
+        ("return dlogits / n", "return dlogits"),
+    ),
+    mutant(
+        "softmax_cross_entropy",
+        "the gradient of the sum",
+        "the gradient is not divided by the number of examples, though the loss is",
+        ("return dlogits / n", "return dlogits"),
+    ),
+    mutant(
+        "softmax_cross_entropy",
+        "a loss for each example",
+        "the loss is a vector, and the gradient is that of its sum",
+        (_LOSS, "loss = -log_p[np.arange(n), labels]"),
+        ("return dlogits / n", "return dlogits"),
+    ),
+    mutant(
+        "softmax_cross_entropy",
+        "a loss for each example, the gradient of their mean",
+        "the loss is a vector, and the gradient is that of its mean",
+        (_LOSS, "loss = -log_p[np.arange(n), labels]"),
+    ),
+    *(
+        mutant(
+            "softmax_cross_entropy",
+            f"log(p + {small:g})",
+            f"the loss is the logarithm of p + {small:g}, so that it stays finite",
+            (
+                "log_p[np.arange(n), labels].sum()",
+                f"np.log(np.exp(log_p[np.arange(n), labels]) + {small}).sum()",
+            ),
+        )
+        for small in (1e-5, 1e-6, 1e-7, 1e-8, 1e-9, 1e-10)
+    ),
+    mutant(
+        "svm_loss",
+        "sums over the batch",
+        "the loss is a sum over the batch, and so is its gradient",
+        ("return margins.sum() / n", "return margins.sum()"),
+        ("dlogits = (margins > 0) / n", "dlogits = (margins > 0) * 1.0"),
+    ),
+)
+"""Ways to define an operation that are as good as npbn's. The backward pass belongs to each."""

@@ -1,25 +1,29 @@
 """Define a table of the operations that other people's code may compute.
 
-For each operation, the table has the names of the gradients, the inputs on which code is examined,
-and an adapter for code with the signature of course homework.
+Adding an operation is one entry of `OPERATIONS`, and its forward and backward pass in
+`npbn.verify.plain`. An entry has the names of the gradients, the inputs on which code is examined
+(the probes), and the layouts in which people keep the arrays.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import functools
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from npbn import functional as F
+from npbn.verify import plain
+from npbn.verify.isolated.calling import NotExaminedError as NotExaminedError
+from npbn.verify.mutants import plain_name
 
 Pair = tuple[Callable[..., Any], Callable[..., Any]]
 """A forward and a backward pass."""
 
-
-class NotExaminedError(Exception):
-    """The error that is raised if code is not meant for a probe. The message says why."""
+Change = Callable[[np.ndarray], np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -29,58 +33,166 @@ class Probe:
     Attributes:
         name: a description of the input, for the messages.
         arguments: the arguments of the forward pass in `npbn.verify.plain`, by name.
+        beyond: what the input demands beyond what courses ask, such as "large logits", or an empty
+            text.
+        optional: whether code whose output is wrong here is not meant for this input.
+        hard: whether also right code has a large relative error here.
     """
 
     name: str
     arguments: dict[str, Any]
+    beyond: str = ""
+    optional: bool = False
+    hard: bool = False
 
 
-def with_cache(result: Any) -> Any:
-    """Return the result of a forward pass as (y, cache, …). A result y becomes (y, None)."""
-    return result if isinstance(result, (tuple, list)) else (result, None)
+@dataclass(frozen=True)
+class Layout:
+    """The way in which code keeps its arrays, if it differs from npbn's way.
 
+    Attributes:
+        name: what differs, such as "examples in columns", or an empty text if nothing does.
+        arguments: for each argument (and "dy") that differs, a function that returns the array as
+            the code keeps it.
+        outputs: for each output that differs, a function that returns the array as npbn keeps it.
+            An array of an unexpected shape is returned as it is.
+        kinds: the kinds of code that may have this layout: "function", "course" (a function with a
+            dictionary of options) or "class".
+        said: whether the layout is a convention that the report mentions.
+    """
 
-def arguments_in_order(forward: Callable[..., Any], backward: Callable[..., Any]) -> Pair:
-    """Return a pair in npbn's signature for a forward pass that takes positional arguments."""
-    return lambda **arguments: with_cache(forward(*arguments.values())), backward
+    name: str = ""
+    arguments: Mapping[str, Change] = field(default_factory=dict)
+    outputs: Mapping[str, Change] = field(default_factory=dict)
+    kinds: tuple[str, ...] = ("function", "course", "class")
+    said: bool = False
 
 
 @dataclass(frozen=True)
 class Operation:
-    """An operation of `npbn.functional`.
+    """An operation.
 
     Attributes:
         gradients: the names of the gradients, in the order in which the backward pass returns them.
         draw: a function that returns the probes, drawn from a generator. Two sizes of an input are
             different if equal sizes could hide that the code confuses the two.
-        course_arguments: the number of arguments that the forward pass of course homework needs.
-        from_course: a function that turns a pair with the signature of course homework into a pair
-            with npbn's signature.
+        layouts: the layouts that are tried, in this order.
+        map_layouts: the layouts for x of shape (N, C, H, W), if they are others.
+        loss: whether the output is a number and the backward pass gets no upstream gradient.
+        roles: for arguments whose role in other people's code has another name, this name.
+        constants: arguments that code may expect in addition, by role.
     """
 
     gradients: tuple[str, ...]
     draw: Callable[[np.random.Generator], list[Probe]]
-    course_arguments: int
-    from_course: Callable[[Callable[..., Any], Callable[..., Any]], Pair] = arguments_in_order
+    layouts: tuple[Layout, ...] = (Layout(),)
+    map_layouts: tuple[Layout, ...] = ()
+    loss: bool = False
+    roles: Mapping[str, str] = field(default_factory=dict)
+    constants: Mapping[str, Any] = field(default_factory=dict)
 
 
-def probes(operation: str) -> list[Probe]:
-    """Return the inputs on which an operation is examined. Every call returns equal inputs."""
+@functools.lru_cache(64)
+def probes(operation: str, seed: int = 2015) -> list[Probe]:
+    """Return the inputs on which an operation is examined. Equal seeds give equal inputs."""
     if operation not in OPERATIONS:
         raise ValueError(f"expected an operation of {', '.join(OPERATIONS)}, got {operation!r}")
-    return OPERATIONS[operation].draw(np.random.default_rng(2015))
+    return OPERATIONS[operation].draw(np.random.default_rng(seed))
 
 
 def true_functions(operation: str) -> Pair:
-    """Return the forward and the backward pass of an operation in `npbn.functional`."""
-    return getattr(F, operation), getattr(F, f"{operation}_backward")
+    """Return the right forward and backward pass of an operation."""
+    name = plain_name(operation)
+    # Only the plain linear layer takes x of shape (N, d1, ..., dk).
+    source: Any = F if hasattr(F, name) and name != "linear" else plain
+    return getattr(source, name), getattr(source, f"{name}_backward")
 
 
-def draw_batch_norm(rng: np.random.Generator) -> list[Probe]:
-    def probe(name: str, shape: tuple[int, ...], training: bool) -> Probe:
+# Changes of arrays.
+
+
+def transposed(a: np.ndarray) -> np.ndarray:
+    return np.transpose(a)
+
+
+def flat(a: np.ndarray) -> np.ndarray:
+    """Return (1, D) or (1, C, 1, 1) as a vector."""
+    return a.ravel()
+
+
+def column(a: np.ndarray) -> np.ndarray:
+    """Return a vector, or (1, D), as a column."""
+    return a.reshape(-1, 1)
+
+
+def row(a: np.ndarray) -> np.ndarray:
+    return a.reshape(1, -1)
+
+
+def from_column(a: np.ndarray) -> np.ndarray:
+    """Return a column as a vector."""
+    return a.ravel() if a.ndim == 2 and a.shape[1] == 1 else a
+
+
+def from_row(a: np.ndarray) -> np.ndarray:
+    """Return a row as a vector."""
+    return a.ravel() if a.ndim == 2 and a.shape[0] == 1 else a
+
+
+def channels_last(a: np.ndarray) -> np.ndarray:
+    return a.transpose(0, 2, 3, 1) if a.ndim == 4 else a
+
+
+def channels_first(a: np.ndarray) -> np.ndarray:
+    return a.transpose(0, 3, 1, 2) if a.ndim == 4 else a
+
+
+def filters_last(a: np.ndarray) -> np.ndarray:
+    """Return (F, C, kH, kW) as (kH, kW, C, F)."""
+    return np.transpose(a, (2, 3, 1, 0))
+
+
+def filters_first(a: np.ndarray) -> np.ndarray:
+    return a.transpose(3, 2, 0, 1) if a.ndim == 4 else a
+
+
+def one_hot(a: np.ndarray) -> np.ndarray:
+    return np.asarray(np.eye(4)[a])
+
+
+def _norm_layout(name: str, change: Change, back: Change, **more: Any) -> Layout:
+    """Return a layout of gamma, beta and the moving averages of batch norm."""
+    parameters = ("gamma", "beta", "moving_mean", "moving_var")
+    results = ("dgamma", "dbeta", "moving_mean", "moving_var")
+    arguments = dict.fromkeys(parameters, change) | more.pop("arguments", {})
+    outputs = dict.fromkeys(results, back) | more.pop("outputs", {})
+    return Layout(name, arguments, outputs, **more)
+
+
+def as_parameter(a: np.ndarray) -> np.ndarray:
+    """Return a vector as (1, D). Any other array gets a shape that no parameter has."""
+    return a[None]
+
+
+def column_to_row(a: np.ndarray) -> np.ndarray:
+    return a.T if a.ndim == 2 and a.shape[1] == 1 else a
+
+
+def as_channels(a: np.ndarray) -> np.ndarray:
+    """Return a vector as (1, C, 1, 1)."""
+    return a.reshape(1, -1, 1, 1) if a.ndim == 1 else a[None]
+
+
+# Batch norm and its relatives.
+
+
+def draw_batch_norm(rng: np.random.Generator, spatial: bool | None = None) -> list[Probe]:
+    def probe(
+        name: str, shape: tuple[int, ...], training: bool, beyond: str = "", mean: float = 1.0
+    ) -> Probe:
         form = (1, shape[1]) + (1,) * (len(shape) - 2)
         arguments = {
-            "x": 1 + 2 * rng.standard_normal(shape),
+            "x": mean + 2 * rng.standard_normal(shape),
             "gamma": rng.uniform(0.5, 2, form),
             "beta": rng.standard_normal(form),
             "moving_mean": rng.standard_normal(form),
@@ -89,98 +201,199 @@ def draw_batch_norm(rng: np.random.Generator) -> list[Probe]:
             "eps": 0.1,
             "momentum": 0.7,
         }
+        return Probe(name, arguments, beyond, hard=mean > 1)
+
+    def small_variance(shape: tuple[int, ...], name: str) -> Probe:
+        """Return a probe in which even an eps of 1e-5 matters."""
+        found = probe(name, shape, True)
+        x = found.arguments["x"]
+        return Probe(name, found.arguments | {"x": 1 + 3e-3 * (x - 1)})
+
+    flat_ones = [
+        probe("training, (N, D)", (7, 3), True),
+        probe("prediction, (N, D)", (5, 3), False),
+        small_variance((6, 4), "training, (N, D), small variance"),
+        probe("training, (N, D), mean 1e8", (5, 3), True, "a mean of 1e8", 1e8),
+    ]
+    maps = [
+        probe("training, (N, C, H, W)", (3, 2, 4, 5), True),
+        probe("prediction, (N, C, H, W)", (4, 2, 5, 3), False),
+        small_variance((2, 3, 5, 4), "training, (N, C, H, W), small variance"),
+    ]
+    return maps if spatial else flat_ones if spatial is False else flat_ones + maps
+
+
+NORM_LAYOUTS = (
+    Layout(kinds=("function", "class")),
+    _norm_layout("gamma (D,)", flat, as_parameter),
+    _norm_layout(
+        "examples in columns",
+        column,
+        column_to_row,
+        arguments={"x": transposed, "dy": transposed},
+        outputs={"y": transposed, "dx": transposed},
+        said=True,
+    ),
+)
+MAP_LAYOUTS = (
+    Layout(kinds=("function", "class")),
+    _norm_layout("gamma (C,)", flat, as_channels),
+    _norm_layout(
+        "gamma (1, C)", row, lambda a: a.reshape(1, -1, 1, 1), kinds=("function", "class")
+    ),
+    _norm_layout(
+        "channels last",
+        flat,
+        as_channels,
+        arguments={"x": channels_last, "dy": channels_last},
+        outputs={"y": channels_first, "dx": channels_first},
+        said=True,
+    ),
+)
+
+
+def draw_layer_norm(rng: np.random.Generator) -> list[Probe]:
+    def probe(name: str, shape: tuple[int, int], spread: float = 2.0) -> Probe:
+        arguments = {
+            "x": 1 + spread * rng.standard_normal(shape),
+            "gamma": rng.uniform(0.5, 2, shape[1]),
+            "beta": rng.standard_normal(shape[1]),
+            "eps": 0.1,
+        }
         return Probe(name, arguments)
 
-    return [
-        probe("training, (N, D)", (7, 3), True),
-        probe("training, (N, C, H, W)", (3, 2, 4, 5), True),
-        probe("prediction, (N, D)", (5, 3), False),
-        probe("prediction, (N, C, H, W)", (4, 2, 5, 3), False),
-    ]
+    return [probe("(N, D)", (5, 4)), probe("small variance", (3, 6), 6e-3)]
 
 
-def course_batch_norm(forward: Callable[..., Any], backward: Callable[..., Any]) -> Pair:
-    def batch_norm(
-        x: Any,
-        gamma: Any,
-        beta: Any,
-        moving_mean: Any,
-        moving_var: Any,
-        training: bool,
-        eps: float,
-        momentum: float,
-    ) -> Any:
-        if x.ndim == 4:
-            raise NotExaminedError("homework is for (N, D)")
-        parameter = {
-            "mode": "train" if training else "test",
-            "eps": eps,
-            "momentum": momentum,
-            "running_mean": moving_mean.ravel().copy(),
-            "running_var": moving_var.ravel().copy(),
+def draw_group_norm(rng: np.random.Generator) -> list[Probe]:
+    def probe(name: str, shape: tuple[int, ...], groups: int) -> Probe:
+        form = (1, shape[1], 1, 1)
+        arguments = {
+            "x": 1 + 2 * rng.standard_normal(shape),
+            "gamma": rng.uniform(0.5, 2, form),
+            "beta": rng.standard_normal(form),
+            "groups": groups,
+            "eps": 0.1,
         }
-        out, cache = with_cache(forward(x, gamma.ravel(), beta.ravel(), parameter))
-        moving = (parameter["running_mean"], parameter["running_var"])
-        return out, (cache, training), moving
+        return Probe(name, arguments)
 
-    def batch_norm_backward(dy: Any, cache: Any) -> Any:
-        cache, training = cache
-        if not training:
-            raise NotExaminedError("homework has no backward pass in prediction")
-        return backward(dy, cache)
+    return [probe("2 groups", (3, 6, 4, 5), 2), probe("4 groups", (2, 8, 5, 3), 4)]
 
-    return batch_norm, batch_norm_backward
+
+# Convolution and pooling.
 
 
 def draw_conv2d(rng: np.random.Generator) -> list[Probe]:
-    def probe(name: str, image: tuple[int, int], stride: Any, padding: Any) -> Probe:
-        x, weight = rng.standard_normal((2, 3, *image)), rng.standard_normal((4, 3, 3, 2))
+    def probe(
+        name: str,
+        image: tuple[int, int],
+        kernel: tuple[int, int],
+        stride: Any,
+        padding: Any,
+        beyond: str = "",
+        optional: bool = False,
+    ) -> Probe:
+        x, weight = rng.standard_normal((2, 3, *image)), rng.standard_normal((4, 3, *kernel))
         arguments = {"x": x, "weight": weight, "bias": rng.standard_normal(4)}
-        return Probe(name, arguments | {"stride": stride, "padding": padding})
+        return Probe(name, arguments | {"stride": stride, "padding": padding}, beyond, optional)
 
     return [
-        probe("stride 1, no padding", (5, 6), (1, 1), (0, 0)),
-        probe("stride 2, padding 1", (6, 4), (2, 2), (1, 1)),
-        probe("stride (2, 1), padding (0, 1)", (7, 5), (2, 1), (0, 1)),
+        probe("stride 1, padding 1", (5, 6), (3, 3), (1, 1), (1, 1)),
+        probe("stride 1, no padding", (5, 7), (3, 3), (1, 1), (0, 0)),
+        probe("stride 2, padding 1", (5, 7), (3, 3), (2, 2), (1, 1)),
+        probe("stride 2 that leaves a row and a column", (6, 8), (3, 3), (2, 2), (0, 0), DIVIDES),
+        probe("kernel 3 × 2, stride 1, no padding", (5, 6), (3, 2), (1, 1), (0, 0), NOT_SQUARE),
+        probe("kernel 3 × 2, stride 2, padding 1", (7, 4), (3, 2), (2, 2), (1, 1), NOT_SQUARE),
+        probe("stride (2, 1), padding (0, 1)", (7, 5), (3, 3), (2, 1), (0, 1), PAIRS, True),
+        probe("stride 3, padding 2", (7, 10), (3, 3), (3, 3), (2, 2), "a stride of 3"),
     ]
 
 
-def course_conv2d(forward: Callable[..., Any], backward: Callable[..., Any]) -> Pair:
-    def conv2d(x: Any, weight: Any, bias: Any, stride: Any, padding: Any) -> Any:
-        if stride[0] != stride[1] or padding[0] != padding[1]:
-            raise NotExaminedError("it has one stride and one padding")
-        return with_cache(forward(x, weight, bias, {"stride": stride[0], "pad": padding[0]}))
+DIVIDES = "a stride that does not divide"
+STRUCTURE = {
+    *("kernels that are not square", "a stride that does not divide", "padding", "a stride of 3"),
+    *("stride and padding that differ by axis", "a stride of 1", "feature maps"),
+}
+"""Demands where right outputs with wrong gradients mean that the gradients are wrong.
 
-    return conv2d, backward
+With the other demands, the numbers are extreme."""
+NOT_SQUARE = "kernels that are not square"
+PAIRS = "stride and padding that differ by axis"
+CONV_LAYOUTS = (
+    Layout(),
+    Layout("bias (F, 1)", {"bias": column}, {"dbias": from_column}, ("class",)),
+    Layout("bias (1, F)", {"bias": row}, {"dbias": from_row}, ("class",)),
+    Layout(
+        "channels last, weight (kH, kW, C, F)",
+        {
+            "x": channels_last,
+            "dy": channels_last,
+            "weight": filters_last,
+            "bias": lambda a: a.reshape(1, 1, 1, -1),
+        },
+        {
+            "y": channels_first,
+            "dx": channels_first,
+            "dweight": filters_first,
+            "dbias": lambda a: a.ravel() if a.shape[:3] == (1, 1, 1) else a,
+        },
+        said=True,
+    ),
+    Layout(
+        "channels last, weight (kH, kW, C, F), bias (F,)",
+        {"x": channels_last, "dy": channels_last, "weight": filters_last},
+        {"y": channels_first, "dx": channels_first, "dweight": filters_first},
+        said=True,
+    ),
+)
 
 
 def draw_pooling(rng: np.random.Generator) -> list[Probe]:
-    def probe(name: str, x: np.ndarray, kernel: Any, stride: Any, padding: Any) -> Probe:
+    def probe(
+        name: str,
+        x: np.ndarray,
+        kernel: Any,
+        stride: Any,
+        padding: Any,
+        beyond: str = "",
+        optional: bool = False,
+    ) -> Probe:
         options = {"kernel_size": kernel, "stride": stride, "padding": padding}
-        return Probe(name, {"x": x, **options})
+        return Probe(name, {"x": x, **options}, beyond, optional)
 
-    def normal(*shape: int) -> np.ndarray:
-        return rng.standard_normal(shape)
+    def apart(*shape: int) -> np.ndarray:
+        """Return numbers so far apart that the step of a numeric derivative changes no maximum."""
+        return rng.permutation(np.linspace(-4, 4, math.prod(shape))).reshape(shape)
 
-    # The numbers are so far apart that the step of a numeric derivative changes no maximum.
-    apart = rng.permutation(np.linspace(-4, 4, 288)).reshape(2, 3, 6, 8)
+    fitting = apart(2, 3, 5, 7)
+    close = 1e-3 * rng.permutation(144).reshape(2, 3, 4, 6)
+    ties = np.floor(2 * rng.standard_normal((2, 3, 4, 6)))
     return [
-        probe("windows side by side", normal(2, 3, 4, 6), (2, 2), (2, 2), (0, 0)),
-        probe("overlapping windows", apart, (4, 3), (2, 2), (0, 0)),
-        probe("padding, negative numbers", normal(2, 3, 5, 4) - 5, (3, 2), (2, 1), (1, 1)),
-        probe("ties", np.floor(2 * normal(2, 3, 4, 6)), (2, 2), (2, 2), (0, 0)),
+        probe("windows side by side", apart(2, 3, 4, 6), (2, 2), (2, 2), (0, 0)),
+        probe("numbers that are close", close, (2, 2), (2, 2), (0, 0)),
+        probe("windows that overlap and fit", fitting, (3, 3), (2, 2), (0, 0)),
+        probe("overlapping windows", apart(2, 3, 6, 8), (4, 3), (2, 2), (0, 0), NOT_SQUARE),
+        probe(
+            "padding, negative numbers", apart(2, 3, 5, 7) - 5, (3, 3), (2, 2), (1, 1), "padding"
+        ),
+        probe("padding, kernel 3 × 2", apart(2, 3, 5, 4) - 5, (3, 2), (2, 1), (1, 1), PAIRS, True),
+        probe("ties", ties, (2, 2), (2, 2), (0, 0), "ties"),
+        probe("stride 1", fitting, (3, 3), (1, 1), (0, 0), "a stride of 1"),
     ]
 
 
-def course_pooling(forward: Callable[..., Any], backward: Callable[..., Any]) -> Pair:
-    def pool(x: Any, kernel_size: Any, stride: Any, padding: Any) -> Any:
-        if stride[0] != stride[1] or padding != (0, 0):
-            raise NotExaminedError("it has one stride and no padding")
-        height, width = kernel_size
-        options = {"pool_height": height, "pool_width": width, "stride": stride[0]}
-        return with_cache(forward(x, options))
+POOL_LAYOUTS = (
+    Layout(),
+    Layout(
+        "channels last",
+        {"x": channels_last, "dy": channels_last},
+        {"y": channels_first, "dx": channels_first},
+        said=True,
+    ),
+)
 
-    return pool, backward
+
+# The others.
 
 
 def draw_linear(rng: np.random.Generator) -> list[Probe]:
@@ -188,48 +401,175 @@ def draw_linear(rng: np.random.Generator) -> list[Probe]:
         x, weight = rng.standard_normal((examples, inputs)), rng.standard_normal((outputs, inputs))
         return Probe(name, {"x": x, "weight": weight, "bias": rng.standard_normal(outputs)})
 
-    return [probe("square", 4, 3, 3), probe("wide", 5, 2, 4)]
+    deep = probe("(N, d1, d2)", 3, 10, 4)
+    x = deep.arguments["x"].reshape(3, 2, 5)
+    return [
+        probe("wide", 5, 2, 4),
+        probe("square", 4, 3, 3),
+        Probe(deep.name, deep.arguments | {"x": x}, optional=True),
+    ]
 
 
-def course_linear(forward: Callable[..., Any], backward: Callable[..., Any]) -> Pair:
-    def linear(x: Any, weight: Any, bias: Any) -> Any:
-        return with_cache(forward(x, weight.T.copy(), bias))
-
-    def linear_backward(dy: Any, cache: Any) -> Any:
-        gradients = backward(dy, cache)
-        if isinstance(gradients, (tuple, list)) and len(gradients) == 3:
-            dx, dw, db = gradients
-            return dx, np.transpose(dw), db
-        return gradients
-
-    return linear, linear_backward
+LINEAR_LAYOUTS = (
+    Layout("weight (in, out)", {"weight": transposed}, {"dweight": transposed}),
+    Layout(),
+    Layout(
+        "weight (in, out), bias (1, out)",
+        {"weight": transposed, "bias": row},
+        {"dweight": transposed, "dbias": from_row},
+        ("class",),
+    ),
+    Layout("bias (out, 1)", {"bias": column}, {"dbias": from_column}, ("class",)),
+    Layout("bias (1, out)", {"bias": row}, {"dbias": from_row}, ("class",)),
+    Layout(
+        "examples in columns",
+        {"x": transposed, "dy": transposed, "bias": column},
+        {"y": transposed, "dx": transposed, "dbias": from_column},
+        said=True,
+    ),
+    Layout(
+        "examples in columns, weight (in, out)",
+        {"x": transposed, "dy": transposed, "bias": column, "weight": transposed},
+        {"y": transposed, "dx": transposed, "dbias": from_column, "dweight": transposed},
+        said=True,
+    ),
+)
 
 
 def draw_elementwise(rng: np.random.Generator) -> list[Probe]:
     return [
         Probe("matrix", {"x": rng.standard_normal((5, 4))}),
-        Probe("images", {"x": rng.standard_normal((2, 2, 3, 2))}),
+        Probe("images", {"x": rng.standard_normal((2, 2, 3, 2))}, "feature maps", True),
+    ]
+
+
+def draw_sigmoid(rng: np.random.Generator) -> list[Probe]:
+    large = np.array([[-800.0, 800.0, 0.5], [30.0, -30.0, 1.0]]) + rng.standard_normal((2, 3))
+    return [*draw_elementwise(rng), Probe("±800", {"x": large}, "inputs of ±800")]
+
+
+def draw_relu(rng: np.random.Generator) -> list[Probe]:
+    zeros = rng.standard_normal((4, 3))
+    zeros[[0, 2], [1, 2]] = 0
+    return [*draw_elementwise(rng), Probe("zeros", {"x": zeros})]
+
+
+def draw_leaky_relu(rng: np.random.Generator) -> list[Probe]:
+    return [
+        Probe(p.name, p.arguments | {"slope": 0.2}, p.beyond, p.optional)
+        for p in draw_elementwise(rng)
+    ]
+
+
+def draw_dropout(rng: np.random.Generator) -> list[Probe]:
+    return [
+        Probe(
+            p.name,
+            p.arguments | {"mask": (rng.random(p.arguments["x"].shape) < 0.6) / 0.6},
+            p.beyond,
+            p.optional,
+        )
+        for p in draw_elementwise(rng)
     ]
 
 
 def draw_loss(rng: np.random.Generator) -> list[Probe]:
-    def probe(name: str, offset: float, examples: int) -> Probe:
-        logits = offset + rng.standard_normal((examples, 4))
+    def logits(examples: int) -> np.ndarray:
+        return rng.standard_normal((examples, 4))
+
+    def probe(name: str, x: np.ndarray, beyond: str = "") -> Probe:
+        return Probe(name, {"logits": x, "labels": rng.integers(0, 4, len(x))}, beyond)
+
+    apart = logits(3)
+    apart[0] += 1000
+    sure = np.array([[40.0, 0, 1, 2], [0.5, 1, 2, 800]])
+    wrong = Probe(
+        "a confident mistake", {"logits": sure, "labels": np.array([0, 1])}, "logits of 800"
+    )
+    return [
+        probe("ordinary logits", logits(5)),
+        probe("large logits", 1000 + logits(3), "logits of 1000"),
+        probe("rows at 0 and 1000", apart, "rows at 0 and 1000"),
+        wrong,
+    ]
+
+
+LOSS_LAYOUTS = (
+    Layout(),
+    Layout("labels one-hot", {"labels": one_hot}),
+    Layout("labels in a column", {"labels": column}),
+    Layout(
+        "examples in columns, labels one-hot",
+        {"logits": transposed, "labels": lambda a: one_hot(a).T},
+        {"dlogits": transposed},
+        said=True,
+    ),
+)
+
+
+def draw_svm_loss(rng: np.random.Generator) -> list[Probe]:
+    def probe(name: str, examples: int) -> Probe:
+        logits = 2 * rng.standard_normal((examples, 4))
         return Probe(name, {"logits": logits, "labels": rng.integers(0, 4, examples)})
 
-    return [probe("ordinary logits", 0, 5), probe("large logits", 1000, 3)]
+    return [probe("5 examples", 5), probe("3 examples", 3)]
 
 
-OPERATIONS = {
-    "batch_norm": Operation(
-        ("dx", "dgamma", "dbeta"), draw_batch_norm, 4, from_course=course_batch_norm
+def draw_embedding(rng: np.random.Generator) -> list[Probe]:
+    weight = rng.standard_normal((6, 4))
+    return [
+        Probe("(N,)", {"indices": np.array([3, 0, 3]), "weight": weight}),
+        Probe("(N, T)", {"indices": rng.integers(0, 6, (2, 5)), "weight": weight}),
+    ]
+
+
+def draw_rnn_step(rng: np.random.Generator) -> list[Probe]:
+    def probe(name: str, n: int, d: int, h: int) -> Probe:
+        arguments = {
+            "x": rng.standard_normal((n, d)),
+            "hidden": rng.standard_normal((n, h)),
+            "weight_x": rng.standard_normal((d, h)),
+            "weight_h": rng.standard_normal((h, h)),
+            "bias": rng.standard_normal(h),
+        }
+        return Probe(name, arguments)
+
+    return [probe("wide", 3, 5, 4), probe("narrow", 5, 2, 3)]
+
+
+NORM_GRADIENTS = ("dx", "dgamma", "dbeta")
+LINEAR_GRADIENTS = ("dx", "dweight", "dbias")
+
+OPERATIONS: dict[str, Operation] = {
+    "batch_norm": Operation(NORM_GRADIENTS, draw_batch_norm, NORM_LAYOUTS, MAP_LAYOUTS),
+    "spatial_batch_norm": Operation(
+        NORM_GRADIENTS, functools.partial(draw_batch_norm, spatial=True), MAP_LAYOUTS, MAP_LAYOUTS
     ),
-    "conv2d": Operation(("dx", "dweight", "dbias"), draw_conv2d, 4, from_course=course_conv2d),
-    "avg_pool2d": Operation(("dx",), draw_pooling, 2, from_course=course_pooling),
-    "max_pool2d": Operation(("dx",), draw_pooling, 2, from_course=course_pooling),
-    "linear": Operation(("dx", "dweight", "dbias"), draw_linear, 3, from_course=course_linear),
-    "sigmoid": Operation(("dx",), draw_elementwise, 1),
-    "relu": Operation(("dx",), draw_elementwise, 1),
-    "softmax_cross_entropy": Operation(("dlogits",), draw_loss, 2),
+    "layer_norm": Operation(
+        NORM_GRADIENTS,
+        draw_layer_norm,
+        (
+            Layout(),
+            Layout(
+                "gamma (1, D)", {"gamma": row, "beta": row}, {"dgamma": from_row, "dbeta": from_row}
+            ),
+        ),
+    ),
+    "group_norm": Operation(NORM_GRADIENTS, draw_group_norm, (Layout(), MAP_LAYOUTS[1])),
+    "conv2d": Operation(LINEAR_GRADIENTS, draw_conv2d, CONV_LAYOUTS),
+    "avg_pool2d": Operation(("dx",), draw_pooling, POOL_LAYOUTS, constants={"mode": "average"}),
+    "max_pool2d": Operation(("dx",), draw_pooling, POOL_LAYOUTS, constants={"mode": "max"}),
+    "linear": Operation(LINEAR_GRADIENTS, draw_linear, LINEAR_LAYOUTS),
+    "sigmoid": Operation(("dx",), draw_sigmoid),
+    "tanh": Operation(("dx",), draw_elementwise),
+    "relu": Operation(("dx",), draw_relu),
+    "leaky_relu": Operation(("dx",), draw_leaky_relu),
+    "dropout": Operation(("dx",), draw_dropout, constants={"p": 0.5, "mode": "train"}),
+    "softmax_cross_entropy": Operation(
+        ("dlogits",), draw_loss, LOSS_LAYOUTS, loss=True, roles={"logits": "x"}
+    ),
+    "svm_loss": Operation(("dlogits",), draw_svm_loss, loss=True, roles={"logits": "x"}),
+    "embedding": Operation(("dweight",), draw_embedding, roles={"indices": "x"}),
+    "rnn_step": Operation(("dx", "dhidden", "dweight_x", "dweight_h", "dbias"), draw_rnn_step),
 }
 """All operations by name."""

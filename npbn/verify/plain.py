@@ -119,15 +119,16 @@ def max_pool2d_backward(dy, cache):
 
 
 def linear(x, weight, bias):
-    return x @ weight.T + bias, (x, weight)
+    return x.reshape(len(x), -1) @ weight.T + bias, (x, weight)
 
 
 def linear_backward(dy, cache):
     x, weight = cache
+    shape, x = x.shape, x.reshape(len(x), -1)
     dx = dy @ weight
     dweight = dy.T @ x
     dbias = dy.sum(axis=0)
-    return dx, dweight, dbias
+    return dx.reshape(shape), dweight, dbias
 
 
 def sigmoid(x):
@@ -161,3 +162,102 @@ def softmax_cross_entropy_backward(cache):
     dlogits = p.copy()
     dlogits[np.arange(n), labels] -= 1
     return dlogits / n
+
+
+def layer_norm(x, gamma, beta, eps=1e-5):
+    mean = x.mean(axis=1, keepdims=True)
+    s = np.sqrt(((x - mean) ** 2).mean(axis=1, keepdims=True) + eps)
+    x_hat = (x - mean) / s
+    return gamma * x_hat + beta, (x_hat, s, gamma)
+
+
+def layer_norm_backward(dy, cache):
+    x_hat, s, gamma = cache
+    dx_hat = dy * gamma
+    mean_term = dx_hat.mean(axis=1, keepdims=True)
+    variance_term = x_hat * (dx_hat * x_hat).mean(axis=1, keepdims=True)
+    dx = (dx_hat - mean_term - variance_term) / s
+    return dx, (dy * x_hat).sum(axis=0), dy.sum(axis=0)
+
+
+def group_norm(x, gamma, beta, groups, eps=1e-5):
+    grouped = x.reshape(len(x), groups, -1)
+    mean = grouped.mean(axis=2, keepdims=True)
+    s = np.sqrt(((grouped - mean) ** 2).mean(axis=2, keepdims=True) + eps)
+    x_hat = ((grouped - mean) / s).reshape(x.shape)
+    return gamma * x_hat + beta, (x_hat, s, gamma, groups)
+
+
+def group_norm_backward(dy, cache):
+    x_hat, s, gamma, groups = cache
+    dx_hat = (dy * gamma).reshape(len(dy), groups, -1)
+    grouped = x_hat.reshape(dx_hat.shape)
+    mean_term = dx_hat.mean(axis=2, keepdims=True)
+    variance_term = grouped * (dx_hat * grouped).mean(axis=2, keepdims=True)
+    dx = ((dx_hat - mean_term - variance_term) / s).reshape(dy.shape)
+    axes = (0, 2, 3)
+    dgamma = (dy * x_hat).sum(axis=axes, keepdims=True)
+    return dx, dgamma, dy.sum(axis=axes, keepdims=True)
+
+
+def tanh(x):
+    y = np.tanh(x)
+    return y, y
+
+
+def tanh_backward(dy, y):
+    return dy * (1 - y * y)
+
+
+def leaky_relu(x, slope=0.01):
+    return np.where(x > 0, x, slope * x), (x, slope)
+
+
+def leaky_relu_backward(dy, cache):
+    x, slope = cache
+    return np.where(x > 0, dy, slope * dy)
+
+
+def dropout(x, mask):
+    return x * mask, mask
+
+
+def dropout_backward(dy, mask):
+    return dy * mask
+
+
+def svm_loss(logits, labels):
+    n = logits.shape[0]
+    rows = np.arange(n)
+    margins = np.maximum(0, logits - logits[rows, labels][:, None] + 1)
+    margins[rows, labels] = 0
+    return margins.sum() / n, (margins, labels, n)
+
+
+def svm_loss_backward(cache):
+    margins, labels, n = cache
+    dlogits = (margins > 0) / n
+    dlogits[np.arange(n), labels] = -dlogits.sum(axis=1)
+    return dlogits
+
+
+def embedding(indices, weight):
+    return weight[indices], (indices, weight.shape)
+
+
+def embedding_backward(dy, cache):
+    indices, shape = cache
+    dweight = np.zeros(shape)
+    np.add.at(dweight, indices, dy)
+    return dweight
+
+
+def rnn_step(x, hidden, weight_x, weight_h, bias):
+    y = np.tanh(x @ weight_x + hidden @ weight_h + bias)
+    return y, (x, hidden, weight_x, weight_h, y)
+
+
+def rnn_step_backward(dy, cache):
+    x, hidden, weight_x, weight_h, y = cache
+    da = dy * (1 - y * y)
+    return da @ weight_x.T, da @ weight_h.T, x.T @ da, hidden.T @ da, da.sum(axis=0)

@@ -1,30 +1,43 @@
-"""Examine a file of other people's code in a separate process, with a time limit.
+"""Examine a file of other people's code in a separate process.
 
 The code may crash, hang, print or exit, and this must not harm the process of the examiner. The
-results of the code come back in a NumPy archive, which contains only arrays and no executable code.
+inputs of the probes are drawn after the file has been loaded, and the process that runs the file
+gets only these inputs. It sends the outputs back, which are judged here.
 """
 
 from __future__ import annotations
 
-import copy
-import importlib.util
-import json
+import contextlib
+import dataclasses
+import math
 import os
-import subprocess
-import sys
-import tempfile
-import traceback
-import warnings
-from collections.abc import Callable
+import secrets
+from collections.abc import Callable, Mapping, Sequence, Set
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from npbn.errors import SubmissionError
-from npbn.verify.examination import Examination, Outputs, examine, outputs
-from npbn.verify.operations import NotExaminedError, probes
-from npbn.verify.signatures import BadResultError, adapt, guess
+from npbn.verify import numeric
+from npbn.verify.examination import (
+    Change,
+    Examination,
+    Facts,
+    Outputs,
+    Ran,
+    difference,
+    examine,
+    given,
+)
+from npbn.verify.operations import NOT_SQUARE, OPERATIONS, Layout, Operation, Probe, probes
+from npbn.verify.session import EndedError, Session, printable
+
+_ARGUMENT = {"y": "dy", "moving_mean": "moving_mean", "moving_var": "moving_var"}
+"""The arguments that are kept in the layout of an output, for outputs that are no gradients."""
+DIRECTIONS = 2
+"""Along how many directions each gradient is compared with differences of the forward pass."""
 
 
 def examine_file(
@@ -33,192 +46,581 @@ def examine_file(
     backward: str,
     operation: str,
     *,
-    signature: str = "auto",
     adapter: str | None = None,
     timeout: float = 60.0,
+    seed: int | None = None,
+    edit_seconds: tuple[float, float] = (0.0, 0.0),
 ) -> Examination:
-    """Examine two functions of a file of Python code.
+    """Examine two functions, or a class, of a file of Python code or of a notebook.
 
     Args:
         path: the path of the file.
         forward, backward: the names of the functions. The two names are equal if the forward pass
-            also returns the gradient (softmax_loss), or if the code is a class (with an adapter).
-        operation: the operation that the functions compute, a name in
+            also returns the gradient (softmax_loss), or if the code is a class.
+        operation: the operation that the code should compute, a name in
             `npbn.verify.operations.OPERATIONS`.
-        signature: one of `npbn.verify.signatures.SIGNATURES`, or "auto" to guess the signature from
-            the names of the arguments.
         adapter: "FILE:FUNCTION", the place of a function that gets forward and backward and returns
-            a pair in npbn's signature. Code with any other signature needs such an adapter; see
-            `npbn.verify.signatures`.
-        timeout: the time limit for all probes together, in seconds.
+            a pair in npbn's signature, for code whose arguments are not recognized; see
+            `npbn.verify.isolated.calling`.
+        timeout: the time limit for each call, in seconds.
+        seed: the seed of the inputs. By default, they differ each time.
+        edit_seconds: the time for the search for single edits, and for pairs of edits, that make
+            wrong code right.
 
     Raises:
         SubmissionError: the code cannot be examined, but its author did not make a mistake: the
             file or a function does not exist, or the adapter does not work.
         ValueError: the operation is unknown.
     """
-    path = Path(path)
+    if operation not in OPERATIONS:
+        raise ValueError(f"expected an operation of {', '.join(OPERATIONS)}, got {operation!r}")
     if not os.path.isfile(path):
         raise SubmissionError(f"{path} is not a file")
-    if path.suffix != ".py":
-        raise SubmissionError(f"{path} is no Python file: its name does not end in .py")
-    adapter_file, _, adapter_name = (adapter or "").rpartition(":")
-    if adapter and not os.path.isfile(adapter_file):
-        raise SubmissionError(f"expected FILE:FUNCTION for the adapter, got {adapter!r}")
-    results: dict[str, Outputs | str | NotExaminedError] = {}
-    with tempfile.TemporaryDirectory(prefix="npbn-") as directory:
-        task = {
-            "path": str(path.resolve()),
-            "forward": forward,
-            "backward": backward,
-            "operation": operation,
-            "signature": signature,
-            "adapter_file": str(Path(adapter_file).resolve()) if adapter else "",
-            "adapter_name": adapter_name,
-            "directory": directory,
-        }
-        command = [sys.executable, "-m", "npbn.verify.submission", json.dumps(task)]
-        failure = "gave no result"
-        try:
-            process = subprocess.run(
-                command,
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
-                timeout=timeout,
-                check=False,
-            )
-            if process.returncode != 0:
-                failure = f"ended its process with exit code {process.returncode}"
-        except subprocess.TimeoutExpired:
-            failure = f"was not done after {timeout:g} seconds"
-        refused = _told(directory, "refused")
-        if refused:
-            raise SubmissionError(refused)
-        failure = _told(directory, "failed") or failure
-        changed = _told(directory, "changed")
-        for k, probe in enumerate(probes(operation)):
-            answer = Path(directory) / f"{k}.npz"
-            unsupported = _told(directory, f"{k}.unsupported")
-            if answer.is_file():
-                with np.load(answer, allow_pickle=False) as archive:
-                    results[probe.name] = dict(archive)
-            elif unsupported:
-                results[probe.name] = NotExaminedError(unsupported)
-            else:
-                results[probe.name] = _told(directory, f"{k}.failed") or failure
-    return examine(operation, results, changed.split())
+    if Path(path).suffix not in (".py", ".ipynb"):
+        raise SubmissionError(
+            f"{path} is no Python file and no notebook: its name ends in neither .py nor .ipynb"
+        )
+    with Session(path, timeout) as session:
+        return examine_in(
+            session,
+            forward,
+            backward,
+            operation,
+            adapter=adapter,
+            seed=seed,
+            edit_seconds=edit_seconds,
+        )
 
 
-def _tell(directory: str, name: str, text: str) -> None:
-    (Path(directory) / f"{name}.txt").write_text(text, "utf-8", "backslashreplace")
-
-
-def _told(directory: str, name: str) -> str:
-    file = Path(directory) / f"{name}.txt"
-    return file.read_text(encoding="utf-8") if file.is_file() else ""
-
-
-def load(path: str) -> Any:
-    """Load a Python file, and return the module."""
-    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-def _main(task: dict[str, Any]) -> None:
-    """Run the code on every probe, in the separate process, and write the results to files.
-
-    For each probe, a file contains the outputs, or says how the code failed or why it was not run.
-    """
-    warnings.simplefilter("ignore")
-    path, operation, directory = task["path"], task["operation"], task["directory"]
-    # The code may open files and import modules that are in its own folder.
-    os.chdir(Path(path).parent)
-    sys.path.insert(0, str(Path(path).parent))
-    signature, adapter = task["signature"], task["adapter_file"]
-    try:
-        module = load(path)
-    except (Exception, SystemExit) as error:
-        _tell(directory, "failed", f"cannot be loaded: {_describe(error, path)}")
-        return
-    for function in (task["forward"], task["backward"]):
-        if not callable(getattr(module, function, None)):
-            _tell(directory, "refused", f"{Path(path).name} has no function {function}")
-            return
-    forward, backward = getattr(module, task["forward"]), getattr(module, task["backward"])
-    if adapter:
-        try:
-            forward, backward = getattr(load(adapter), task["adapter_name"])(forward, backward)
-        except (Exception, SystemExit) as error:
-            _tell(directory, "refused", f"the adapter raised {_describe(error, adapter)}")
-            return
-        signature = "npbn"
-    elif signature == "auto":
-        signature = guess(operation, forward)
-    forward, backward = adapt(operation, forward, backward, signature)
-    changed: dict[str, None] = {}
-    forward = _watched(forward, (), changed)
-    backward = _watched(backward, () if operation == "softmax_cross_entropy" else ("dy",), changed)
-    for k, probe in enumerate(probes(operation)):
-        try:
-            arrays: dict[str, Any] = outputs(operation, (forward, backward), probe)
-            strange = [name for name, array in arrays.items() if array.dtype.kind not in "fiub"]
-            if strange:
-                raise BadResultError(f"returned no numbers for {', '.join(strange)}")
-            part = Path(directory) / f"{k}.part"
-            with open(part, "wb") as file:
-                np.savez(file, **arrays)
-            part.replace(Path(directory) / f"{k}.npz")
-            _tell(directory, "changed", " ".join(changed))
-        except NotExaminedError as error:
-            _tell(directory, f"{k}.unsupported", str(error) or "it is not meant for this")
-        except BadResultError as error:
-            _tell(directory, f"{k}.failed", str(error))
-        except (Exception, SystemExit) as error:
-            if adapter and _line(error, adapter) and not _line(error, path):
-                _tell(directory, "refused", f"the adapter raised {_describe(error, adapter)}")
-                return
-            _tell(directory, f"{k}.failed", f"raised {_describe(error, path)}")
-
-
-def _watched(
-    function: Callable[..., Any], names: tuple[str, ...], changed: dict[str, None]
-) -> Callable[..., Any]:
-    """Return a function that calls ``function`` and notes which arguments it changes in place.
+def examine_in(
+    session: Session,
+    forward: str,
+    backward: str,
+    operation: str,
+    *,
+    adapter: str | None = None,
+    seed: int | None = None,
+    asks: frozenset[str] = frozenset(),
+    promised: Sequence[Callable[[Probe], bool]] = (),
+    edit_seconds: tuple[float, float] = (0.0, 0.0),
+) -> Examination:
+    """Examine two functions, or a class, of a file that a session has loaded.
 
     Args:
-        function: the function to call.
-        names: the names of the positional arguments.
-        changed: a dictionary to which the names of the changed arguments are added, as keys.
+        session: the session.
+        forward, backward, operation, adapter, seed: as in `examine_file`.
+        asks: demands beyond the usual ones that the assignment makes; see `Probe.beyond`.
+        promised: functions that say whether a probe keeps what the assignment promises.
+        edit_seconds: the time for the search for single edits and for pairs of edits that make
+            wrong code right; see `npbn.verify.isolated.edits`.
     """
+    seed = secrets.randbelow(2**32) if seed is None else seed
+    if session.failure:
+        return Examination(operation, "could not be loaded", complaints=(f"it {session.failure}",))
+    for name in (forward, backward):
+        if name not in session.names:
+            raise SubmissionError(f"{session.path.name} has no function {name}")
+    conversation = Conversation(session, forward, backward, operation, adapter, seed)
+    results = conversation.run_probes()
+    beyond = {
+        probe.name: probe.beyond or f"what the assignment does not ask ({probe.name})"
+        for probe in probes(operation, seed)
+        if probe.beyond not in {"", *asks} or not all(keeps(probe) for keeps in promised)
+    }
+    found = examine(operation, results, conversation.facts, seed, beyond)
+    if found.verdict == "could not be run" and conversation.looks_old():
+        # In Python 2, / of integers gave an integer, which may be an index or a size.
+        conversation.select(old=True)
+        conversation.facts.notes.append("/ divides integers as in Python 2")
+        again = examine(operation, conversation.run_probes(), conversation.facts, seed, beyond)
+        if again.verdict != "could not be run":
+            found = again
+    if found.verdict == "wrong" and "y" in found.wrong:
+        conversation.compare_with_differences(found)
+        found = examine(operation, results, conversation.facts, seed, beyond)
+    if found.verdict == "wrong" and edit_seconds[0] > 0:
+        changes = conversation.search_edits(results, set(beyond), edit_seconds)
+        edits = tuple(change.shown() for change in changes)
+        found = dataclasses.replace(found, changes=changes, edits=edits)
+    return found
 
-    def call(*values: Any, **arguments: Any) -> Any:
-        given = dict(zip(names, values, strict=False)) | arguments
-        before = copy.deepcopy(given)
-        result = function(*values, **arguments)
-        changed.update(
-            (name, None) for name in given if not np.array_equal(given[name], before[name])
+
+class _FailedError(Exception):
+    """The error that is raised if the code failed on a probe. It has the result of the probe."""
+
+    def __init__(self, result: Ran) -> None:
+        super().__init__()
+        self.result = result
+
+
+@dataclass
+class Call:
+    """A call of the forward pass: its outputs as npbn keeps them, and how it was called."""
+
+    outputs: Outputs
+    number: int
+    order: list[str]
+    skipped: str = ""
+    explicit: bool = False  # whether the function has an argument "training"
+
+
+@dataclass
+class Conversation:
+    """The requests by which one operation of a file is examined."""
+
+    session: Session
+    forward: str
+    backward: str
+    operation: str
+    adapter: str | None
+    seed: int
+    facts: Facts = field(default_factory=Facts)
+
+    def __post_init__(self) -> None:
+        self.record: Operation = OPERATIONS[self.operation]
+        self.kind = "class" if self.session.names[self.forward] == "class" else "function"
+        self.layouts: dict[int, Layout] = {}
+        self.facts.notes += self.session.notes
+        self.facts.is_class = self.kind == "class"
+        self.raised: list[str] = []
+        self.slow = False  # whether the backward pass has ended the process
+        self.select()
+
+    def select(self, old: bool = False) -> None:
+        """Choose the functions in the process."""
+        request: dict[str, Any] = {
+            "do": "select",
+            "forward": self.forward,
+            "backward": self.backward,
+            "gradients": [self.role(name) for name in self.record.gradients],
+            "by_name": self.adapter is not None,
+            "adapter": "",
+            "old": old,
+        }
+        arrays = {}
+        if self.adapter:
+            file = Path(self.adapter.rpartition(":")[0])
+            if not file.is_file():
+                raise SubmissionError(
+                    f"expected FILE:FUNCTION for the adapter, got {self.adapter!r}"
+                )
+            name = self.adapter.rpartition(":")[2]
+            request["adapter"] = f"{file.resolve()}:{name}"
+            arrays["adapter"] = np.frombuffer(file.read_bytes(), np.uint8)
+        answer = self._understood(self.session.ask(request, arrays)[0])
+        if answer.get("dictionary") and self.kind == "function":
+            self.kind = "course"
+
+    def role(self, output: str) -> str:
+        """Return the name of a gradient in other people's code: "dx" for "dlogits"."""
+        name = output.removeprefix("d")
+        return f"d{self.record.roles[name]}" if name in self.record.roles else output
+
+    def looks_old(self) -> bool:
+        """Return whether the code failed because it got a float for an index or a size."""
+        words = ("as an integer", "must be integers", "slice indices", "sequence of integers")
+        return any(word in text for text in self.raised for word in words)
+
+    # Requests.
+
+    def _understood(self, answer: dict[str, Any]) -> dict[str, Any]:
+        """Return an answer that says that all went well; else raise an error that says what."""
+        if "adapter" in answer:
+            raise SubmissionError(f"the adapter raised {printable(answer['adapter'])}")
+        if "not examined" in answer:
+            raise _FailedError(Ran(skipped=printable(answer["not examined"])))
+        if "needs" in answer:
+            raise _FailedError(Ran(failure=printable(answer["needs"]), needs=True))
+        if "failed" in answer:
+            text = printable(answer["failed"])
+            raise _FailedError(Ran(failure=text, unwritten=text.startswith("returned None")))
+        if "raised" in answer:
+            text = printable(answer["raised"])
+            self.raised.append(text)
+            refusal = bool(answer.get("refusal"))
+            unwritten = refusal and text.startswith("NotImplementedError")
+            unwritten = unwritten or (self.session.has_gaps and _of_a_gap(text))
+            raise _FailedError(Ran(failure=f"raised {text}", refusal=refusal, unwritten=unwritten))
+        return answer
+
+    def _arguments(self, probe: Probe, layout: Layout) -> tuple[dict[str, Any], Outputs]:
+        """Return the arguments of a probe by role: the numbers and texts, and the arrays."""
+        values: dict[str, Any] = dict(self.record.constants)
+        arrays = {}
+        for name, value in probe.arguments.items():
+            role = self.record.roles.get(name, name)
+            if isinstance(value, np.ndarray):
+                arrays[role] = layout.arguments.get(name, _same)(value)
+            else:
+                values[role] = value
+        return values, arrays
+
+    def call(self, probe: Probe, layout: Layout, again: int | None = None) -> Call:
+        """Call the forward pass on a probe."""
+        values, arrays = self._arguments(probe, layout)
+        request = {"do": "forward", "values": values, "again": again}
+        answer, found = self.session.ask(request, arrays)
+        answer = self._understood(answer)
+        outputs: Outputs = {
+            name: layout.outputs.get(name, _same)(found[name])
+            for name in ("y", "moving_mean", "moving_var")
+            if name in found
+        }
+        for name in outputs.keys() & {"moving_mean", "moving_var"}:
+            shape = probe.arguments[name].shape  # Any shape will do for what only the code reads.
+            if outputs[name].size == math.prod(shape):
+                outputs[name] = outputs[name].reshape(shape)
+        if "y" not in outputs:
+            raise EndedError("gave no result")
+        y = outputs["y"]
+        if self.record.loss and y.ndim and y.size == 1:
+            outputs["y"] = y.reshape(())
+        self.facts.changed |= dict.fromkeys(_names(answer.get("changed")))
+        taken = set(_names(answer.get("taken")))
+        self.facts.taken |= dict.fromkeys(taken)
+        return Call(
+            outputs,
+            int(answer.get("call", 0)),
+            _names(answer.get("order")),
+            "" if self.adapter else _unasked(probe, taken, y.shape, self._shape(probe)),
+            self.adapter is not None or (self.kind == "function" and "training" in taken),
         )
+
+    def _shape(self, probe: Probe) -> tuple[int, ...]:
+        """Return the shape of the right output."""
+        return given(self.operation, (), self.seed)[probe.name]["y"].shape
+
+    def gradients(self, probe: Probe, layout: Layout, call: Call) -> Outputs:
+        """Call the backward pass with the upstream gradient that belongs to the outputs."""
+        arrays = {}
+        if not self.record.loss:
+            dy = upstream(self.seed, call.outputs["y"].shape)
+            arrays["dy"] = layout.arguments.get("dy", _same)(dy)
+        answer, found = self.session.ask({"do": "backward", "call": call.number}, arrays)
+        answer = self._understood(answer)
+        self.facts.changed |= dict.fromkeys(_names(answer.get("changed")))
+        self.facts.without_dy = bool(answer.get("without dy"))
+        names = list(self.record.gradients)
+        if answer.get("named"):
+            back = {self.role(name): name for name in names}
+            named = {back[role]: value for role, value in found.items() if role in back}
+        else:
+            named = self._in_order(probe, layout, found, call.order, answer.get("count"))
+        missing = [name for name in names if name not in named]
+        if missing == names:
+            raise _FailedError(Ran(failure="returned None from backward", unwritten=True))
+        self.facts.missing |= dict.fromkeys(missing)
+        if self.adapter:  # An adapter need not give vectors the shape of gamma.
+            shapes = {name: np.shape(probe.arguments[name.removeprefix("d")]) for name in named}
+            named = {
+                name: a.reshape(shapes[name]) if a.size == math.prod(shapes[name]) else a
+                for name, a in named.items()
+            }
+        return {name: layout.outputs.get(name, _same)(value) for name, value in named.items()}
+
+    def _in_order(
+        self, probe: Probe, layout: Layout, found: Outputs, order: list[str], count: Any
+    ) -> Outputs:
+        """Return gradients that have no names, by their names."""
+        names = list(self.record.gradients)
+        if count != len(names):
+            text = f"expected {len(names)} gradients ({', '.join(names)})"
+            raise _FailedError(Ran(failure=f"returned {count} from backward, {text}"))
+        places = sorted(int(key) for key in found if key.isdecimal() and int(key) < len(names))
+        other = [name for role in order for name in names if self.role(name) == role]
+        if sorted(other) == sorted(names) and other != names:
+
+            def fits(order: list[str]) -> int:
+                return sum(
+                    layout.outputs.get(order[k], _same)(found[str(k)]).shape
+                    == probe.arguments[order[k].removeprefix("d")].shape
+                    for k in places
+                )
+
+            if fits(other) > fits(names):
+                names = other
+                self.facts.order = other
+        return {names[k]: found[str(k)] for k in places}
+
+    # Probes.
+
+    def layout(self, probe: Probe) -> Layout:
+        """Return the layout in which the code keeps its arrays, found by trying."""
+        x = probe.arguments[next(iter(probe.arguments))]
+        group = x.ndim if self.record.map_layouts else 0
+        if group in self.layouts:
+            return self.layouts[group]
+        layouts = self.record.map_layouts if group == 4 else self.record.layouts
+        if self.adapter:
+            layouts = (Layout(),)
+        right = given(self.operation, (), self.seed)[probe.name]
+        facts, self.facts = self.facts, Facts()  # What is observed while trying does not count.
+        tried: list[tuple[float, int, int, Layout]] = []
+        for k, layout in enumerate(layouts):
+            if self.kind not in layout.kinds:
+                continue
+            # The error of the output decides; of layouts with equal outputs, the gradients.
+            error, misfits = 4.0, 0
+            try:
+                call = self.call(probe, layout)
+                y = call.outputs["y"]
+                error = 2.0
+                if y.shape == right["y"].shape or (self.record.loss and y.ndim == 1):
+                    error = round(min(1.0, difference(y, right["y"])), 1)
+                if error < 0.5:
+                    misfits = 9  # if backward fails
+                    gradients = self.gradients(probe, layout, call)
+                    misfits = sum(gradients[n].shape != right[n].shape for n in gradients)
+            except _FailedError as failed:
+                if failed.result.skipped and "argument" in failed.result.skipped:
+                    break
+            except EndedError:
+                self.session.start()
+                self.select()
+            tried.append((error, misfits, k, layout))
+            if error < 0.05 and misfits == 0:
+                break
+        self.facts = facts
+        tried.sort(key=lambda found: found[:3])
+        self.layouts[group] = best = tried[0][3] if tried else layouts[0]
+        return best
+
+    def run_probes(self) -> dict[str, Ran]:
+        """Return the result on each probe."""
+        results: dict[str, Ran] = {}
+        self.layouts = {}
+        for k, probe in enumerate(probes(self.operation, self.seed)):
+            try:
+                result = self._run(probe, self.layout(probe), check_state=k == 0)
+            except EndedError as error:
+                result = Ran(failure=str(error), ended=True)
+            results[probe.name] = result
+            if result.ended:
+                if not result.outputs:  # Forward failed: the other probes would take as long.
+                    break
+                self.session.start()
+                if self.session.failure:
+                    break
+                self.select()
+        return results
+
+    def _run(self, probe: Probe, layout: Layout, check_state: bool) -> Ran:
+        try:
+            call = self.call(probe, layout)
+        except _FailedError as failed:
+            if self.kind == "class" and probe.beyond == NOT_SQUARE:
+                return Ran(skipped="it takes one size of the kernel")
+            return failed.result
+        if call.skipped:
+            return Ran(skipped=call.skipped)
+        result = Ran(dict(call.outputs), layout=layout.name)
+        if probe.arguments.get("training") is False and not call.explicit:
+            result.skipped = "homework has no backward pass in prediction"
+            return result
+        if self.slow:
+            result.skipped = "backward was too slow"
+            return result
+        try:
+            gradients = self.gradients(probe, layout, call)
+            result.outputs |= gradients
+            if check_state:
+                self._check_state(probe, layout, call, gradients)
+        except _FailedError as failed:
+            result.failure, result.unwritten = failed.result.failure, failed.result.unwritten
+            result.refusal, result.skipped = failed.result.refusal, failed.result.skipped
+            result.needs = failed.result.needs
+        except EndedError as error:
+            result.failure, result.ended, self.slow = str(error), True, True
         return result
 
-    return call
+    def _check_state(self, probe: Probe, layout: Layout, call: Call, gradients: Outputs) -> None:
+        """Call again, and note what differs from the first time."""
+        second = self.call(probe, layout)
+        if not _equal(second.outputs, call.outputs):
+            self.facts.state = "two calls of forward with equal inputs give different outputs"
+            return
+        others = [p for p in probes(self.operation, self.seed)[1:] if _same_kind(p, probe)]
+        if others:
+            with contextlib.suppress(_FailedError):
+                self.call(others[0], layout)
+        try:
+            after = self.gradients(probe, layout, second)
+        except _FailedError:
+            after = {}
+        if not _equal(after, gradients):
+            self.facts.state = (
+                "the gradients of equal calls differ: something is kept from one call to the next"
+            )
+            return
+        try:
+            if self.kind == "class":
+                second = self.call(probe, layout, again=second.number)
+            after = self.gradients(probe, layout, second)
+        except _FailedError:
+            after = {}
+        if not _equal(after, gradients):
+            self.facts.notes.append(
+                "a second pass through the same object gives other gradients"
+                if self.kind == "class"
+                else "a second call of backward with the same cache gives other gradients"
+            )
+
+    # The search for edits.
+
+    def search_edits(
+        self, results: Mapping[str, Ran], beyond: Set[str], seconds: tuple[float, float]
+    ) -> tuple[Change, ...]:
+        """Return the changes that make the code right on all probes, or nothing.
+
+        They are searched in the process, and confirmed there by probes of another seed.
+        """
+        arrays: dict[str, Any] = {}
+        values: list[dict[str, Any]] = []
+        for seed in (self.seed, self.seed + 1):
+            right = given(self.operation, self.facts.base, seed, self.facts.fixed)
+            for probe in probes(self.operation, seed):
+                result = results.get(probe.name)
+                if result is None or result.skipped or result.refusal or probe.name in beyond:
+                    continue
+                truth = right.get(probe.name)
+                if truth is None:
+                    continue
+                k = len(values)
+                layout = self.layout(probe)
+                here, given_arrays = self._arguments(probe, layout)
+                values.append(here)
+                arrays |= {f"{k}/{role}": value for role, value in given_arrays.items()}
+                if not self.record.loss:
+                    dy = upstream(self.seed, truth["y"].shape)
+                    arrays[f"{k}/dy"] = layout.arguments.get("dy", _same)(dy)
+                for name, value in truth.items():
+                    if name.startswith("moving") and name not in result.outputs:
+                        continue  # The code has no moving averages.
+                    change = layout.arguments.get(_ARGUMENT.get(name, name.removeprefix("d")))
+                    arrays[f"{k}/{self.role(name)} is right"] = (change or _same)(value)
+            if seed == self.seed:
+                count = len(values)
+        request = {
+            "do": "search",
+            "values": values,
+            "confirming": len(values) - count,
+            "order": [self.role(name) for name in self.facts.order or self.record.gradients],
+            "seconds": seconds[0],
+            "pair_seconds": seconds[1],
+        }
+        timeout, self.session.timeout = self.session.timeout, 5 * sum(seconds) + 30
+        try:
+            answer = self._understood(self.session.ask(request, arrays)[0])
+            return tuple(
+                Change(int(line), printable(before), printable(after), printable(reason))
+                for line, before, after, reason in answer["changes"][:10]
+            )
+        except (_FailedError, EndedError, KeyError, TypeError, ValueError):
+            return ()
+        finally:
+            self.session.timeout = timeout
+
+    # Question 1: is the backward pass the gradient of its own forward pass?
+
+    def compare_with_differences(self, found: Examination) -> None:
+        """Note whether the gradients are those of the code's own forward pass."""
+        verdicts: dict[str, bool] = {}
+        generator = np.random.default_rng(self.seed)
+        for probe in probes(self.operation, self.seed):
+            if probe.beyond or probe.name == "ties" or probe.arguments.get("training") is False:
+                continue
+            layout = self.layout(probe)
+            try:
+                call = self.call(probe, layout)
+                if call.skipped:
+                    continue
+                gradients = self.gradients(probe, layout, call)
+                for name, gradient in gradients.items():
+                    x = probe.arguments[name.removeprefix("d")]
+                    if gradient.shape != x.shape or x.dtype.kind != "f":
+                        verdicts[name] = False
+                        continue
+                    for _ in range(DIRECTIONS):
+                        verdicts[name] = verdicts.get(name, True) and self._agrees(
+                            probe, layout, name, gradient, generator.standard_normal(x.shape)
+                        )
+            except (_FailedError, EndedError):
+                return
+        if verdicts:
+            self.facts.own_gradient = verdicts
+
+    def _agrees(
+        self, probe: Probe, layout: Layout, name: str, gradient: np.ndarray, direction: np.ndarray
+    ) -> bool:
+        argument = name.removeprefix("d")
+
+        def function(x: np.ndarray) -> np.ndarray:
+            moved = Probe(probe.name, probe.arguments | {argument: x})
+            return self.call(moved, layout).outputs["y"]
+
+        slopes, errors = numeric.extrapolated(function, probe.arguments[argument], direction)
+        dy = np.ones(slopes.shape) if self.record.loss else upstream(self.seed, slopes.shape)
+        expected, computed = float(np.sum(slopes * dy)), float(np.sum(gradient * direction))
+        scale = float(np.sum(np.abs(slopes * dy)))
+        return abs(expected - computed) <= 1e-6 * scale + float(np.sum(errors * np.abs(dy)))
 
 
-def _describe(error: BaseException, path: str) -> str:
-    text = " ".join(str(error).split())
-    line = _line(error, path)
-    return type(error).__name__ + f": {text}" * bool(text) + f", line {line}" * (line is not None)
+def upstream(seed: int, shape: tuple[int, ...]) -> np.ndarray:
+    """Return the upstream gradient for an output of this shape."""
+    return np.random.default_rng(seed + 1).standard_normal(shape)
 
 
-def _line(error: BaseException, path: str) -> int | None:
-    """Return the number of the file's innermost line in the traceback of an error, or None."""
-    frames = traceback.extract_tb(error.__traceback__)
-    return next((frame.lineno for frame in reversed(frames) if frame.filename == path), None)
+def _same(a: np.ndarray) -> np.ndarray:
+    return a
 
 
-if __name__ == "__main__":
-    _main(json.loads(sys.argv[1]))
+def _of_a_gap(text: str) -> bool:
+    """Return whether an error is one that a gap in a template gives: ``x = None``."""
+    return "NoneType" in text or text.startswith("NameError")
+
+
+def _names(value: Any) -> list[str]:
+    """Return a list of somebody else as a list of short texts."""
+    return [printable(name)[:40] for name in value[:20]] if isinstance(value, list) else []
+
+
+def _equal(a: Outputs, b: Outputs) -> bool:
+    return a.keys() == b.keys() and all(np.array_equal(a[k], b[k], equal_nan=True) for k in a)
+
+
+def _same_kind(a: Probe, b: Probe) -> bool:
+    """Return whether two probes have the same number of dimensions and the same mode."""
+    first, second = (next(iter(p.arguments.values())) for p in (a, b))
+    same = a.arguments.get("training") == b.arguments.get("training")
+    return bool(first.ndim == second.ndim) and same and not a.beyond
+
+
+def _unasked(probe: Probe, taken: set[str], shape: tuple[int, ...], right: tuple[int, ...]) -> str:
+    """Return why code that does not take some arguments is not meant for a probe, if it is not.
+
+    Args:
+        probe: the probe.
+        taken: the roles of the arguments that the code takes.
+        shape: the shape of the output.
+        right: the shape of the right output.
+    """
+    arguments = probe.arguments
+    for name in ("weight", "gamma", "beta", "bias", "mask", "slope"):
+        if name in arguments and name not in taken:
+            return f"it has no argument and no attribute for {name}"
+    if right == () and len(shape) == 2 and shape == arguments.get("logits", np.empty(0)).shape:
+        return "it returns probabilities, and no loss"
+    modes = {"training", "prediction", "mode"}
+    if not arguments.get("training", True) and not taken & modes:
+        return "it has no prediction mode"
+    if "kernel_size" in arguments:
+        sizes = {"kernel_size", "kernel_height", "kernel_width"}
+        if not taken & sizes and arguments["kernel_size"] != (2, 2):
+            return "it has no size of the window"
+    if "stride" in arguments and "stride" not in taken:
+        pool = "kernel_size" in arguments
+        if shape != right if pool else arguments["stride"] != (1, 1):
+            return "it has no stride"
+    if "padding" in arguments and "padding" not in taken and arguments["padding"] != (0, 0):
+        return "it has no padding"
+    return ""

@@ -1,0 +1,582 @@
+"""Grade the homework of a class: which functions, by which students, and what each is worth.
+
+A file in TOML describes the assignment::
+
+    title = "Assignment 2"
+
+    [[function]]
+    operation = "batch_norm"
+    forward = "batchnorm_forward"        # a function, or a class
+    backward = "batchnorm_backward"      # left out for a class, and for a loss with its gradient
+    points = 4
+
+    [[function]]
+    operation = "conv2d"
+    forward = "conv_forward_naive"
+    backward = "conv_backward_naive"
+    points = 6
+    promises = ["padding at least 1", "the stride divides"]
+
+Code that is right under the promises is right where the assignment asks. Without such a file, the
+functions and classes are guessed from their names.
+"""
+
+from __future__ import annotations
+
+import ast
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass, field
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from npbn import backend
+from npbn.errors import SubmissionError
+from npbn.verify.examination import (
+    ASKED,
+    CONVENTION,
+    UNDECIDED,
+    UNLOADED,
+    Examination,
+)
+from npbn.verify.isolated.calling import BACKWARD_METHODS, FORWARD_METHODS
+from npbn.verify.isolated.loading import decoded, notebook_source, python_3
+from npbn.verify.operations import OPERATIONS, Probe, probes
+from npbn.verify.session import Session, printable
+from npbn.verify.submission import examine_in
+
+NOT_FOUND = "not found"
+"""The verdict on a function that no file of the student has."""
+
+KNOWN = {demand for name in OPERATIONS for demand in (p.beyond for p in probes(name)) if demand}
+"""The demands beyond the usual ones that an assignment may make (``asks``)."""
+
+PROMISES: dict[str, Callable[[Probe], bool]] = {
+    "padding at least 1": lambda probe: probe.arguments.get("padding", (1, 1)) != (0, 0),
+    "no padding": lambda probe: probe.arguments.get("padding", (0, 0)) == (0, 0),
+    "stride 1": lambda probe: probe.arguments.get("stride", (1, 1)) == (1, 1),
+    "windows side by side": lambda probe: (
+        probe.arguments.get("stride") == probe.arguments.get("kernel_size")
+    ),
+    "only training": lambda probe: probe.arguments.get("training", True) is True,
+    "no ties": lambda probe: probe.name != "ties",
+}
+"""What an assignment may promise, and whether a probe keeps the promise."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """A function or class that the assignment asks for.
+
+    Attributes:
+        operation: what it should compute.
+        forward, backward: the names. They are equal for a class and for a loss with its gradient.
+        points: what it is worth.
+        promises, asks: see `PROMISES` and `KNOWN`.
+    """
+
+    operation: str
+    forward: str
+    backward: str
+    points: float = 1.0
+    promises: tuple[str, ...] = ()
+    asks: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """Return the name for a table."""
+        return self.forward
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """The tasks, or none if they are to be guessed; and its title."""
+
+    title: str = "homework"
+    tasks: tuple[Task, ...] = ()
+
+
+@dataclass(frozen=True)
+class Grade:
+    """The verdict on one function of one student.
+
+    Attributes:
+        student: the name of the student's file or folder.
+        task: the task. For a guessed function, it is made of the guess.
+        file: the path of the file, or an empty text if no file has the function.
+        verdict: the verdict, or `NOT_FOUND`.
+        examination: the examination, or None if there is none.
+        text: the report in words.
+    """
+
+    student: str
+    task: Task
+    file: str
+    verdict: str
+    examination: Examination | None
+    text: str
+
+    @property
+    def points(self) -> float:
+        """Return the points: all for right code, else none."""
+        return self.task.points if self.verdict in ("right", CONVENTION, ASKED) else 0.0
+
+    @property
+    def open(self) -> bool:
+        """Return whether a person has to decide."""
+        return self.verdict in (UNDECIDED, UNLOADED, "could not be run")
+
+    def record(self) -> dict[str, Any]:
+        """Return the grade as values for JSON."""
+        found = self.examination
+        mistakes = (
+            []
+            if found is None
+            else [
+                {"name": m.name, "explanation": m.explanation}
+                for c in found.mistakes[:1]
+                for m in c
+            ]
+        )
+        edits = () if found is None else found.edits
+        return {
+            "student": self.student,
+            "file": self.file,
+            "function": self.task.forward,
+            "operation": self.task.operation,
+            "verdict": self.verdict,
+            "forward": "not examined" if found is None else found.forward,
+            "backward": "not examined" if found is None else found.backward,
+            "mistakes": mistakes,
+            "lines": [int(n) for e in edits for n in re.findall(r"^line (\d+)", e)],
+            "edits": list(edits),
+            "complaints": [] if found is None else list(found.complaints),
+            "conventions": [] if found is None else list(found.conventions),
+            "beyond": [] if found is None else list(found.beyond),
+            "not_examined": []
+            if found is None
+            else [note for note in found.notes if "not examined" in note],
+            "points": self.points,
+            "max_points": self.task.points,
+        }
+
+
+# The assignment.
+
+
+def read_assignment(path: str | os.PathLike[str]) -> Assignment:
+    """Return the assignment in a TOML file.
+
+    Raises:
+        SubmissionError: the file cannot be read, or it says something that is not known. The
+            message names the entry.
+    """
+    if sys.version_info >= (3, 11):
+        import tomllib
+    else:
+        import tomli as tomllib
+    try:
+        found = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise SubmissionError(f"{path} cannot be read: {error.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise SubmissionError(f"{path} is no TOML: {printable(error)}") from None
+    _known(path, "the file", found, {"title": str, "function": list})
+    tasks = tuple(_task(path, k, entry) for k, entry in enumerate(found.get("function", ()), 1))
+    if not tasks:
+        raise SubmissionError(f"{path}: expected at least one [[function]]")
+    return Assignment(found.get("title", Path(path).stem), tasks)
+
+
+_ENTRY = {
+    "operation": str,
+    "forward": str,
+    "backward": str,
+    "points": (int, float),
+    "promises": list,
+    "asks": list,
+}
+
+
+def _known(path: Any, where: str, entry: Any, types: Mapping[str, Any]) -> None:
+    if not isinstance(entry, dict):
+        raise SubmissionError(f"{path}, {where}: expected a table")
+    for name, value in entry.items():
+        if name not in types:
+            raise SubmissionError(
+                f"{path}, {where}: expected one of {', '.join(types)}, got {name}"
+            )
+        if not isinstance(value, types[name]):
+            raise SubmissionError(f"{path}, {where}: {name} has the wrong type: {value!r}")
+
+
+def _task(path: Any, number: int, entry: Any) -> Task:
+    where = f"function {number}"
+    _known(path, where, entry, _ENTRY)
+    for name in ("operation", "forward"):
+        if name not in entry:
+            raise SubmissionError(f"{path}, {where}: {name} is missing")
+    for name, allowed in (("promises", PROMISES), ("asks", KNOWN)):
+        for value in entry.get(name, ()):
+            if value not in allowed:
+                known = ", ".join(repr(text) for text in sorted(allowed))
+                raise SubmissionError(f"{path}, {where}: {name}: expected {known}, got {value!r}")
+    if entry["operation"] not in OPERATIONS:
+        known = ", ".join(OPERATIONS)
+        raise SubmissionError(
+            f"{path}, {where}: operation: expected one of {known}, got {entry['operation']!r}"
+        )
+    if entry.get("points", 1) < 0:
+        raise SubmissionError(f"{path}, {where}: points: expected a number >= 0")
+    return Task(
+        entry["operation"],
+        entry["forward"],
+        entry.get("backward", entry["forward"]),
+        float(entry.get("points", 1)),
+        tuple(entry.get("promises", ())),
+        tuple(entry.get("asks", ())),
+    )
+
+
+# The students' files.
+
+
+def students(paths: Sequence[str | os.PathLike[str]]) -> dict[str, list[Path]]:
+    """Return the files of each student by the student's name.
+
+    A folder without Python files and notebooks of its own is a folder of students. In it, each file
+    and each folder is a student.
+
+    Raises:
+        SubmissionError: there is no such file or folder, or there is nothing to grade.
+    """
+    found: dict[str, list[Path]] = {}
+
+    def add(path: Path) -> None:
+        files = [path] if path.is_file() else sorted(_files(path))
+        if files:
+            name = printable(path.name if path.is_dir() else path.stem)
+            while name in found:
+                name += "'"
+            found[name] = files
+
+    for given in paths:
+        path = Path(given)
+        if path.is_file():
+            if path.suffix not in SUFFIXES:
+                raise SubmissionError(f"{path} is no Python file and no notebook")
+            add(path)
+        elif path.is_dir():
+            # A single argument is the folder of the class.
+            entries = sorted(p for p in path.iterdir() if not p.name.startswith((".", "_")))
+            for entry in entries if len(paths) == 1 else [path]:
+                if entry.is_dir() or entry.suffix in SUFFIXES:
+                    add(entry)
+        else:
+            raise SubmissionError(f"{path} does not exist")
+    if not found:
+        raise SubmissionError("there is nothing to grade: expected Python files and notebooks")
+    return found
+
+
+SUFFIXES = (".py", ".ipynb")
+MOST_FILES = 1000
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    count = 0
+    for directory, folders, names in os.walk(folder):
+        folders[:] = sorted(f for f in folders if not f.startswith((".", "_")))
+        for name in sorted(names):
+            if Path(name).suffix in SUFFIXES and not name.startswith("."):
+                count += 1
+                if count > MOST_FILES:
+                    return
+                yield Path(directory) / name
+
+
+def defined(path: Path) -> dict[str, set[str]]:
+    """Return the functions and classes of a file by name, each with the names of its methods.
+
+    The file is only parsed. Of a file that cannot be parsed, the names are found as well as a
+    regular expression can.
+    """
+    try:
+        content = path.read_bytes()[: 10**7]
+        source = notebook_source(content) if path.suffix == ".ipynb" else decoded(content)
+    except (OSError, ValueError):
+        return {}
+    try:
+        tree = ast.parse(source)
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        try:
+            tree = ast.parse(python_3(source))
+        except (SyntaxError, ValueError, RecursionError, MemoryError):
+            return {name: set() for name in re.findall(r"^def (\w+)\(", source, re.M)}
+    found: dict[str, set[str]] = {}
+    for node in tree.body:
+        if isinstance(node, ast.FunctionDef):
+            found[node.name] = set()
+        elif isinstance(node, ast.ClassDef):
+            found[node.name] = {n.name for n in node.body if isinstance(n, ast.FunctionDef)}
+    return found
+
+
+GUESSES = (
+    (r"transpose|conv1d|conv3d|deconv|activation|model|network|layer1|fused", None),
+    (r"(affine|linear|conv|fc|batchnorm|bn).*(relu|pool|sigmoid|bn|batchnorm)", None),
+    (r"spatial.*(batch|bn)|batchnorm2d|bn2d", "spatial_batch_norm"),
+    (r"spatial.*group|group_?norm", "group_norm"),
+    (r"batch_?norm|^bn", "batch_norm"),
+    (r"layer_?norm", "layer_norm"),
+    (r"(avg|average|mean)_?pool", "avg_pool2d"),
+    (r"pool", "max_pool2d"),
+    (r"^conv", "conv2d"),
+    (r"affine|linear|dense|fully_?connected|^fc", "linear"),
+    (r"leaky_?relu", "leaky_relu"),
+    (r"relu", "relu"),
+    (r"tanh", "tanh"),
+    (r"(soft_?max.*(loss|entropy))|cross_?entropy", "softmax_cross_entropy"),
+    (r"sigmoid", "sigmoid"),
+    (r"svm|hinge", "svm_loss"),
+    (r"embedding", "embedding"),
+    (r"rnn_?step", "rnn_step"),
+)
+"""What a function or class of a name computes. None means that it is not examined."""
+
+
+def guess(name: str) -> str | None:
+    """Return the operation that a name stands for, or None."""
+    short = re.sub(r"(_?forward_?|_?fwd_?|_naive|_strides|_fast|_loop)", "", name.lower())
+    return next((operation for pattern, operation in GUESSES if re.search(pattern, short)), None)
+
+
+def guessed(names: Mapping[str, set[str]]) -> list[Task]:
+    """Return the tasks that the functions and classes of a file seem to solve."""
+    tasks = []
+    for name, methods in names.items():
+        operation = guess(name)
+        if operation is None:
+            continue
+        partner = next((other for other in _partners(name) if other in names), None)
+        if (methods & {*FORWARD_METHODS} and methods & {*BACKWARD_METHODS}) or (
+            not methods and OPERATIONS[operation].loss and "loss" in name.lower() and not partner
+        ):
+            tasks.append(Task(operation, name, name))
+        elif partner is not None and not methods:
+            tasks.append(Task(operation, name, partner))
+    return tasks
+
+
+def _partners(name: str) -> list[str]:
+    """Return the names that the backward pass of a forward pass may have."""
+    words = (("forward", "backward"), ("Forward", "Backward"), ("fwd", "bwd"), ("forward", "back"))
+    found = [name.replace(old, new) for old, new in words if old in name]
+    if "backward" not in name:
+        found += [f"{name}_backward", f"{name}_back", f"d{name}", f"{name}_grad", f"{name}_prime"]
+    return [other for other in found if other != name]
+
+
+# Grading.
+
+
+def grade(
+    name: str,
+    files: Sequence[Path],
+    assignment: Assignment,
+    *,
+    seed: int,
+    timeout: float,
+    edit_seconds: tuple[float, float] = (0.0, 0.0),
+) -> list[Grade]:
+    """Grade one student: every task in the first file that has its functions.
+
+    Args:
+        name: the name of the student.
+        files: the student's files.
+        assignment: the assignment.
+        seed: the seed of the inputs, the same for all students.
+        timeout: the time limit for each call, in seconds.
+        edit_seconds: the time for the search for edits; see `npbn.verify.isolated.edits`.
+    """
+    names = {file: defined(file) for file in files}
+    work: dict[Path, list[Task]] = {}
+    grades: list[Grade] = []
+    for task in assignment.tasks:
+        at = next(
+            (f for f, known in names.items() if {task.forward, task.backward} <= known.keys()), None
+        )
+        if at is None:
+            broken = [f for f, known in names.items() if not known]
+            text = f"there is no {task.forward}"
+            if broken:
+                text += f" ({', '.join(printable(f.name) for f in broken)} cannot be parsed)"
+            grades.append(Grade(name, task, "", NOT_FOUND, None, text))
+        else:
+            work.setdefault(at, []).append(task)
+    if not assignment.tasks:
+        work = {file: tasks for file, known in names.items() if (tasks := guessed(known))}
+    for file, tasks in work.items():
+        grades += _grade_file(name, file, tasks, seed, timeout, edit_seconds)
+    order = {task: k for k, task in enumerate(assignment.tasks)}
+    return sorted(grades, key=lambda grade: order.get(grade.task, 0))
+
+
+def _grade_file(
+    name: str,
+    file: Path,
+    tasks: Sequence[Task],
+    seed: int,
+    timeout: float,
+    edit_seconds: tuple[float, float],
+) -> Iterator[Grade]:
+    try:
+        with Session(file, timeout) as session:
+            for task in tasks:
+                try:
+                    found = examine_in(
+                        session,
+                        task.forward,
+                        task.backward,
+                        task.operation,
+                        seed=seed,
+                        asks=frozenset(task.asks),
+                        promised=[PROMISES[text] for text in task.promises],
+                        edit_seconds=edit_seconds,
+                    )
+                except SubmissionError as error:
+                    yield Grade(name, task, str(file), UNLOADED, None, str(error))
+                else:
+                    yield Grade(name, task, str(file), found.verdict, found, str(found))
+    except (SubmissionError, OSError) as error:
+        for task in tasks:
+            yield Grade(name, task, str(file), UNLOADED, None, printable(error))
+
+
+def _job(arguments: tuple[Any, ...]) -> list[Grade]:
+    name, files, assignment, options = arguments
+    with np.errstate(all="ignore"):
+        return grade(name, files, assignment, **options)
+
+
+def grade_all(
+    found: Mapping[str, Sequence[Path]],
+    assignment: Assignment,
+    *,
+    jobs: int | None = None,
+    on_student: Callable[[str], None] | None = None,
+    **options: Any,
+) -> dict[str, list[Grade]]:
+    """Grade all students, several at a time; return the grades by student.
+
+    Args:
+        found: the files of each student, from `students`.
+        assignment: the assignment.
+        jobs: the number of processes. By default, the number of CPUs that this process may use.
+        on_student: a function that is called with the name of each student who has been graded.
+        options: the options of `grade`.
+    """
+    jobs = min(jobs or backend.usable_cpus(), len(found))
+    results: dict[str, list[Grade]] = {}
+    work = [(name, list(files), assignment, options) for name, files in found.items()]
+    with ProcessPoolExecutor(
+        jobs, get_context("spawn"), initializer=backend.limit_blas_threads, initargs=(1,)
+    ) as pool:
+        futures = {pool.submit(_job, arguments): arguments[0] for arguments in work}
+        for future in as_completed(futures):
+            results[futures[future]] = future.result()
+            if on_student is not None:
+                on_student(futures[future])
+    return {name: results[name] for name in found}
+
+
+@dataclass
+class Report:
+    """The grades of a class in the forms that people and other programs read."""
+
+    assignment: Assignment
+    grades: Mapping[str, Sequence[Grade]]
+    columns: list[str] = field(init=False)
+
+    def __post_init__(self) -> None:
+        if self.assignment.tasks:
+            self.columns = [task.name for task in self.assignment.tasks]
+        else:
+            every = {g.task.operation for found in self.grades.values() for g in found}
+            self.columns = [name for name in OPERATIONS if name in every]
+
+    def cells(self, student: str) -> list[list[Grade]]:
+        """Return the grades of a student for each column."""
+        by_task = bool(self.assignment.tasks)
+        return [
+            [g for g in self.grades[student] if (g.task.name if by_task else g.task.operation) == c]
+            for c in self.columns
+        ]
+
+    def records(self) -> list[dict[str, Any]]:
+        """Return one record for each student and function, for JSON."""
+        return [grade.record() for found in self.grades.values() for grade in found]
+
+    def rows(self) -> list[list[str]]:
+        """Return a table of students and functions, with a row of titles, for CSV."""
+        rows = [["student", *self.columns, "points", "max points", "to decide"]]
+        for student, found in self.grades.items():
+            cells = ["; ".join(g.verdict for g in cell) for cell in self.cells(student)]
+            points, most = sum(g.points for g in found), sum(g.task.points for g in found)
+            undecided = sum(g.open for g in found)
+            rows.append([student, *cells, f"{points:g}", f"{most:g}", str(undecided)])
+        return rows
+
+    def feedback(self, student: str) -> str:
+        """Return the feedback for a student, in Markdown."""
+        lines = [f"# {self.assignment.title}: {student}", ""]
+        for grade in self.grades[student]:
+            points = f" ({grade.points:g} of {grade.task.points:g} points)"
+            if not self.assignment.tasks:
+                points = ""
+            lines += [
+                f"## {grade.task.forward}: {grade.verdict}{points}",
+                "",
+                "```",
+                grade.text.replace("```", "'''"),
+                "```",
+                "",
+            ]
+        if not self.grades[student]:
+            lines.append("Nothing to grade was found.")
+        return "\n".join(lines)
+
+    def gradescope(self, student: str) -> dict[str, Any]:
+        """Return a student's grades as Gradescope's results.json."""
+        return {
+            "tests": [
+                {
+                    "name": f"{grade.task.forward} ({grade.task.operation})",
+                    "score": grade.points,
+                    "max_score": grade.task.points,
+                    "status": "passed" if grade.points == grade.task.points else "failed",
+                    "output": grade.text,
+                }
+                for grade in self.grades[student]
+            ]
+        }
+
+    def nbgrader(self) -> list[list[str]]:
+        """Return the grades as the table that ``nbgrader export`` writes."""
+        rows = [["assignment", "student_id", "raw_score", "score", "max_score"]]
+        for student, found in self.grades.items():
+            points, most = sum(g.points for g in found), sum(g.task.points for g in found)
+            rows.append([self.assignment.title, student, *([f"{points:g}"] * 2), f"{most:g}"])
+        return rows
+
+
+def spreadsheet_cell(text: str) -> str:
+    """Return a text of somebody else so that a spreadsheet does not take it for a formula."""
+    text = printable(text)
+    return f"'{text}" if text.startswith(("=", "+", "-", "@")) else text

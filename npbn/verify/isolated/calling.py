@@ -1,0 +1,689 @@
+"""Call other people's forward and backward passes, whatever their arguments are called.
+
+An argument has a *role*: the role of ``W``, ``weights`` and ``kernel`` is "weight". The roles are
+guessed from the names (`NAMES`), and so are the layouts of the arrays (`npbn.verify.operations`).
+
+- *functions*: ``forward(x, …) -> y, cache`` and ``backward(dy, cache) -> gradients``, in the order
+  of the operation or of the arguments of forward, or as a dict. Options are arguments
+  (``stride``, ``padding``, ``eps``, ``training``, …) or in a dict, as in courses:
+  ``batchnorm_forward(x, gamma, beta, bn_param)``, ``conv_forward(x, w, b, conv_param)``,
+  ``max_pool_forward(x, pool_param)``, ``conv_forward(A_prev, W, b, hparameters)``.
+  gamma is (1, D) or (D,), and for feature maps (1, C, 1, 1) or (C,); the weight of a linear layer
+  is (out, in) or (in, out); examples may be in columns, channels last.
+- *a loss with its gradient*: ``softmax_loss(x, y) -> loss, dx``, as ``softmax_loss,softmax_loss``.
+- *classes*: ``BatchNormalization(gamma, beta, momentum).forward(x, train_flg)`` and
+  ``.backward(dout)``, with gradients in attributes such as ``dgamma``, ``dW``, ``dLdW`` and
+  ``grad_W``. Parameters are arguments of the constructor, or attributes that are set after it.
+
+Code is examined only with the arguments that it takes: without ``training``, in training only;
+without ``padding``, without padding. Where the gradient in prediction is not asked for, it is not
+examined.
+
+- *any other*, by an adapter of yours: ``adapt(forward, backward)`` gets the two functions, or
+  classes, and returns two in npbn's signature, with the arguments it can use. Where it raises
+  `npbn.verify.NotExaminedError`, nothing is examined. For a class whose parameters are in a list::
+
+      from npbn.verify import NotExaminedError
+
+      def adapt(forward, backward):
+          def batch_norm(x, gamma, beta, training, eps):
+              if not training:
+                  raise NotExaminedError("prediction is another exercise")
+              layer = forward(gamma.size, eps)
+              layer.theta = [gamma.ravel(), beta.ravel()]
+              return layer.forward(x), layer
+
+          def batch_norm_backward(dy, layer):
+              dx = layer.backward(dy)
+              return dx, *layer.dtheta
+
+          return batch_norm, batch_norm_backward
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+Values = dict[str, Any]
+"""Values by role."""
+
+NAMES: dict[str, tuple[str, ...]] = {
+    "x": (
+        *(
+            "x",
+            "xin",
+            "input",
+            "inputs",
+            "inp",
+            "a",
+            "z",
+            "aprev",
+            "indata",
+            "data",
+            "in",
+            "feature",
+        ),
+        *(
+            "features",
+            "image",
+            "images",
+            "img",
+            "imgs",
+            "inputdata",
+            "xinput",
+            "inputtensor",
+            "prev",
+        ),
+        *("layerinput", "batch", "h", "activation", "activations", "inputarray", "s", "logits"),
+        *("scores", "score", "predictions", "pred", "preds", "yhat", "ypred", "output", "outputs"),
+    ),
+    "weight": ("w", "weight", "weights", "kernel", "kernels", "filter", "filters", "k", "f", "ws"),
+    "bias": ("b", "bias", "biases", "bs"),
+    "gamma": ("gamma", "g", "bw", "scale", "weight", "w", "gammas"),
+    "beta": ("beta", "bb", "shift", "bias", "b", "betas", "offset"),
+    "moving_mean": (
+        *("movingmean", "runningmean", "runningm", "movingaverage", "mean", "runmean", "runmu"),
+        *(
+            "runningmu",
+            "meanmoving",
+            "emamean",
+            "globalmean",
+            "rollingmean",
+            "popmean",
+            "runningavg",
+        ),
+    ),
+    "moving_var": (
+        *(
+            "movingvar",
+            "runningvar",
+            "runningv",
+            "movingvariance",
+            "runningvariance",
+            "var",
+            "runvar",
+        ),
+        *("emavar", "globalvar", "rollingvar", "popvar", "rollingvariance", "variance"),
+    ),
+    "training": (
+        *("training", "train", "istraining", "trainflg", "istrain", "trainmode", "trainflag"),
+        *("ontrain", "savecache", "keepcache", "intraining", "trainingmode"),
+    ),
+    "prediction": ("eval", "test", "iseval", "inference", "istest", "testing", "evalmode"),
+    "mode": ("mode", "phase"),
+    "eps": ("eps", "epsilon", "e", "epsil", "veps"),
+    "momentum": ("momentum", "m", "decay", "alpha", "rho"),
+    "stride": ("stride", "strides", "s"),
+    "padding": ("padding", "pad", "p", "pads", "paddingsize", "padsize"),
+    "kernel_size": (
+        *("kernelsize", "poolsize", "size", "kernel", "k", "ksize", "filtersize", "windowsize"),
+        *("filterdim", "fsize", "kerneldim", "pooldim", "poolsz", "filtershape", "windowshape"),
+        *("pool", "window", "f", "poolshape", "kernelshape"),
+    ),
+    "kernel_height": (
+        "poolheight",
+        "poolh",
+        "ph",
+        "kernelheight",
+        "kh",
+        "filterheight",
+        "height",
+        "h",
+    ),
+    "kernel_width": ("poolwidth", "poolw", "pw", "kernelwidth", "kw", "filterwidth", "width", "w"),
+    "labels": (
+        *(
+            "y",
+            "t",
+            "labels",
+            "label",
+            "target",
+            "targets",
+            "ytrue",
+            "true",
+            "truth",
+            "yb",
+            "c",
+            "gt",
+        ),
+        *("ts", "answer", "answers", "groundtruth", "actual", "classes"),
+    ),
+    "inputs": (
+        *(
+            "infeatures",
+            "inputsize",
+            "insize",
+            "nin",
+            "inputdim",
+            "indim",
+            "numfeatures",
+            "dim",
+            "d",
+        ),
+        *("inchannels", "inchannel", "channels", "numchannels", "features", "fanin", "infeature"),
+        *("inputchannels", "inputchannel", "cin", "numinput", "numinputs", "size", "inputfeatures"),
+        *("inchans", "inch", "numin", "rows", "inputchans", "inputunits", "inputdims", "nchannels"),
+        *("nfeatures", "inputs", "ninputs", "inputnum", "n", "shape", "dims", "inputshape", "c"),
+    ),
+    "outputs": (
+        *("outfeatures", "outputsize", "outsize", "nout", "outputdim", "outdim", "outchannels"),
+        *(
+            "outchannel",
+            "fanout",
+            "units",
+            "numfilters",
+            "nfilters",
+            "outfeature",
+            "outputchannels",
+        ),
+        *("outputchannel", "cout", "numoutput", "numoutputs", "neurons", "nneurons", "filternum"),
+        *(
+            "outchans",
+            "outch",
+            "numout",
+            "cols",
+            "numkernels",
+            "nkernels",
+            "kernelnum",
+            "filtersnum",
+        ),
+        *(
+            "outputs",
+            "noutputs",
+            "outputnum",
+            "nodes",
+            "numneurons",
+            "outputfeatures",
+            "filters",
+            "hidden",
+        ),
+    ),
+    "weight_initializer": ("weightinitfn", "weightinit", "winit"),
+    "bias_initializer": ("biasinitfn", "biasinit", "binit"),
+    "mask": ("mask", "dropmask"),
+    "p": (
+        "p",
+        "rate",
+        "dropout",
+        "dropoutratio",
+        "dropoutrate",
+        "ratio",
+        "prob",
+        "dropprob",
+        "keepprob",
+    ),
+    "slope": ("slope", "alpha", "negativeslope", "leak"),
+    "hidden": ("prevh", "hprev", "h", "hidden", "h0", "ht1"),
+    "weight_x": ("wx", "wxh", "wi", "wax"),
+    "weight_h": ("wh", "whh", "waa"),
+    "groups": ("g", "groups", "numgroups", "ngroups"),
+}
+"""For each role the names that people give it, in lower case and without underscores."""
+
+FORWARD_METHODS = (
+    *("forward", "__call__", "forward_propagate", "forward_propagation", "forward_pass"),
+    *("propagate", "call", "forward_prop", "feedforward", "feed_forward", "fprop", "cal_loss"),
+)
+BACKWARD_METHODS = (
+    *("backward", "back_propagate", "backpropagate", "backward_pass", "backprop"),
+    *("backward_propagate", "backward_propagation", "back_propagation", "backpropagation"),
+    *("backward_prop", "back_prop", "bprop", "derivative", "gradient", "grad"),
+)
+"""The names of the methods of a class, in the order in which they are looked for."""
+OUTPUT = ("a", "y", "out", "output", "yout", "activation", "s", "h", "result")
+"""Names of the output in a backward pass that gets no cache."""
+LEARNING_RATE = ("learningrate", "lr", "rate", "alpha", "eta", "learnrate")
+
+PARAMETERS = ("weight", "bias", "gamma", "beta", "moving_mean", "moving_var")
+DICTIONARY = re.compile(r"param(eter)?s?$|hyper|^config$|^options?$|^hp$")
+
+
+class BadResultError(Exception):
+    """The error that is raised if the code returns an unusable result.
+
+    The message is a predicate such as "returned None from backward"; the subject is "it".
+    """
+
+
+class NotExaminedError(Exception):
+    """The error that is raised if code is not meant for a probe. The message says why."""
+
+
+class RaisedError(Exception):
+    """The error that is raised if the code raised one, which is the cause."""
+
+
+def plain(name: str) -> str:
+    """Return a name in lower case, without underscores."""
+    return name.lower().replace("_", "")
+
+
+def role_of(name: str, roles: Mapping[str, Any]) -> str | None:
+    """Return the role that a name has among these roles, or None."""
+    name = plain(name)
+    found = [(NAMES[role].index(name), role) for role in roles if name in NAMES.get(role, ())]
+    return min(found)[1] if found else None
+
+
+def called(function: Callable[..., Any], *values: Any, **arguments: Any) -> Any:
+    """Call other people's code; whatever it raises becomes the cause of a RaisedError."""
+    try:
+        return function(*values, **arguments)
+    except NotExaminedError:
+        raise
+    except (Exception, SystemExit) as error:
+        raise RaisedError from error
+
+
+class Asked(dict[str, Any]):
+    """A dictionary that notes which of its roles are read."""
+
+    def __init__(
+        self, values: Mapping[str, Any], roles: Mapping[str, str], taken: set[str]
+    ) -> None:
+        super().__init__(values)
+        self._roles, self._taken = roles, taken
+
+    def _note(self, key: Any) -> None:
+        if key in self._roles:
+            self._taken.add(self._roles[key])
+
+    def __getitem__(self, key: Any) -> Any:
+        self._note(key)
+        return super().__getitem__(key)
+
+    def get(self, key: Any, default: Any = None) -> Any:
+        self._note(key)
+        return super().get(key, default)
+
+    def pop(self, key: Any, *default: Any) -> Any:
+        self._note(key)
+        return super().pop(key, *default)
+
+    def setdefault(self, key: Any, default: Any = None) -> Any:
+        self._note(key)
+        return super().setdefault(key, default)
+
+
+DICTIONARY_NAMES = {
+    "stride": ("stride", "strides"),
+    "padding": ("pad", "padding"),
+    "kernel_height": ("pool_height",),
+    "kernel_width": ("pool_width",),
+    "kernel_size": ("f", "kernel_size", "pool_size"),
+    "eps": ("eps", "epsilon"),
+    "momentum": ("momentum",),
+    "moving_mean": ("running_mean", "moving_mean"),
+    "moving_var": ("running_var", "moving_var"),
+    "mode": ("mode",),
+    "training": ("training",),
+    "mask": ("mask",),
+    "p": ("p",),
+    "slope": ("slope", "alpha"),
+}
+
+
+def dictionary(values: Values, taken: set[str]) -> Asked:
+    """Return the values of roles as a dictionary with the keys that homework uses."""
+    keys = {
+        key: role for role, names in DICTIONARY_NAMES.items() if role in values for key in names
+    }
+    return Asked({key: values[role] for key, role in keys.items()}, keys, taken)
+
+
+def derived(values: Values) -> Values:
+    """Return the values, and more roles that follow from them."""
+    found = dict(values)
+    if "training" in found:
+        found["prediction"] = not found["training"]
+        found["mode"] = "train" if found["training"] else "test"
+    if isinstance(found.get("kernel_size"), tuple):
+        found["kernel_height"], found["kernel_width"] = found["kernel_size"]
+    if "weight" in found:
+        found["weight_initializer"] = lambda *_, **__: np.array(values["weight"])
+    if "bias" in found:
+        found["bias_initializer"] = lambda *_, **__: np.array(values["bias"])
+    return found
+
+
+def numbers(values: Values) -> Values:
+    """Return the values with one number in place of each pair of equal numbers."""
+    pairs = {k: v for k, v in values.items() if isinstance(v, tuple) and len(v) == 2}
+    for role, (height, width) in pairs.items():
+        if height != width:
+            raise NotExaminedError(f"it takes one number for {role}")
+    return values | {role: height for role, (height, _) in pairs.items()}
+
+
+class Code:
+    """A forward and a backward pass that can be called with values by role.
+
+    Args:
+        forward, backward: the functions, or one class twice, or one function twice.
+        gradients: the names of the gradients, such as "dx", in the usual order.
+        inputs: the names of all arguments of the operation.
+        by_name: whether the forward pass has npbn's arguments, which are passed by their names.
+    """
+
+    def __init__(
+        self,
+        forward: Callable[..., Any],
+        backward: Callable[..., Any],
+        gradients: list[str],
+        by_name: bool = False,
+    ) -> None:
+        self.function, self.function_backward = forward, backward
+        self.gradients, self.by_name = gradients, by_name
+        self.taken: set[str] = set()
+        self.values: Values = {}
+        self.order = list(gradients)
+        self.without_dy = False
+        self.single = forward is backward and not inspect.isclass(forward)
+
+    def has_dictionary(self) -> bool:
+        """Return whether the forward function gets options in a dictionary, as in courses."""
+        if inspect.isclass(self.function) or self.by_name:
+            return False
+        names = inspect.signature(self.function).parameters
+        return any(DICTIONARY.search(plain(name)) for name in names)
+
+    # Forward.
+
+    def forward(self, values: Values, instance: Any = None) -> tuple[dict[str, Any], Any]:
+        """Return the outputs by name, and what the backward pass needs."""
+        self.taken, self.values = set(), values
+        if self.by_name:
+            parameters = inspect.signature(self.function).parameters.values()
+            if not any(p.kind is p.VAR_KEYWORD for p in parameters):
+                values = {p.name: values[p.name] for p in parameters if p.name in values}
+            self.taken = set(values)
+            return self._outputs(called(self.function, **values), {})
+        if inspect.isclass(self.function):
+            return self._forward_of_class(derived(values), instance)
+        try:
+            arguments, asked = self.arguments(self.function, derived(values))
+            return self._outputs(called(self.function, **arguments), asked)
+        except RaisedError as error:
+            # The code may expect a number in place of a pair.
+            if not isinstance(error.__cause__, TypeError) or numbers(values) == values:
+                raise
+            arguments, asked = self.arguments(self.function, derived(numbers(values)))
+            return self._outputs(called(self.function, **arguments), asked)
+
+    def arguments(self, function: Callable[..., Any], values: Values) -> tuple[Values, Values]:
+        """Return the arguments of a function by name, and the dictionary among them if any."""
+        parameters = inspect.signature(function).parameters
+        given: Values = {}
+        asked: Values = {}
+        unknown = []
+        free = dict(values)
+        for name, parameter in parameters.items():
+            if parameter.kind in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL):
+                continue
+            role = role_of(name, free)
+            if role is None and DICTIONARY.search(plain(name)):
+                asked = given[name] = dictionary(numbers(values), self.taken)
+            elif role is not None:
+                given[name] = free.pop(role)
+                self.taken.add(role)
+            elif parameter.default is parameter.empty:
+                unknown.append(name)
+        if unknown and len(unknown) == len(parameters):  # All names are strange: by position.
+            for name, role in zip(unknown, values, strict=False):
+                given[name] = values[role]
+                self.taken.add(role)
+            unknown = unknown[len(values) :]
+        if unknown and "labels" in free and len(unknown) == 1:
+            given[unknown.pop()] = free.pop("labels")
+            self.taken.add("labels")
+        if unknown and "x" in free and len(unknown) == 1:
+            given[unknown.pop()] = free.pop("x")
+            self.taken.add("x")
+        if unknown:
+            raise NotExaminedError(
+                f"its arguments ({', '.join(parameters)}) are not known: what is {unknown[0]}? "
+                "An adapter is needed"
+            )
+        wanted = [name for name in parameters if name in given]
+        roles = [role_of(name, values) or "" for name in wanted]
+        ordered = [f"d{role}" for role in roles if f"d{role}" in self.gradients]
+        if sorted(ordered) == sorted(self.gradients):
+            self.order = ordered
+        return given, asked
+
+    def _outputs(self, result: Any, asked: Values) -> tuple[dict[str, Any], Any]:
+        """Return the outputs in the result of a forward function, and the cache."""
+        parts = result if isinstance(result, (tuple, list)) else (result, None)
+        if parts[0] is None:
+            raise BadResultError("returned None from forward")
+        outputs = {"y": parts[0]}
+        for role in ("moving_mean", "moving_var"):
+            name = next((n for n in DICTIONARY_NAMES[role] if n in asked), None)
+            if name is None:
+                continue
+            value = dict.__getitem__(asked, name)
+            if role in self.taken or value is not self.values[role]:
+                outputs[role] = value
+        if len(parts) > 2 and isinstance(parts[2], (tuple, list)) and len(parts[2]) == 2:
+            outputs["moving_mean"], outputs["moving_var"] = parts[2]
+        return outputs, parts[1] if len(parts) > 1 else None
+
+    # Classes.
+
+    def make(self, values: Values) -> Any:
+        """Return an instance of the class, with the parameters among the values."""
+        options = dict(values)
+        shape = np.shape(values.get("weight", ()))
+        channels = np.size(values["gamma"]) if "gamma" in values else None
+        if len(shape) == 2:
+            options |= {"outputs": shape[0], "inputs": shape[1]}
+            if np.shape(values["x"])[-1] == shape[0]:
+                options |= {"outputs": shape[1], "inputs": shape[0]}
+        elif len(shape) == 4:
+            options |= {"outputs": shape[0], "inputs": shape[1], "kernel_size": shape[2]}
+            if shape[2] != shape[3]:
+                options["kernel_size"] = tuple(shape[2:])
+        elif channels is not None:
+            options["inputs"] = channels
+        options.pop("x", None)
+        try:
+            arguments, _ = self.arguments(self.function, options)
+        except NotExaminedError as error:
+            raise NotExaminedError(f"its constructor: {error}") from None
+        self.order = list(self.gradients)
+        layer = called(self.function, **arguments)
+        for role in PARAMETERS:
+            if role in values:
+                for holder, name in self._attributes(layer, role):
+                    holder.__dict__[name] = np.array(values[role])
+                    self.taken.add(role)
+        return layer
+
+    def _forward_of_class(self, values: Values, layer: Any) -> tuple[dict[str, Any], Any]:
+        if "training" not in values:
+            values |= {"training": True, "prediction": False}
+        if layer is None:
+            try:
+                plain_values = numbers(values)
+            except NotExaminedError:
+                plain_values = values
+            try:
+                return self._forward_of_class(values, self.make(plain_values))
+            except RaisedError as error:
+                # The code may expect pairs in place of numbers.
+                if not isinstance(error.__cause__, TypeError | ValueError | IndexError):
+                    raise
+                try:
+                    return self._forward_of_class(values, self.make(values))
+                except RaisedError:
+                    raise error from error.__cause__
+        if "training" in values:
+            self._set_mode(layer, values)
+        method = self._method(layer, FORWARD_METHODS)
+        wanted: Values = {
+            role: values[role]
+            for role in ("x", "labels", "training", "prediction", "mode")
+            if role in values
+        }
+        arguments, _ = self.arguments(method, wanted)
+        result = called(method, **arguments)
+        parts = result if isinstance(result, (tuple, list)) else (result,)
+        if len(parts) == 0 or parts[0] is None:
+            raise BadResultError("returned None from forward")
+        outputs = {"y": parts[0]}
+        for role in ("moving_mean", "moving_var"):
+            if role in values:
+                for holder, name in self._attributes(layer, role):
+                    outputs[role] = holder.__dict__[name]
+        return outputs, layer
+
+    @staticmethod
+    def _method(layer: Any, names: tuple[str, ...]) -> Callable[..., Any]:
+        """Return the first method of these names.
+
+        Raises:
+            NotExaminedError: the class has none of them.
+        """
+        for name in names:
+            method = getattr(layer, name, None)
+            if callable(method):
+                return method  # type: ignore[no-any-return]
+        raise NotExaminedError(f"the class has no method {names[0]}")
+
+    def _set_mode(self, layer: Any, values: Values) -> None:
+        training = values["training"]
+        for name, value in list(vars(layer).items()):
+            role = role_of(name, {"training": 0, "prediction": 0, "mode": 0})
+            if role is not None and isinstance(value, (bool, str, int)):
+                layer.__dict__[name] = values[role]
+                self.taken.add("training")
+        method = getattr(layer, "train" if training else "eval", None)
+        if callable(method):
+            called(method)
+            self.taken.add("training")
+
+    def _attributes(self, layer: Any, role: str) -> Iterator[tuple[Any, str]]:
+        """Yield the attributes that have a role: the objects that hold them, and their names."""
+        for holder in [layer, *vars(layer).values()]:
+            if isinstance(holder, (np.ndarray, dict, str, type)) or not hasattr(holder, "__dict__"):
+                continue
+            for name, value in list(vars(holder).items()):
+                known = {r: 0 for r in PARAMETERS if f"d{r}" in self.gradients or "moving" in r}
+                if role_of(name, known) == role and (
+                    value is None or np.ndim(value) > 0 or role[0] == "m"
+                ):
+                    yield holder, name
+
+    # Backward.
+
+    def backward(self, dy: Any, cache: Any) -> dict[str, Any] | list[Any]:
+        """Return the gradients, by name if the code names them, else in its order."""
+        if self.single:
+            return [cache]
+        if inspect.isclass(self.function):
+            return self._backward_of_class(dy, cache)
+        function = self.function_backward
+        names = _positional(function)
+        values: list[Any] = [1.0 if dy is None else dy, cache]
+        if dy is None and len(names) == 1:
+            values = [cache]
+        elif cache is None and len(names) > 1:  # It gets the arguments of the forward pass.
+            roles = [
+                "y" if plain(name) in OUTPUT else role_of(name, self.values) for name in names[1:]
+            ]
+            if all(role is not None for role in roles):
+                values[1:] = [self.values[role] for role in roles if role is not None]
+        more = {k: v for k, v in self.values.items() if k in ("mode", "slope", "stride", "padding")}
+        options = {
+            name: more[role]
+            for name in inspect.signature(function).parameters
+            if name not in names and (role := role_of(name, more)) is not None
+        }
+        return self._gradients(called(function, *values, **options))
+
+    def _backward_of_class(self, dy: Any, layer: Any) -> dict[str, Any] | list[Any]:
+        method = self._method(layer, BACKWARD_METHODS)
+        names = list(inspect.signature(method).parameters)
+        rates = {name: 1.0 for name in names if plain(name) in LEARNING_RATE}
+        if dy is None:  # The backward pass of a loss may get the arguments of forward again.
+            known = {role: value for role, value in self.values.items() if role in ("x", "labels")}
+            for name in names:
+                role = role_of(name, known)
+                if role is not None:
+                    rates[name] = known[role]
+        takes_dy = any(name not in rates for name in names)
+        if getattr(method, "__name__", "") == "derivative":
+            takes_dy = bool(_positional(method))
+        before = {
+            role: np.array(holder.__dict__[name])
+            for role in PARAMETERS
+            for holder, name in self._attributes(layer, role)
+            if holder.__dict__[name] is not None
+        }
+        if takes_dy and (dy is not None or _positional(method)):
+            result = called(method, 1.0 if dy is None else dy, **rates)
+        else:
+            result = called(method, **rates)
+        if not takes_dy and dy is not None and len(self.gradients) == 1:
+            # The method returns the derivative, and others multiply it by the upstream gradient.
+            self.without_dy = True
+            return [result * dy]
+        self.without_dy = not takes_dy
+        if isinstance(result, (tuple, list)) and len(result) == len(self.gradients):
+            return list(result)
+        first = result[0] if isinstance(result, (tuple, list)) and result else result
+        found = {self.gradients[0]: first}
+        for gradient in self.gradients[1:]:
+            role = gradient.removeprefix("d")
+            value = self._gradient(layer, role)
+            if value is None and rates and dy is not None and role in before:
+                # With a learning rate of 1, the gradient is what the parameter has lost.
+                for holder, name in self._attributes(layer, role):
+                    value = before[role] - holder.__dict__[name]
+            if value is not None:
+                found[gradient] = value
+        return found
+
+    def _gradient(self, layer: Any, role: str) -> Any:
+        """Return the gradient of a parameter of a layer from the layer's attributes, or None."""
+        prefixes, suffixes = (
+            ("dld", "d", "grad", "gradient", "delta", "g"),
+            ("grad", "gradient", "g"),
+        )
+        holders = [v for v in vars(layer).values() if hasattr(v, "__dict__") and not callable(v)]
+        for holder in [layer, *holders, *[v for v in vars(layer).values() if isinstance(v, dict)]]:
+            entries = holder if isinstance(holder, dict) else vars(holder)
+            for name, value in entries.items():
+                short = plain(str(name))
+                stems = [short.removeprefix(p) for p in prefixes if short.startswith(p)]
+                stems += [short.removesuffix(s) for s in suffixes if short.endswith(s)]
+                if value is not None and any(stem in NAMES[role] for stem in stems):
+                    return value
+        return None
+
+    def _gradients(self, result: Any) -> dict[str, Any] | list[Any]:
+        if result is None:
+            raise BadResultError("returned None from backward")
+        if isinstance(result, Mapping):
+            named = {}
+            for key, value in result.items():
+                short = plain(str(key)).removeprefix("grad").removeprefix("d")
+                role = role_of(short, {g.removeprefix("d"): 0 for g in self.gradients})
+                if role is not None:
+                    named[f"d{role}"] = value
+            return named
+        return list(result) if isinstance(result, (tuple, list)) else [result]
+
+
+def _positional(function: Callable[..., Any]) -> list[str]:
+    """Return the names of the arguments that a function needs, in their order."""
+    return [
+        p.name
+        for p in inspect.signature(function).parameters.values()
+        if p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
+    ]

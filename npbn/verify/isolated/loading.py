@@ -1,0 +1,322 @@
+"""Load a file of homework as its author had it.
+
+Only what defines something is executed: imports, functions, classes and assignments. The rest of a
+file is often a script that trains or asks for input. Notebooks are loaded cell by cell.
+
+- Modules beside the file are found, and so are packages that the file is a part of (``from .layers
+  import *``, ``from common.functions import softmax``).
+- A module that is not installed is replaced by a stand-in. Code that uses the stand-in when it runs
+  fails with `NeededError`, which names the module.
+- Names that NumPy or Python have removed exist again: ``np.float``, ``xrange``. In a file that
+  only Python 2 can read, ``print`` statements become calls, and ``/`` divides as it did there.
+"""
+
+from __future__ import annotations
+
+import ast
+import builtins
+import contextlib
+import functools
+import importlib
+import importlib.abc
+import importlib.machinery
+import importlib.util
+import json
+import linecache
+import re
+import signal
+import sys
+import types
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+SECONDS_OF_A_STATEMENT = 5.0
+PICTURES = ("matplotlib", "pylab", "seaborn", "IPython", "tqdm", "PIL", "cv2")
+"""Packages that gradients never need. Importing them would take long."""
+LEVELS = 3
+"""How many folders above a file may be the root of the packages that it imports."""
+
+
+class NeededError(Exception):
+    """The error that is raised if code uses a module that is not installed."""
+
+
+class Missing(types.ModuleType):
+    """A stand-in for a module that is not installed, and for everything in it."""
+
+    loading = True
+    __all__: Sequence[str] = ()
+    __path__ = ()  # type: ignore[assignment] # A package without folders.
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return Missing(f"{self.__name__}.{name}")
+
+    def __call__(self, *values: Any, **_: Any) -> Any:
+        if not Missing.loading:
+            raise NeededError(f"needs {self.__name__.partition('.')[0]}, which is not installed")
+        # As a decorator, it returns the function.
+        return values[0] if len(values) == 1 and callable(values[0]) else self
+
+    def __mro_entries__(self, bases: tuple[Any, ...]) -> tuple[type, ...]:
+        return ()
+
+    def __getitem__(self, key: Any) -> Missing:
+        return self
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        pass
+
+
+class StandIns(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """A finder that has a stand-in for modules that homework imports.
+
+    Args:
+        root: the folder below which homework is. What imports a module from elsewhere may test
+            whether the module is installed, so it gets no stand-in.
+        only: the packages that get a stand-in. None means all packages.
+    """
+
+    def __init__(self, root: str, only: Sequence[str] | None = None) -> None:
+        self.root, self.only = root, only
+
+    def find_spec(
+        self, fullname: str, path: Any = None, target: Any = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        if self.only is not None:
+            known = fullname.partition(".")[0] in self.only
+        else:
+            frame = sys._getframe(1)
+            while frame.f_back is not None and "importlib" in frame.f_code.co_filename:
+                frame = frame.f_back
+            known = frame.f_code.co_filename.startswith(self.root)
+        return importlib.machinery.ModuleSpec(fullname, self, is_package=True) if known else None
+
+    def create_module(self, spec: importlib.machinery.ModuleSpec) -> types.ModuleType:
+        return Missing(spec.name)
+
+    def exec_module(self, module: types.ModuleType) -> None:
+        pass
+
+
+class Removed(importlib.abc.MetaPathFinder):
+    """A finder that refuses the reference: homework computes by itself."""
+
+    def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> None:
+        if fullname.partition(".")[0] == "npbn":
+            raise ImportError("npbn is the reference, and cannot be imported by homework")
+
+
+def load(path: Path, content: bytes) -> tuple[types.ModuleType, str, list[str]]:
+    """Return the module of a file, its source, and notes on what was changed or failed.
+
+    Args:
+        path: the path that the file has or had.
+        content: the bytes of the file.
+
+    Raises:
+        SyntaxError: the file is neither Python 3 nor, nearly, Python 2.
+        ValueError: a notebook is damaged.
+    """
+    notes: list[str] = []
+    source = notebook_source(content) if path.suffix == ".ipynb" else decoded(content)
+    try:
+        tree = ast.parse(source, str(path))
+        old = False
+    except SyntaxError as error:
+        try:
+            tree, old = ast.parse(python_3(source), str(path)), True
+        except SyntaxError:
+            raise error from None
+        notes.append("it is written in Python 2")
+    for name in ("float", "int", "bool", "object", "str"):
+        if name not in np.__dict__:
+            setattr(np, name, getattr(builtins, name))
+    for name, value in {
+        "xrange": range,
+        "unicode": str,
+        "raw_input": input,
+        "reduce": functools.reduce,
+    }.items():
+        if not hasattr(builtins, name):
+            setattr(builtins, name, value)
+    if importlib.util.find_spec("six") is None:
+        six, moves = types.ModuleType("six"), types.ModuleType("six.moves")
+        moves.__dict__.update(
+            {"xrange": range, "range": range, "zip": zip, "map": map, "input": input}
+        )
+        six.__dict__.update({"moves": moves})
+        sys.modules |= {"six": six, "six.moves": moves}
+    folders = [*path.parents][:LEVELS]
+    sys.meta_path[:0] = [Removed(), StandIns("", PICTURES)]
+    sys.meta_path.append(StandIns(str(folders[-1])))
+    # Homework named like a module of Python must not take the place of this module.
+    at = next((k for k, p in enumerate(sys.path) if p.endswith("-packages")), len(sys.path))
+    sys.path[at:at] = map(str, folders)
+    name, package = module_name(path, tree)
+    # The packages of the file, without what their __init__ would import.
+    parts = package.split(".") if package else []
+    for k in range(len(parts)):
+        above = types.ModuleType(".".join(parts[: k + 1]))
+        above.__path__ = [str([*path.parents][len(parts) - 1 - k])]
+        sys.modules[above.__name__] = above
+    module = types.ModuleType(name)
+    module.__file__, module.__package__ = str(path), package
+    sys.modules[name] = module
+    linecache.cache[str(path)] = (len(source), None, source.splitlines(keepends=True), str(path))
+    if old:
+        tree = ast.fix_missing_locations(Divisions().visit(tree))
+        module.__dict__[Divisions.NAME] = old_division
+    execute(tree, module, notes)
+    Missing.loading = False
+    return module, source, notes
+
+
+def decoded(content: bytes) -> str:
+    """Return the text of a file in UTF-8 or, if it is not UTF-8, in Latin-1."""
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        return content.decode("latin-1")
+
+
+def notebook_source(content: bytes) -> str:
+    """Return the code of a notebook, without the lines that are commands of IPython."""
+    try:
+        cells = json.loads(content)["cells"]
+        codes = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ValueError(f"damaged notebook: {error}") from None
+    kept = []
+    for code in codes:
+        if code.lstrip().startswith("%%"):
+            continue
+        code = re.sub(r"^(\s*)[%!?].*$|^.*\?$", r"\1pass", code, flags=re.M)
+        try:
+            ast.parse(code)
+        except SyntaxError:
+            try:
+                ast.parse(python_3(code))
+            except SyntaxError:
+                continue  # This cell is not finished; others may be.
+        kept.append(code)
+    return "\n\n".join(kept) + "\n"
+
+
+def python_3(source: str) -> str:
+    """Return Python 2's print statements, exceptions and numbers as Python 3 has them."""
+    source = source.expandtabs()
+    source = re.sub(r"^(\s*)print[ \t]+(?P<what>[^\n=][^\n]*)$", _print, source, flags=re.M)
+    source = re.sub(r"^(\s*)print[ \t]*$", r"\1print()", source, flags=re.M)
+    source = re.sub(r"\bexcept\s+([\w.]+)\s*,\s*(\w+)\s*:", r"except \1 as \2:", source)
+    source = re.sub(r"\braise\s+([\w.]+)\s*,\s*(.+)$", r"raise \1(\2)", source, flags=re.M)
+    return source.replace("<>", "!=")
+
+
+def _print(match: re.Match[str]) -> str:
+    return f"{match[1]}print({match['what'].rstrip().rstrip(',')})"
+
+
+def old_division(a: Any, b: Any) -> Any:
+    """Divide as Python 2 does: the quotient of two integers is an integer."""
+    whole = (int, np.integer)
+    return a // b if isinstance(a, whole) and isinstance(b, whole) else a / b
+
+
+class Divisions(ast.NodeTransformer):
+    """Replace each division by a call of `old_division`."""
+
+    NAME = "__old_division"
+
+    def visit_BinOp(self, node: ast.BinOp) -> ast.AST:
+        self.generic_visit(node)
+        if not isinstance(node.op, ast.Div):
+            return node
+        name = ast.Name(self.NAME, ast.Load())
+        return ast.copy_location(ast.Call(name, [node.left, node.right], []), node)
+
+
+def with_old_division(module: types.ModuleType, source: str) -> None:
+    """Define the functions and classes of a module again, where ``/`` divides as in Python 2."""
+    tree = ast.fix_missing_locations(Divisions().visit(ast.parse(source)))
+    module.__dict__[Divisions.NAME] = old_division
+    execute(tree, module, [])
+
+
+def module_name(path: Path, tree: ast.AST) -> tuple[str, str]:
+    """Return the name of the module of a file and the name of its package.
+
+    The package has as many parts as the file's relative imports need.
+    """
+    levels = [node.level for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
+    depth = min(max(levels, default=0), LEVELS - 1)
+    parts = [folder.name for folder in [*path.parents][:depth]][::-1]
+    return ".".join([*parts, path.stem]), ".".join(parts)
+
+
+def execute(tree: ast.Module, module: types.ModuleType, notes: list[str]) -> None:
+    """Execute what a file defines. Whatever raises an error is left out, with a note."""
+    for statement in tree.body:
+        if not defines(statement):
+            continue
+        code = compile(ast.Module([statement], []), str(module.__file__), "exec")
+        try:
+            with time_limit(SECONDS_OF_A_STATEMENT):
+                exec(code, module.__dict__)
+        except (Exception, SystemExit) as error:
+            text = " ".join(str(error).split())
+            notes.append(f"line {statement.lineno} was left out: {type(error).__name__}: {text}")
+
+
+@contextlib.contextmanager
+def time_limit(seconds: float) -> Iterator[None]:
+    """Raise TimeoutError in the code inside after some seconds, where the system has alarms."""
+
+    def stop(number: int, frame: object) -> None:
+        raise TimeoutError(f"not done after {seconds:g} seconds")
+
+    if not hasattr(signal, "setitimer"):
+        yield
+        return
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def defines(statement: ast.stmt) -> bool:
+    """Return whether a statement of a file defines something that functions may need."""
+    if isinstance(statement, ast.If | ast.Try):
+        return not is_main(statement) and any(map(defines, statement.body))
+    kinds = (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef, ast.Assign, ast.AnnAssign)
+    return isinstance(statement, kinds)
+
+
+def is_main(statement: ast.stmt) -> bool:
+    """Return whether a statement is ``if __name__ == "__main__"``."""
+    return isinstance(statement, ast.If) and "__name__" in ast.dump(statement.test)
+
+
+def line_of(error: BaseException, path: str) -> int | None:
+    """Return the innermost line of a file in the traceback of an error, or None."""
+    line, trace = None, error.__traceback__
+    while trace is not None:
+        if trace.tb_frame.f_code.co_filename == path:
+            line = trace.tb_lineno
+        trace = trace.tb_next
+    return line
+
+
+def describe(error: BaseException, path: str) -> str:
+    """Return the kind and the text of an error, and the line of a file where it was raised."""
+    text, line = " ".join(str(error).split())[:300], line_of(error, path)
+    if isinstance(error, SyntaxError) and error.lineno:
+        text, line = str(error.msg), error.lineno
+    return type(error).__name__ + f": {text}" * bool(text) + f", line {line}" * (line is not None)

@@ -1,0 +1,308 @@
+"""The process in which other people's code runs: it answers the requests of `npbn.verify.session`.
+
+The code can do to this process whatever it likes. It can also send wrong answers, but no right ones
+that it has not computed: the inputs are drawn after it has been loaded, and the results are judged
+elsewhere.
+"""
+
+from __future__ import annotations
+
+import copy
+import ctypes
+import os
+import signal
+import sys
+import types
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from npbn.verify.isolated import edits, loading
+from npbn.verify.isolated.calling import BadResultError, Code, NotExaminedError, RaisedError
+from npbn.verify.isolated.messages import MessageError, receive, send
+
+CLONE_NEWUSER, CLONE_NEWPID, CLONE_NEWNET = 0x10000000, 0x20000000, 0x40000000
+PR_SET_PDEATHSIG = 1
+MEMORY, FILE_SIZE, PROCESSES = 8 * 10**9, 10**8, 1000
+
+
+def main() -> None:
+    """Answer requests until the pipe ends."""
+    # The pipes get other numbers, so that what the code reads and prints is no message.
+    requests, answers = os.dup(0), os.dup(1)
+    null = os.open(os.devnull, os.O_RDWR)
+    for descriptor in (0, 1, 2):
+        os.dup2(null, descriptor)
+    isolate()
+    warnings.simplefilter("ignore")
+    np.seterr(all="ignore")
+    worker = Worker()
+    for name in [name for name in sys.modules if name.partition(".")[0] == "npbn"]:
+        del sys.modules[name]
+    while True:
+        try:
+            request, arrays = receive(requests)
+        except MessageError:
+            os._exit(0)
+        try:
+            answer = worker.answer(request, arrays)
+        except MemoryError:
+            answer = {"raised": "MemoryError"}, {}
+        try:
+            send(answers, *answer)
+        except BrokenPipeError:
+            os._exit(0)
+
+
+def isolate() -> None:
+    """Limit memory, files and processes; take away the network and other processes if allowed."""
+    if sys.platform != "linux" or not hasattr(os, "fork"):
+        return
+    import resource
+
+    for kind, limit in (
+        (resource.RLIMIT_AS, MEMORY),
+        (resource.RLIMIT_FSIZE, FILE_SIZE),
+        (resource.RLIMIT_NPROC, PROCESSES),
+        (resource.RLIMIT_CORE, 0),
+    ):
+        _, most = resource.getrlimit(kind)
+        resource.setrlimit(kind, (limit if most < 0 else min(limit, most), most))
+    libc = ctypes.CDLL(None, use_errno=True)
+    spaces = CLONE_NEWPID | CLONE_NEWNET
+    if libc.unshare(spaces) != 0 and libc.unshare(spaces | CLONE_NEWUSER) != 0:
+        return
+    # The next process is the first of its space: when it ends, all others in the space end, too.
+    child = os.fork()
+    if child:
+        _, status = os.waitpid(child, 0)
+        if os.WIFSIGNALED(status):
+            os.kill(os.getpid(), os.WTERMSIG(status))
+        os._exit(os.WEXITSTATUS(status))
+    libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+Answer = tuple[Any, dict[str, Any]]
+"""Values for JSON, and arrays by name."""
+
+
+class Worker:
+    """The file of homework that was loaded, and the results of its forward passes."""
+
+    def __init__(self) -> None:
+        self.module = types.ModuleType("nothing")
+        self.path = self.source = ""
+        self.code: Code | None = None
+        self.made: list[tuple[Any, Any]] = []
+        self.adapter_path = ""
+
+    def answer(self, request: Any, arrays: dict[str, np.ndarray]) -> Answer:
+        """Return the answer to a request."""
+        try:
+            method: Callable[..., Answer] = getattr(self, request["do"])
+            return method(arrays=arrays, **{k: v for k, v in request.items() if k != "do"})
+        except NotExaminedError as error:
+            return {"not examined": str(error) or "it is not meant for this"}, {}
+        except BadResultError as error:
+            return {"failed": str(error)}, {}
+        except RaisedError as error:
+            cause = error.__cause__
+            assert cause is not None
+            return self._raised(cause), {}
+        except (AttributeError, TypeError, ValueError, KeyError, IndexError) as error:
+            # What the code returned, or its class, is of a kind that nobody has thought of.
+            return {
+                "not examined": f"it is of an unknown kind ({type(error).__name__}: {error})"
+            }, {}
+
+    def _raised(self, error: BaseException) -> dict[str, Any]:
+        if isinstance(error, loading.NeededError):
+            return {"needs": str(error)}
+        own = loading.line_of(error, self.path)
+        if self.adapter_path and own is None and loading.line_of(error, self.adapter_path):
+            return {"adapter": loading.describe(error, self.adapter_path)}
+        if own is None and isinstance(error, TypeError):  # It was called with wrong arguments.
+            return {"not examined": f"it cannot be called: {loading.describe(error, self.path)}"}
+        # The code says itself that it is not meant for this.
+        refusal = own is not None and isinstance(error, AssertionError | NotImplementedError)
+        return {"raised": loading.describe(error, self.path), "refusal": refusal}
+
+    def load(self, path: str, arrays: dict[str, np.ndarray]) -> Answer:
+        """Load a file of homework; answer with the names that it defines, and notes."""
+        self.path = path
+        try:
+            self.module, self.source, notes = loading.load(Path(path), arrays["content"].tobytes())
+        except (Exception, SystemExit) as error:
+            return {"failed": f"cannot be loaded: {loading.describe(error, path)}"}, {}
+        found = {
+            name: "class" if isinstance(value, type) else "function"
+            for name, value in vars(self.module).items()
+            if callable(value) and not isinstance(value, types.ModuleType)
+        }
+        return {"names": found, "notes": notes[:20]}, {}
+
+    def select(
+        self,
+        forward: str,
+        backward: str,
+        gradients: list[str],
+        by_name: bool,
+        adapter: str,
+        arrays: dict[str, np.ndarray],
+        old: bool = False,
+    ) -> Answer:
+        """Choose the functions, or the class, that the next requests call."""
+        if old:
+            loading.with_old_division(self.module, self.source)
+        pair = getattr(self.module, forward), getattr(self.module, backward)
+        if adapter:
+            file, _, name = adapter.rpartition(":")
+            self.adapter_path = file
+            # An adapter may raise `npbn.verify.NotExaminedError`, which must be there for it.
+            package, verify = types.ModuleType("npbn"), types.ModuleType("npbn.verify")
+            verify.__dict__["NotExaminedError"] = NotExaminedError
+            package.__dict__["verify"] = verify
+            sys.modules |= {"npbn": package, "npbn.verify": verify}
+            sys.path.insert(0, str(Path(file).parent))
+            space: dict[str, Any] = {"__name__": "adapter", "__file__": file}
+            try:
+                exec(compile(arrays["adapter"].tobytes(), file, "exec"), space)
+                if name not in space:
+                    return {"adapter": f"AttributeError: it has no function {name}"}, {}
+                pair = space[name](*pair)
+            except (Exception, SystemExit) as error:
+                return {"adapter": loading.describe(error, file)}, {}
+            finally:
+                del sys.modules["npbn"], sys.modules["npbn.verify"], sys.path[0]
+        self.code = Code(*pair, gradients, by_name)
+        self.made = []
+        return {"dictionary": self.code.has_dictionary()}, {}
+
+    def forward(
+        self, values: dict[str, Any], arrays: dict[str, np.ndarray], again: int | None = None
+    ) -> Answer:
+        """Call the forward pass; answer with its outputs, and the number of this call.
+
+        Args:
+            values: the arguments that are no arrays, by role.
+            arrays: the other arguments.
+            again: the number of an earlier call whose instance of a class is to be used again.
+        """
+        assert self.code is not None
+        given = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+        given |= {k: v[()] if v.ndim == 0 else v for k, v in arrays.items()}
+        before = copy.deepcopy(given)
+        instance = None if again is None else self.made[again][0]
+        outputs, cache = self.code.forward(given, instance)
+        changed = [k for k, v in arrays.items() if not np.array_equal(v, before[k])]
+        self.made.append((cache, given | {"y": outputs["y"]}))
+        order = self.code.order
+        return {
+            "call": len(self.made) - 1,
+            "taken": sorted(self.code.taken),
+            "changed": changed,
+            "order": order,
+        }, numeric(outputs)
+
+    def backward(self, call: int, arrays: dict[str, np.ndarray]) -> Answer:
+        """Call the backward pass; answer with the gradients."""
+        assert self.code is not None
+        cache, self.code.values = self.made[call]
+        dy = arrays.get("dy")
+        before = copy.deepcopy(dy)
+        found = self.code.backward(dy, cache)
+        same = dy is None or before is None or np.array_equal(dy, before)
+        changed = [] if same else ["dy"]
+        if isinstance(found, list):
+            answer = {
+                "named": False,
+                "changed": changed,
+                "count": len(found),
+                "without dy": self.code.without_dy,
+            }
+            return answer, numeric(dict(enumerate(found)))
+        without_dy = self.code.without_dy
+        return {"named": True, "changed": changed, "without dy": without_dy}, numeric(found)
+
+    def search(
+        self,
+        values: list[dict[str, Any]],
+        confirming: int,
+        order: list[str],
+        seconds: float,
+        pair_seconds: float,
+        arrays: dict[str, np.ndarray],
+    ) -> Answer:
+        """Search for edits that make the code right; answer with the changes.
+
+        Args:
+            values: for each probe, the arguments that are no arrays.
+            confirming: how many of the last probes confirm an edit.
+            order: the roles of the gradients in the order in which the code returns them.
+            seconds, pair_seconds: the time for single edits, and for pairs.
+            arrays: the other arguments, the upstream gradients and the right outputs, with the
+                number of the probe in their names.
+        """
+        assert self.code is not None
+        probes: list[dict[str, np.ndarray]] = [{} for _ in values]
+        truth: list[dict[str, np.ndarray]] = [{} for _ in values]
+        for name, array in arrays.items():
+            number, _, role = name.partition("/")
+            output = role.removesuffix(" is right")
+            (probes if output == role else truth)[int(number)][output] = array
+        code = self.code
+
+        def run(k: int) -> dict[str, np.ndarray]:
+            given = {n: tuple(v) if isinstance(v, list) else v for n, v in values[k].items()}
+            given |= {n: np.array(v) for n, v in probes[k].items() if n != "dy"}
+            outputs, cache = code.forward(given)
+            dy = probes[k].get("dy")
+            found = code.backward(None if dy is None else dy.copy(), cache)
+            if isinstance(found, list):
+                found = dict(zip(order, found, strict=False))
+            return numeric(outputs | found)
+
+        found = edits.search(
+            self.module,
+            self.source,
+            run,
+            truth,
+            confirming,
+            seconds=seconds,
+            pair_seconds=pair_seconds,
+        )
+        changes = [] if found is None else found.changes
+        return {"changes": [[c.line, c.before, c.after, c.reason] for c in changes]}, {}
+
+    def forget(self, arrays: dict[str, np.ndarray]) -> Answer:
+        """Forget the results of earlier calls."""
+        self.made = []
+        return {}, {}
+
+
+def numeric(values: dict[Any, Any]) -> dict[str, np.ndarray]:
+    """Return values as arrays of numbers; a value without numbers becomes an array of length 0.
+
+    None becomes no array at all.
+    """
+    found: dict[str, np.ndarray] = {}
+    for name, value in values.items():
+        if value is None:
+            continue
+        try:
+            array = np.array(value)
+        except (Exception, SystemExit):
+            array = np.array(None)
+        if array.dtype.kind not in "biufc":
+            raise BadResultError(
+                f"returned no numbers for {name if isinstance(name, str) else 'a gradient'}"
+            )
+        found[str(name)] = array
+    return found
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,230 @@
+"""Homework in the styles that people write it in, without an adapter."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from npbn.verify import examine_file
+from npbn.verify.examination import ASKED, CONVENTION, UNLOADED
+from npbn.verify.grading import defined, guess, guessed
+
+HOMEWORK = Path(__file__).parent / "homework"
+BOOK = HOMEWORK / "textbook" / "common" / "layers.py"
+TORCH = HOMEWORK / "mytorch" / "mytorch" / "nn" / "modules.py"
+NOTEBOOK = HOMEWORK / "channels_last.ipynb"
+
+CASES = [
+    (BOOK, "Relu", "relu", "right", ()),
+    (BOOK, "Sigmoid", "sigmoid", "right", ()),
+    (BOOK, "Affine", "linear", "right", ()),
+    (BOOK, "SoftmaxWithLoss", "softmax_cross_entropy", CONVENTION, ("log(p + 1e-07)",)),
+    (BOOK, "BatchNormalization", "batch_norm", CONVENTION, ("eps is 1e-06 in the code",)),
+    (BOOK, "Convolution", "conv2d", "right", ()),
+    (BOOK, "Pooling", "max_pool2d", ASKED, ()),
+    (TORCH, "Linear", "linear", "right", ()),
+    (TORCH, "Sigmoid", "sigmoid", "right", ()),
+    (TORCH, "ReLU", "relu", "right", ()),
+    (TORCH, "CrossEntropyLoss", "softmax_cross_entropy", ASKED, ()),
+    (TORCH, "BatchNorm1d", "batch_norm", CONVENTION, ("eps is 1e-08 in the code",)),
+    (TORCH, "Conv2d_stride1", "conv2d", "right", ()),
+    (TORCH, "Conv2d", "conv2d", "right", ()),
+    (NOTEBOOK, "conv_forward,conv_backward", "conv2d", ASKED, ()),
+    (NOTEBOOK, "pool_forward,pool_backward", "avg_pool2d", CONVENTION, ("channels last",)),
+]
+
+
+def name_of(case) -> str:
+    return f"{case[0].stem}-{case[1]}"
+
+
+def examined(path, names, operation, **options):
+    forward, _, backward = names.partition(",")
+    return examine_file(path, forward, backward or forward, operation, **{"seed": 3} | options)
+
+
+@pytest.mark.parametrize("case", CASES, ids=name_of)
+def test_code_of_other_families_is_right_without_an_adapter(case):
+    path, names, operation, verdict, conventions = case
+    found = examined(path, names, operation)
+    assert found.verdict == verdict, str(found)
+    assert found.backward == "right"
+    if conventions:
+        assert found.conventions == conventions
+
+
+MISTAKES = [
+    (BOOK, "BatchNormalization", "batch_norm", "dmu / self.batch_size", "dmu"),
+    (BOOK, "Affine", "linear", "np.sum(dout, axis=0)", "np.sum(dout, axis=0) / 2"),
+    (BOOK, "SoftmaxWithLoss", "softmax_cross_entropy", "return dx / n", "return dx"),
+    (BOOK, "Convolution", "conv2d", "self.col.T, dout", "self.col.T, 1.05 * dout"),
+    (BOOK, "Pooling", "max_pool2d", "= dout.flatten()", "= 1"),
+    (TORCH, "BatchNorm1d", "batch_norm", "dM / self.N", "dM"),
+    (TORCH, "BatchNorm1d", "batch_norm", "dLdBZ * self.NZ, axis", "dLdBZ, axis"),
+    (TORCH, "Linear", "linear", "dLdZ.T @ self.A", "1.01 * dLdZ.T @ self.A"),
+    (TORCH, "Conv2d", "conv2d", "dLdZ.sum(axis=(0, 2, 3))", "dLdZ.mean(axis=(0, 2, 3))"),
+    (NOTEBOOK, "conv_forward,conv_backward", "conv2d", "* dZ[i, h, w, c]", "* dZ[i, h, w, 0]"),
+    (NOTEBOOK, "pool_forward,pool_backward", "avg_pool2d", "/ f**2", "/ f"),
+]
+
+
+@pytest.mark.parametrize("case", MISTAKES, ids=lambda case: f"{name_of(case)}-{case[4]}")
+def test_a_mistake_in_such_code_is_found(case, tmp_path):
+    path, names, operation, old, new = case
+    root = HOMEWORK if path == NOTEBOOK else path.parents[1]
+    for file in root.rglob("*"):
+        if file.is_file() and "cache" not in str(file):
+            copy = tmp_path / file.relative_to(root)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            copy.write_bytes(file.read_bytes())
+    copy = tmp_path / path.relative_to(root)
+    text = copy.read_text(encoding="utf-8")
+    assert old in text
+    copy.write_text(text.replace(old, new), encoding="utf-8")
+    found = examined(copy, names, operation)
+    assert (found.verdict, found.backward) == ("wrong", "wrong"), str(found)
+    assert found.forward == "right"
+
+
+def test_names_are_guessed():
+    for name, operation in {
+        "batchnorm_forward": "batch_norm",
+        "spatial_batchnorm_forward": "spatial_batch_norm",
+        "spatial_groupnorm_forward": "group_norm",
+        "layernorm_forward": "layer_norm",
+        "BatchNorm1d": "batch_norm",
+        "BatchNormalization": "batch_norm",
+        "conv_forward_naive": "conv2d",
+        "Conv2D": "conv2d",
+        "max_pool_forward_naive": "max_pool2d",
+        "MeanPool2d_stride1": "avg_pool2d",
+        "affine_forward": "linear",
+        "Dense": "linear",
+        "FullyConnected": "linear",
+        "SoftmaxWithLoss": "softmax_cross_entropy",
+        "softmax_loss": "softmax_cross_entropy",
+        "svm_loss": "svm_loss",
+        "LeakyReLU": "leaky_relu",
+        "affine_relu_forward": None,
+        "linear_activation_forward": None,
+        "ConvTranspose2d": None,
+        "train": None,
+        "softmax": None,
+    }.items():
+        assert guess(name) == operation, name
+    tasks = {(task.operation, task.forward, task.backward) for task in guessed(defined(NOTEBOOK))}
+    assert tasks == {
+        ("conv2d", "conv_forward", "conv_backward"),
+        ("max_pool2d", "pool_forward", "pool_backward"),
+    }
+    assert len(guessed(defined(BOOK))) == 7 and len(guessed(defined(TORCH))) == 7
+
+
+SOURCES = {
+    "Python 2": """
+import numpy as np
+from six.moves import xrange
+
+def forward(x):
+    print "forward", x.shape
+    n = x.size / 1
+    y = np.zeros(n)
+    for i in xrange(n):
+        y[i] = max(x.ravel()[i], 0)
+    return y.reshape(x.shape), x
+
+def backward(dy, x):
+    try:
+        return dy * (x > 0)
+    except ValueError, error:
+        raise ValueError, "no"
+""",
+    "a float as a size, as in Python 2": """
+import numpy as np
+
+def forward(x):
+    n = x.size / 1
+    y = np.zeros(n)
+    for i in xrange(n):
+        y[i] = max(x.ravel()[i], 0)
+    return y.reshape(x.shape), x
+
+def backward(dy, x):
+    return dy * (x > 0)
+""",
+    "old NumPy": """
+import numpy as np
+
+def forward(x):
+    return np.maximum(x, np.float(0)), x.astype(np.float)
+
+def backward(dy, x):
+    return dy * (x > 0).astype(np.int)
+""",
+    "a script": """
+import numpy as np
+import h5py
+import matplotlib.pyplot as plt
+from tensorflow.keras.datasets import mnist
+
+name = input("your name? ")
+plt.rcParams["figure.figsize"] = (3, 4)
+(x_train, y_train), _ = mnist.load_data()
+
+def forward(x):
+    return np.maximum(x, 0), x
+
+def backward(dy, x):
+    return dy * (x > 0)
+
+while True:
+    pass
+""",
+    "Latin-1": "# caf\xe9\nimport numpy as np\n\ndef forward(x): return np.maximum(x, 0), x\n\n"
+    "def backward(dy, x): return dy * (x > 0)\n",
+}
+
+
+@pytest.mark.parametrize("kind", SOURCES)
+def test_files_are_loaded_as_their_authors_had_them(kind, tmp_path):
+    path = tmp_path / "homework.py"
+    path.write_text(SOURCES[kind], encoding="latin-1" if kind == "Latin-1" else "utf-8")
+    found = examined(path, "forward,backward", "relu", timeout=60)
+    assert found.verdict == "right", str(found)
+
+
+def test_code_that_uses_what_is_not_installed_is_not_held_against_its_author(tmp_path):
+    path = tmp_path / "homework.py"
+    path.write_text(
+        "import no_such_thing as t\ndef f(x): return t.relu(x), x\ndef b(dy, x): pass\n"
+    )
+    found = examined(path, "f,b", "relu")
+    assert found.verdict == UNLOADED
+    assert found.complaints == ("it needs no_such_thing, which is not installed",)
+
+
+def test_relative_imports_and_packages_above(tmp_path):
+    package = tmp_path / "project" / "layers"
+    package.mkdir(parents=True)
+    (package / "masks.py").write_text("from ..utils import zero\ndef mask(x): return x > zero\n")
+    (tmp_path / "project" / "utils.py").write_text("zero = 0\n")
+    path = package / "relu.py"
+    path.write_text(
+        "import numpy as np\nfrom .masks import mask\nfrom ..utils import zero\n"
+        "def f(x): return np.maximum(x, zero), x\ndef b(dy, x): return dy * mask(x)\n"
+    )
+    assert examined(path, "f,b", "relu").verdict == "right"
+
+
+def test_a_damaged_notebook(tmp_path):
+    path = tmp_path / "homework.ipynb"
+    path.write_text("{}")
+    found = examined(path, "f,b", "relu")
+    assert found.verdict == UNLOADED and "damaged notebook" in found.complaints[0]
+    cells = ["%matplotlib inline\n!pip install x\nimport numpy as np", "%%bash\nls", "def f(x:"]
+    cells += ["def f(x):\n    return np.maximum(x, 0), x\ndef b(dy, x):\n    return dy * (x > 0)"]
+    cells = [{"cell_type": "code", "source": cell} for cell in cells]
+    path.write_text(json.dumps({"cells": [{"cell_type": "markdown", "source": "# a"}, *cells]}))
+    assert examined(path, "f,b", "relu").verdict == "right"
