@@ -20,7 +20,7 @@ from npbn.errors import NpbnError
 from npbn.verify import grading
 from npbn.verify.examination import ASKED, CONVENTION, UNDECIDED, UNLOADED, UNWRITTEN
 from npbn.verify.grading import NOT_FOUND, Assignment, Report
-from npbn.verify.operations import OPERATIONS
+from npbn.verify.operations import OPERATIONS, PROMISES
 
 EPILOG = """\
 examples:
@@ -78,7 +78,7 @@ def parse_arguments(program: str, words: list[str]) -> argparse.Namespace:
         epilog=EPILOG.format(
             grade=typed(program),
             operations=", ".join(OPERATIONS),
-            promises=", ".join(f'"{text}"' for text in grading.PROMISES),
+            promises=", ".join(f'"{text}"' for text in PROMISES),
             asks=", ".join(f'"{text}"' for text in sorted(grading.KNOWN)),
         ),
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -27,7 +27,14 @@ from typing import Any
 import numpy as np
 
 from npbn.verify.mutants import CONVENTIONS, MUTANTS, Mutant, functions_of, plain_name
-from npbn.verify.operations import OPERATIONS, STRUCTURE, Probe, probes, true_functions
+from npbn.verify.operations import (
+    OPERATIONS,
+    PROMISES,
+    STRUCTURE,
+    Probe,
+    probes,
+    true_functions,
+)
 
 RIGHT = 1e-10
 """The largest relative error of right float64 code. The probes are small and well conditioned."""
@@ -310,7 +317,7 @@ def examine(
         seed: the seed of the probes.
         beyond: the probes that the code need not be right on, with what they demand.
     """
-    results = _meant(operation, _of_its_kind(operation, results, facts, seed), seed)
+    results = meant_results(operation, results, facts, seed)
     ran = {name: result.outputs for name, result in results.items() if result.outputs}
     failures = {name: r for name, r in results.items() if r.failure and not r.refusal}
     notes = [f"it changes its argument {name}" for name in facts.changed] + facts.notes
@@ -407,6 +414,8 @@ def examine(
     if verdict == "wrong" and not gradients and not wrong and all(raised):
         verdict = "could not be run"
     right = tuple(name for name in names if name not in wrong)
+    if verdict == "wrong":
+        notes += _right_under(operation, results, usual, failures, seed)
     if backward_unwritten and verdict == "wrong":
         notes.append("the backward pass is not written yet")
     explained: tuple[tuple[Mutant, ...], ...] = ()
@@ -526,9 +535,12 @@ def _of_its_kind(
     return found
 
 
-def _meant(operation: str, results: Mapping[str, Ran], seed: int) -> dict[str, Ran]:
-    """Return the results without those of optional probes that the code is not meant for."""
-    right, found = given(operation, (), seed), dict(results)
+def meant_results(
+    operation: str, results: Mapping[str, Ran], facts: Facts, seed: int
+) -> dict[str, Ran]:
+    """Return the results without those of probes that the code is not meant for."""
+    found = _of_its_kind(operation, results, facts, seed)
+    right = given(operation, (), seed)
     for probe in probes(operation, seed):
         y = found[probe.name].outputs.get("y") if probe.name in found else None
         if probe.optional and (
@@ -651,6 +663,25 @@ def _broken(
         if result.failure or wrong:
             forward = "y" not in wrong and bool(result.outputs) and demand in STRUCTURE
             found[demand] = found.get(demand, False) or forward
+    return found
+
+
+def _right_under(
+    operation: str,
+    results: Mapping[str, Ran],
+    errors: Mapping[Place, float],
+    failures: Mapping[str, Ran],
+    seed: int,
+) -> list[str]:
+    """Return a sentence for each promise about the inputs under which the code is right."""
+    bad = {probe for (probe, _), error in errors.items() if error > WRONG} | set(failures)
+    good = {probe for probe, _ in errors} - bad
+    found = []
+    for promise, keeps in PROMISES.items():
+        kept = {probe.name for probe in probes(operation, seed) if keeps(probe)}
+        broken = any(name not in kept for name in results)
+        if broken and good & kept and not bad & kept:
+            found.append(f"it is right on all probes that keep to: {promise}")
     return found
 
 

@@ -47,7 +47,7 @@ from npbn.verify.examination import (
 )
 from npbn.verify.isolated.calling import BACKWARD_METHODS, FORWARD_METHODS
 from npbn.verify.isolated.loading import decoded, notebook_source, python_3
-from npbn.verify.operations import OPERATIONS, Probe, probes
+from npbn.verify.operations import OPERATIONS, PROMISES, probes
 from npbn.verify.session import Session, printable
 from npbn.verify.submission import examine_in
 
@@ -56,18 +56,6 @@ NOT_FOUND = "not found"
 
 KNOWN = {demand for name in OPERATIONS for demand in (p.beyond for p in probes(name)) if demand}
 """The demands beyond the usual ones that an assignment may make (``asks``)."""
-
-PROMISES: dict[str, Callable[[Probe], bool]] = {
-    "padding at least 1": lambda probe: probe.arguments.get("padding", (1, 1)) != (0, 0),
-    "no padding": lambda probe: probe.arguments.get("padding", (0, 0)) == (0, 0),
-    "stride 1": lambda probe: probe.arguments.get("stride", (1, 1)) == (1, 1),
-    "windows side by side": lambda probe: (
-        probe.arguments.get("stride") == probe.arguments.get("kernel_size")
-    ),
-    "only training": lambda probe: probe.arguments.get("training", True) is True,
-    "no ties": lambda probe: probe.name != "ties",
-}
-"""What an assignment may promise, and whether a probe keeps the promise."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +66,7 @@ class Task:
         operation: what it should compute.
         forward, backward: the names. They are equal for a class and for a loss with its gradient.
         points: what it is worth.
-        promises, asks: see `PROMISES` and `KNOWN`.
+        promises, asks: see `npbn.verify.operations.PROMISES` and `KNOWN`.
     """
 
     operation: str

@@ -376,6 +376,56 @@ BATCH_NORM = (
     ),
     mutant(
         "batch_norm",
+        "the normalization left out of the backward pass",
+        "dx is dy, and dgamma is the sum of dy·x: the mean and the variance are ignored",
+        ("return y, (x_hat, s,", "return y, (x, s,"),
+        ("dx = (dx_hat - mean_term - variance_term) / s", "dx = dy"),
+        ("dx = dx_hat / s", "dx = dy"),
+    ),
+    mutant(
+        "batch_norm",
+        "beta divided by s",
+        "beta is added before the division by s; it must be added after it",
+        ("y = gamma * x_hat + beta", "y = gamma * (x_hat + beta / s)"),
+    ),
+    mutant(
+        "batch_norm",
+        "moving averages of the batch only",
+        "both terms of the moving averages have the batch's statistics; one must have the old "
+        "average",
+        ("momentum * moving_mean + (1 - momentum) * mean", "mean"),
+        ("momentum * moving_var + (1 - momentum) * var", "var"),
+    ),
+    mutant(
+        "batch_norm",
+        "channels mixed by a reshape",
+        "feature maps are reshaped to (-1, C) without moving the channels to the end first, so "
+        "that each column has numbers of several channels",
+        (
+            "    axes = (0,) if x.ndim == 2 else (0, 2, 3)\n    m = x.size // gamma.size",
+            "    shape, form, x = x.shape, gamma.shape, x.reshape(-1, gamma.size)\n"
+            "    gamma, beta = gamma.reshape(1, -1), beta.reshape(1, -1)\n"
+            "    moving_mean, moving_var = moving_mean.reshape(1, -1), moving_var.reshape(1, -1)\n"
+            "    axes, m = (0,), len(x)",
+        ),
+        (
+            "return y, (x_hat, s, gamma, training, axes, m), (moving_mean, moving_var)",
+            "return (\n        y.reshape(shape),\n"
+            "        (x_hat, s, gamma, training, axes, m, form),\n"
+            "        (moving_mean.reshape(form), moving_var.reshape(form)),\n    )",
+        ),
+        (
+            "    x_hat, s, gamma, training, axes, m = cache\n",
+            "    x_hat, s, gamma, training, axes, m, form = cache\n"
+            "    shape, dy = dy.shape, dy.reshape(x_hat.shape)\n",
+        ),
+        (
+            "return dx, dgamma, dbeta",
+            "return dx.reshape(shape), dgamma.reshape(form), dbeta.reshape(form)",
+        ),
+    ),
+    mutant(
+        "batch_norm",
         "dgamma and dbeta swapped",
         "dgamma and dbeta are right, but returned in the wrong order",
         ("return dx, dgamma, dbeta", "return dx, dbeta, dgamma"),
@@ -387,6 +437,13 @@ _DX = "dpadded[:, :, rows, columns] += np.tensordot(dy[:, :, p, q], weight, axes
 _DWEIGHT = "dweight += np.tensordot(dy[:, :, p, q], padded[:, :, rows, columns], axes=(0, 0))"
 _OUTPUT = "y = np.empty((n, out, (h - kh) // sh + 1, (w - kw) // sw + 1))"
 _CROP = "dx = dpadded[:, :, ph : h - ph, pw : w - pw]"
+
+_COL2IM = (
+    "    for i in range(kh):\n"
+    "        for j in range(kw):\n"
+    "            for (p, q), part in parts.items():\n"
+    "                dpadded[:, :, p * sh + i, q * sw + j] = part[:, :, i, j]\n"
+)
 
 CONV2D = (
     mutant(
@@ -485,6 +542,14 @@ CONV2D = (
     ),
     mutant(
         "conv2d",
+        "overlaps overwritten in col2im",
+        "where windows overlap, col2im overwrites dx; all parts must be added",
+        (_DX, "parts[p, q] = np.tensordot(dy[:, :, p, q], weight, axes=(1, 0))"),
+        ("    dpadded, dweight = np.zeros(", "    parts = {}\n    dpadded, dweight = np.zeros("),
+        (_CROP, _COL2IM.lstrip() + "    " + _CROP),
+    ),
+    mutant(
+        "conv2d",
         "dx overwritten in the loops",
         "dx is assigned in the loops over filters and windows, so that the last ones are left; all "
         "of them must be added",
@@ -551,6 +616,12 @@ CONV2D = (
     ),
     mutant(
         "conv2d",
+        "bias added at each element of the kernel",
+        "the bias is added once for each element of the kernel; it must be added once",
+        ("y = y + bias.reshape(1, out, 1, 1)", "y = y + kh * kw * bias.reshape(1, out, 1, 1)"),
+    ),
+    mutant(
+        "conv2d",
         "bias forgotten",
         "the bias is not added",
         ("y = y + bias.reshape(1, out, 1, 1)", "y = y + 0"),
@@ -589,6 +660,38 @@ POOLING = (
         ("q * sw + kw] += share", "q * sw + kw] = share"),
     ),
     mutant(
+        "avg_pool2d",
+        "stride ignored in the backward pass",
+        "the backward pass looks at the windows as if the stride were 1",
+        *(
+            (
+                "p * sh : p * sh + kh, q * sw : q * sw + kw] += share",
+                "p : p + kh, q : q + kw] += share",
+            ),
+        ),
+    ),
+    mutant(
+        "avg_pool2d",
+        "last windows left out",
+        "the windows at the lower and the right edge are not visited, and their outputs stay 0",
+        ("y = np.empty(", "y = np.zeros("),
+        ("range(y.shape[2])", "range(y.shape[2] - 1)"),
+        ("range(y.shape[3])", "range(y.shape[3] - 1)"),
+        ("range(dy.shape[2])", "range(dy.shape[2] - 1)"),
+        ("range(dy.shape[3])", "range(dy.shape[3] - 1)"),
+    ),
+    mutant(
+        "avg_pool2d",
+        "overlaps overwritten in col2im",
+        "where windows overlap, col2im overwrites dx; all parts must be added",
+        (
+            "dpadded[:, :, p * sh : p * sh + kh, q * sw : q * sw + kw] += share[:, :, None, None]",
+            "parts[p, q] = share[:, :, None, None] + np.zeros((1, 1, kh, kw))",
+        ),
+        ("    dpadded = np.zeros(", "    parts = {}\n    dpadded = np.zeros("),
+        ("    return dpadded[:, :, ph", _COL2IM + "    return dpadded[:, :, ph"),
+    ),
+    mutant(
         "max_pool2d",
         "ties counted twice",
         "every element that equals the maximum gets the whole dy; one of them must",
@@ -623,6 +726,46 @@ POOLING = (
             "np.copyto(dpadded[:, :, rows, columns], share.reshape(n, c, kh, kw),"
             " where=chosen.reshape(n, c, kh, kw))",
         ),
+    ),
+    mutant(
+        "max_pool2d",
+        "stride ignored in the backward pass",
+        "the backward pass looks at the windows as if the stride were 1",
+        *(
+            (
+                "rows, columns = slice(p * sh, p * sh + kh), slice(q * sw, q * sw + kw)",
+                "rows, columns = slice(p, p + kh), slice(q, q + kw)",
+            ),
+        ),
+    ),
+    mutant(
+        "max_pool2d",
+        "last windows left out",
+        "the windows at the lower and the right edge are not visited, and their outputs stay 0",
+        ("y = np.empty(", "y = np.zeros("),
+        ("range(y.shape[2])", "range(y.shape[2] - 1)"),
+        ("range(y.shape[3])", "range(y.shape[3] - 1)"),
+        ("range(dy.shape[2])", "range(dy.shape[2] - 1)"),
+        ("range(dy.shape[3])", "range(dy.shape[3] - 1)"),
+    ),
+    mutant(
+        "max_pool2d",
+        "overlaps overwritten in col2im",
+        "where windows overlap, col2im overwrites dx; all parts must be added",
+        (
+            "dpadded[:, :, rows, columns] += share.reshape(n, c, kh, kw)",
+            "parts[p, q] = share.reshape(n, c, kh, kw)",
+        ),
+        ("    dpadded = np.zeros(", "    parts = {}\n    dpadded = np.zeros("),
+        ("    return dpadded[:, :, ph", _COL2IM + "    return dpadded[:, :, ph"),
+    ),
+    mutant(
+        "max_pool2d",
+        "windows counted as if side by side",
+        "the backward pass visits H // kH times W // kW windows; with another stride, there are "
+        "more",
+        ("range(dy.shape[2])", "range(min(dy.shape[2], h // kh))"),
+        ("range(dy.shape[3])", "range(min(dy.shape[3], w // kw))"),
     ),
     mutant(
         "max_pool2d",
@@ -671,6 +814,13 @@ OTHERS = (
     ),
     mutant(
         "sigmoid",
+        "tanh in place of the sigmoid",
+        "the function is tanh",
+        ("y = 1 / (1 + np.exp(-x))", "y = np.tanh(x)"),
+        ("dy * y * (1 - y)", "dy * (1 - y * y)"),
+    ),
+    mutant(
+        "sigmoid",
         "derivative of tanh",
         "dx is dy·(1 - y²), which is tanh's",
         ("dy * y * (1 - y)", "dy * (1 - y * y)"),
@@ -692,6 +842,12 @@ OTHERS = (
         "gradient without 1/N",
         "dlogits lacks the factor 1/N of the mean loss",
         ("return dlogits / n", "return dlogits"),
+    ),
+    mutant(
+        "softmax_cross_entropy",
+        "gradient divided by N twice",
+        "dlogits is divided by N twice",
+        ("return dlogits / n", "return dlogits / n / n"),
     ),
     mutant(
         "softmax_cross_entropy",

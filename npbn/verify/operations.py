@@ -537,6 +537,17 @@ def draw_rnn_step(rng: np.random.Generator) -> list[Probe]:
     return [probe("wide", 3, 5, 4), probe("narrow", 5, 2, 3)]
 
 
+PROMISES: dict[str, Callable[[Probe], bool]] = {
+    "padding at least 1": lambda probe: probe.arguments.get("padding", (1, 1)) != (0, 0),
+    "no padding": lambda probe: probe.arguments.get("padding", (0, 0)) == (0, 0),
+    "stride 1": lambda probe: probe.arguments.get("stride", (1, 1)) == (1, 1),
+    "windows side by side": lambda probe: (
+        probe.arguments.get("stride") == probe.arguments.get("kernel_size")
+    ),
+    "only training": lambda probe: probe.arguments.get("training", True) is True,
+}
+"""What an assignment may promise of its inputs, and whether a probe keeps the promise."""
+
 NORM_GRADIENTS = ("dx", "dgamma", "dbeta")
 LINEAR_GRADIENTS = ("dx", "dweight", "dbias")
 

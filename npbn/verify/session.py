@@ -127,6 +127,11 @@ class Session:
             text = answer.get("failed") if isinstance(answer, dict) else None
             self.failure = printable(text or "gave no result")
 
+    def ensure_started(self) -> None:
+        """Start the process again if it has ended."""
+        if self._process is None and not self.failure:
+            self.start()
+
     def stop(self) -> None:
         """End the process and all processes of its group."""
         process, self._process = self._process, None

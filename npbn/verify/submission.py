@@ -30,6 +30,7 @@ from npbn.verify.examination import (
     difference,
     examine,
     given,
+    meant_results,
 )
 from npbn.verify.operations import NOT_SQUARE, OPERATIONS, Layout, Operation, Probe, probes
 from npbn.verify.session import EndedError, Session, printable
@@ -115,6 +116,7 @@ def examine_in(
             wrong code right; see `npbn.verify.isolated.edits`.
     """
     seed = secrets.randbelow(2**32) if seed is None else seed
+    session.ensure_started()
     if session.failure:
         return Examination(operation, "could not be loaded", complaints=(f"it {session.failure}",))
     for name in (forward, backward):
@@ -138,7 +140,8 @@ def examine_in(
     if found.verdict == "wrong" and "y" in found.wrong:
         conversation.compare_with_differences(found)
         found = examine(operation, results, conversation.facts, seed, beyond)
-    if found.verdict == "wrong" and edit_seconds[0] > 0:
+    depends = bool(conversation.facts.state)  # No single call shows what is wrong then.
+    if found.verdict == "wrong" and edit_seconds[0] > 0 and not depends:
         changes = conversation.search_edits(results, set(beyond), edit_seconds)
         edits = tuple(change.shown() for change in changes)
         found = dataclasses.replace(found, changes=changes, edits=edits)
@@ -474,13 +477,16 @@ class Conversation:
 
         They are searched in the process, and confirmed there by probes of another seed.
         """
+        results = meant_results(self.operation, results, self.facts, self.seed)
         arrays: dict[str, Any] = {}
         values: list[dict[str, Any]] = []
         for seed in (self.seed, self.seed + 1):
             right = given(self.operation, self.facts.base, seed, self.facts.fixed)
             for probe in probes(self.operation, seed):
                 result = results.get(probe.name)
-                if result is None or result.skipped or result.refusal or probe.name in beyond:
+                if result is None or result.refusal or probe.name in beyond:
+                    continue
+                if result.skipped and not result.outputs:
                     continue
                 truth = right.get(probe.name)
                 if truth is None:
@@ -491,11 +497,13 @@ class Conversation:
                 values.append(here)
                 arrays |= {f"{k}/{role}": value for role, value in given_arrays.items()}
                 if not self.record.loss:
-                    dy = upstream(self.seed, truth["y"].shape)
+                    dy = upstream(seed, truth["y"].shape)
                     arrays[f"{k}/dy"] = layout.arguments.get("dy", _same)(dy)
                 for name, value in truth.items():
                     if name.startswith("moving") and name not in result.outputs:
                         continue  # The code has no moving averages.
+                    if result.skipped and name in self.record.gradients:
+                        continue
                     change = layout.arguments.get(_ARGUMENT.get(name, name.removeprefix("d")))
                     arrays[f"{k}/{self.role(name)} is right"] = (change or _same)(value)
             if seed == self.seed:

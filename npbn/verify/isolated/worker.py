@@ -259,6 +259,8 @@ class Worker:
             given = {n: tuple(v) if isinstance(v, list) else v for n, v in values[k].items()}
             given |= {n: np.array(v) for n, v in probes[k].items() if n != "dy"}
             outputs, cache = code.forward(given)
+            if not any(gradient in truth[k] for gradient in code.gradients):
+                return numeric(outputs)
             dy = probes[k].get("dy")
             found = code.backward(None if dy is None else dy.copy(), cache)
             if isinstance(found, list):
