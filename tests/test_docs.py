@@ -79,6 +79,21 @@ def test_the_checker_in_the_readme_finds_the_mistake(tmp_path):
     assert process.stdout.startswith("dx: WRONG")
 
 
+def test_the_lines_for_pytorch_print_what_the_documents_say(capsys):
+    """The lines of the front page are in the example."""
+    pytest.importorskip("torch")
+    text = (ROOT / "npbn" / "verify" / "README.md").read_text(encoding="utf-8")
+    pattern = r"```python\n(import numpy as np\nimport torch.*?)```\n\n```\n(.*?)```"
+    ((code, expected),) = re.findall(pattern, text, re.DOTALL)
+    exec(code, {})
+    numbers = r"-?\d\.\d+(e-\d+)?"
+    assert re.sub(numbers, "*", capsys.readouterr().out) == re.sub(numbers, "*", expected)
+    pattern = r"```python\n(from npbn.verify import check_torch.*?)```"
+    (lines,) = re.findall(pattern, README, re.DOTALL)
+    assert len(lines.splitlines()) == 3
+    assert all(f"\n{line}\n" in code for line in lines.splitlines())
+
+
 def test_the_backward_pass_in_the_readme_is_the_one_that_runs():
     (code,) = re.findall(r"```python\n(dbeta.*?)```", README, flags=re.DOTALL)
     source = (ROOT / "npbn" / "functional" / "batch_norm.py").read_text(encoding="utf-8")

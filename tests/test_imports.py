@@ -9,7 +9,18 @@ import pytest
 
 from commands import ROOT
 
-HEAVY = ("cupy", "numba", "torch", "torchvision", "matplotlib", "PIL", "pooch", "sklearn", "scipy")
+HEAVY = (
+    "cupy",
+    "numba",
+    "torch",
+    "torchvision",
+    "matplotlib",
+    "PIL",
+    "pooch",
+    "sklearn",
+    "scipy",
+    "jax",
+)
 
 
 def loaded_after(code: str) -> set[str]:

@@ -4,6 +4,8 @@
   pass. The check works for any pair of array functions. It uses the complex step if the forward
   pass is fit for the complex step.
 - `npbn.verify.check_model` checks the gradients of the loss of a whole network.
+- `npbn.verify.check_torch` and `npbn.verify.check_jax` check the gradients of a function that is
+  written with PyTorch or JAX.
 - `npbn.verify.complex_step` and `npbn.verify.central_difference` compute numeric derivatives: they
   evaluate only the function.
 - `npbn.verify.examine_file` finds the mistake in a file of homework. It compares the results of the
@@ -12,6 +14,7 @@
 
 from npbn.verify.checker import Finding, Report, check_gradients
 from npbn.verify.examination import Examination
+from npbn.verify.libraries import check_jax, check_torch
 from npbn.verify.model import check_model
 from npbn.verify.numeric import central_difference, complex_step
 from npbn.verify.operations import NotExaminedError
@@ -24,7 +27,9 @@ __all__ = [
     "Report",
     "central_difference",
     "check_gradients",
+    "check_jax",
     "check_model",
+    "check_torch",
     "complex_step",
     "examine_file",
 ]

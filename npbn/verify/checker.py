@@ -195,6 +195,7 @@ def check_gradients(
     constants: Mapping[str, Any] | None = None,
     generator: np.random.Generator | None = None,
     method: str = "auto",
+    precision: float = 0.0,
 ) -> Report:
     """Compare the gradients of a backward pass with numeric ones.
 
@@ -212,6 +213,8 @@ def check_gradients(
         method: "complex step", "central difference" or "auto". With "auto", the complex step is
             used if the forward pass turns out to be fit for the complex step, and otherwise the
             central difference.
+        precision: the unit of rounding of the code, if the code is less precise than the dtypes of
+            the arrays. An example is 2⁻⁷ for code that takes float32 and computes in bfloat16.
 
     Returns:
         A report, which can be printed. The code gets copies of all arrays, so the arrays of the
@@ -230,10 +233,12 @@ def check_gradients(
         )
     check_inputs(inputs)
     generator = np.random.default_rng(0) if generator is None else generator
-    code = Code(forward, backward, {} if constants is None else constants, tuple(inputs))
+    code = Code(forward, backward, {} if constants is None else constants, tuple(inputs), precision)
     code.check_forward(inputs)
     inputs = {
-        name: smooth_point(functools.partial(code.output, name=name, others=inputs), x, generator)
+        name: smooth_point(
+            functools.partial(code.output, name=name, others=inputs), x, generator, precision
+        )
         for name, x in inputs.items()
     }
     y, _ = code.run(inputs)
@@ -246,14 +251,17 @@ def check_gradients(
         return Report(tuple(findings), notes)
 
     rounded = {
-        name: x * like(x, 1 + unit_of_rounding(x) * generator.choice((-1, 1), tuple(x.shape)))
+        name: x * like(x, 1 + max(unit_of_rounding(x), precision) * random_signs(x, generator))
         for name, x in inputs.items()
     }
     problems = [
         wrong_form(gradient, x.shape)
         for gradient, x in zip(gradients, inputs.values(), strict=True)
     ]
-    if not any(problems) and not all(map(agree, gradients, code.gradients(inputs, dy))):
+    if not any(problems) and not all(
+        agree(gradient, again, precision)
+        for gradient, again in zip(gradients, code.gradients(inputs, dy), strict=True)
+    ):
         raise ValueError(
             "expected a backward pass that returns the same gradients for the same arguments, got "
             "other gradients at the second call: it is random, or keeps something"
@@ -267,7 +275,7 @@ def check_gradients(
 
     arguments = {**inputs, DY: dy}
     expected = [y, *([] if any(problems) else gradients)]
-    noise, *moved = moved_by_rounding(results, arguments, expected, generator)
+    noise, *moved = moved_by_rounding(results, arguments, expected, generator, precision)
 
     findings = []
     for k, (name, x) in enumerate(inputs.items()):
@@ -276,7 +284,7 @@ def check_gradients(
             continue
         chosen = method
         if method == "auto":
-            signs = generator.choice((-1.0, 1.0), tuple(x.shape))
+            signs = random_signs(x, generator)
             function = functools.partial(code.output, name=name, others=inputs)
             fit = numeric.takes_complex(function, x, like(x, signs * numeric.scales(x)), noise)
             chosen = "complex step" if fit else "central difference"
@@ -293,7 +301,9 @@ def check_gradients(
                 slopes = to_numpy(numeric.complex_step(function, others[name], direction))
                 error = 0.0
             else:
-                slopes, errors = numeric.extrapolated(function, others[name], direction, noise)
+                slopes, errors = numeric.extrapolated(
+                    function, others[name], direction, noise, precision
+                )
                 error = float(np.sum(errors * np.abs(weights)))
             terms = slopes * weights
             return float(terms.sum()), float(np.abs(terms).sum()), error
@@ -310,9 +320,15 @@ def check_gradients(
                 moved=moved[k] if moved else np.zeros(x.shape),
                 method=chosen,
                 generator=generator,
+                precision=precision,
             )
         )
     return Report(tuple(findings), notes)
+
+
+def random_signs(x: Array, generator: np.random.Generator) -> np.ndarray:
+    """Return random numbers, each 1 or -1, in the shape of an array."""
+    return generator.choice((-1.0, 1.0), tuple(x.shape))
 
 
 def check_inputs(inputs: Mapping[str, Array]) -> None:
@@ -336,12 +352,14 @@ class Code:
     Attributes:
         forward, backward, constants: the arguments of `check_gradients`.
         names: the names of the inputs.
+        precision: the unit of rounding of the code, if the dtypes of the arrays do not tell.
     """
 
     forward: Callable[..., Any]
     backward: Callable[[Array, Any], Any]
     constants: Mapping[str, Any]
     names: tuple[str, ...]
+    precision: float
 
     def run(self, inputs: Mapping[str, Array]) -> tuple[Array, Any]:
         """Return y and the cache."""
@@ -382,7 +400,7 @@ class Code:
             raise ValueError(f"expected y with elements, got the shape {tuple(y.shape)}")
         if not np.all(np.isfinite(to_numpy(y))):
             raise ValueError("expected finite outputs, got NaN or infinite elements in y")
-        if not agree(y, again):
+        if not agree(y, again, self.precision):
             raise ValueError(
                 "expected a forward pass that returns the same y for the same inputs, got another "
                 "y at the second call: it is random (like dropout), or keeps something; draw the "
@@ -421,12 +439,13 @@ def same(first: Array, second: Array) -> bool:
     return np.array_equal(a, b, equal_nan=a.dtype.kind in "fc")
 
 
-def agree(first: Array, second: Array) -> bool:
+def agree(first: Array, second: Array, precision: float = 0.0) -> bool:
     """Return whether two results of the same code are equal but for the order of a sum."""
     if tuple(first.shape) != tuple(second.shape):
         return False
     a, b = to_numpy(first).astype(np.float64), to_numpy(second).astype(np.float64)
-    return bool(np.max(np.abs(a - b)) <= math.sqrt(unit_of_rounding(first)) * np.max(np.abs(a)))
+    root = math.sqrt(max(unit_of_rounding(first), precision))
+    return bool(np.max(np.abs(a - b)) <= root * np.max(np.abs(a)))
 
 
 def unit_of_rounding(*arrays: Array) -> float:
@@ -440,6 +459,7 @@ def moved_by_rounding(
     arguments: Mapping[str, Array],
     expected: Sequence[Array],
     generator: np.random.Generator,
+    precision: float = 0.0,
 ) -> list[np.ndarray]:
     """Return by how much the rounding in a function moves each element of each result.
 
@@ -449,6 +469,7 @@ def moved_by_rounding(
             rounding is not measured, and the result is 0.
         expected: the results of the function.
         generator: draws the roundings.
+        precision: the unit of rounding of the code, if the dtypes of the arrays do not tell.
     """
     exact = [to_numpy(result).astype(np.float64) for result in expected]
     moved = [np.zeros(result.shape) for result in exact]
@@ -461,7 +482,7 @@ def moved_by_rounding(
         except Exception:  # The code may refuse arrays with coarse arithmetic.
             continue
         for k, result in enumerate(found):
-            root = math.sqrt(unit_of_rounding(expected[k]))
+            root = math.sqrt(max(unit_of_rounding(expected[k]), precision))
             change = np.abs(np.asarray(to_numpy(result)) - exact[k]) * root
             moved[k] = np.fmax(moved[k], np.where(np.isfinite(change), change, 0))
     return moved
@@ -475,7 +496,10 @@ ROUNDINGS = 4
 
 
 def smooth_point(
-    function: Callable[[Array], Array], x: Array, generator: np.random.Generator
+    function: Callable[[Array], Array],
+    x: Array,
+    generator: np.random.Generator,
+    precision: float = 0.0,
 ) -> Array:
     """Return x, or a point close to x, where ``function`` appears to have a derivative.
 
@@ -486,7 +510,7 @@ def smooth_point(
     Raises:
         ValueError: no point with a derivative was found close to x.
     """
-    u = unit_of_rounding(x)
+    u = max(unit_of_rounding(x), precision)
     shape = tuple(x.shape)
     sizes = np.maximum(np.abs(to_numpy(x)).astype(np.float64), numeric.scales(x).min() / 32)
     for attempt in range(1, TRIES + 1):
@@ -538,6 +562,7 @@ def compare(
     moved: np.ndarray,
     method: str,
     generator: np.random.Generator,
+    precision: float = 0.0,
 ) -> Finding:
     """Compare one gradient with the numeric derivative, and return the finding.
 
@@ -553,8 +578,9 @@ def compare(
         moved: by how much rounding moves each element of the gradient.
         method: the method of the numeric derivative, "complex step" or "central difference".
         generator: chooses the elements of a large input to check.
+        precision: the unit of rounding of the code, if the dtypes of the arrays do not tell.
     """
-    u = unit_of_rounding(x, outputs, gradient)
+    u = max(unit_of_rounding(x, outputs, gradient), precision)
     gradient = to_numpy(gradient).ravel().astype(np.float64)
     lengths, moved = numeric.scales(x).ravel(), moved.ravel()
     indices = sample(gradient, generator)

@@ -94,7 +94,11 @@ def central_difference(function: Function, x: Array, direction: Array | None = N
 
 
 def extrapolated(
-    function: Function, x: Array, direction: Array, noise: np.ndarray | float = 0.0
+    function: Function,
+    x: Array,
+    direction: Array,
+    noise: np.ndarray | float = 0.0,
+    precision: float = 0.0,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return the derivative along a direction by Ridders' method, and an estimate of its error.
 
@@ -106,10 +110,11 @@ def extrapolated(
     Args:
         function, x, direction: the arguments of `central_difference`.
         noise: the error of f(x) by rounding inside of f, if it is known.
+        precision: the unit of rounding of f, if f is less precise than the dtype of x.
     """
     moves = to_numpy(direction).astype(np.float64)
     moving = moves != 0
-    u = float(np.finfo(to_numpy(x).dtype).eps)
+    u = max(float(np.finfo(to_numpy(x).dtype).eps), precision)
     # A step of ``whole`` changes x by about as much as x is large.
     lengths = scales(x)[moving] / np.abs(moves[moving])
     whole = float(_power_of_two(np.min(lengths, initial=1e300)))
