@@ -33,6 +33,20 @@ def run(
     )
 
 
+def npbn_command(
+    *arguments: str, cwd: Path, env: dict[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    """``npbn ARGUMENTS``."""
+    return subprocess.run(
+        [sys.executable, "-m", "npbn", *arguments],
+        cwd=cwd,
+        env=os.environ | (env or {}),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
 def assert_refused(
     process: subprocess.CompletedProcess[str], *expected: str, code: int = 2
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 import threading
@@ -36,6 +37,18 @@ def test_a_line_every_half_minute_says_how_long_it_takes(clock, capsys):
         "       (32% of the run done, about 05:38 left)",
         "       (39% of the run done, about 05:07 left)",
     ]
+
+
+def test_the_bar_counts_examples_of_the_whole_run(clock, monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    monkeypatch.setattr(progress.sys, "stderr", Terminal())
+    shown = Progress(1000, 200)
+    shown.update(64)
+    assert (shown._bar.n, shown._bar.total) == (264, 1000)
+    shown.close()
 
 
 def test_other_lines_count(clock, capsys):

@@ -17,6 +17,7 @@ import pytest
 
 from commands import assert_refused
 from disks import DAMAGES, contents, unchanged
+from npbn import runs
 from npbn.errors import CheckpointError
 from npbn.runs import LIMITS, Run
 
@@ -253,6 +254,14 @@ def test_a_run_is_read_whole_while_it_is_written(run):
         reads += 1
     writer.join()
     assert len(run.layers()) == 40
+
+
+def test_the_best_checkpoint_is_written_before_the_last(run, monkeypatch):
+    """So the last one, from which a run is resumed, never knows of a best one that is not there."""
+    written = []
+    monkeypatch.setattr(runs, "save_checkpoint", lambda path, *_: written.append(path.name))
+    run.save(ARRAYS, {"epoch": 2}, best=True)
+    assert written == ["best.safetensors", "last.safetensors"]
 
 
 def test_only_the_limits_may_change(run):

@@ -24,6 +24,7 @@ functions and classes are guessed from their names.
 from __future__ import annotations
 
 import ast
+import contextlib
 import os
 import re
 import sys
@@ -289,24 +290,32 @@ def _files(folder: Path) -> Iterator[Path]:
                 yield Path(directory) / name
 
 
+def source_of(path: Path) -> str:
+    """Return the code of a file or a notebook, or an empty text if it cannot be read."""
+    try:
+        content = path.read_bytes()[: 10**7]
+        return notebook_source(content) if path.suffix == ".ipynb" else decoded(content)
+    except (OSError, ValueError):
+        return ""
+
+
+def syntax_tree(source: str) -> ast.Module | None:
+    """Return the syntax tree of code in Python 3 or 2, or None if it cannot be parsed."""
+    for text in (source, python_3(source)):
+        with contextlib.suppress(SyntaxError, ValueError, RecursionError, MemoryError):
+            return ast.parse(text)
+    return None
+
+
 def defined(path: Path) -> dict[str, set[str]]:
     """Return the functions and classes of a file by name, each with the names of its methods.
 
-    The file is only parsed. Of a file that cannot be parsed, the names are found as well as a
-    regular expression can.
+    The file is only parsed. If it cannot be parsed, a regular expression finds the functions.
     """
-    try:
-        content = path.read_bytes()[: 10**7]
-        source = notebook_source(content) if path.suffix == ".ipynb" else decoded(content)
-    except (OSError, ValueError):
-        return {}
-    try:
-        tree = ast.parse(source)
-    except (SyntaxError, ValueError, RecursionError, MemoryError):
-        try:
-            tree = ast.parse(python_3(source))
-        except (SyntaxError, ValueError, RecursionError, MemoryError):
-            return {name: set() for name in re.findall(r"^def (\w+)\(", source, re.M)}
+    source = source_of(path)
+    tree = syntax_tree(source)
+    if tree is None:
+        return {name: set() for name in re.findall(r"^def (\w+)\(", source, re.M)}
     found: dict[str, set[str]] = {}
     for node in tree.body:
         if isinstance(node, ast.FunctionDef):
@@ -401,7 +410,7 @@ def grade(
             (f for f, known in names.items() if {task.forward, task.backward} <= known.keys()), None
         )
         if at is None:
-            broken = [f for f, known in names.items() if not known]
+            broken = [file for file in files if syntax_tree(source_of(file)) is None]
             text = f"there is no {task.forward}"
             if broken:
                 text += f" ({', '.join(printable(f.name) for f in broken)} cannot be parsed)"

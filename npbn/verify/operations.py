@@ -247,6 +247,7 @@ MAP_LAYOUTS = (
         as_channels,
         arguments={"x": channels_last, "dy": channels_last},
         outputs={"y": channels_first, "dx": channels_first},
+        kinds=("function", "class"),
         said=True,
     ),
 )

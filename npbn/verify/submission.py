@@ -31,6 +31,7 @@ from npbn.verify.examination import (
     examine,
     given,
     meant_results,
+    upstream,
 )
 from npbn.verify.operations import NOT_SQUARE, OPERATIONS, Layout, Operation, Probe, probes
 from npbn.verify.session import EndedError, Session, printable
@@ -125,9 +126,14 @@ def examine_in(
     conversation = Conversation(session, forward, backward, operation, adapter, seed)
     results = conversation.run_probes()
     beyond = {
-        probe.name: probe.beyond or f"what the assignment does not ask ({probe.name})"
+        probe.name: probe.beyond
         for probe in probes(operation, seed)
-        if probe.beyond not in {"", *asks} or not all(keeps(probe) for keeps in promised)
+        if probe.beyond not in {"", *asks}
+    }
+    beyond |= {
+        probe.name: f"what the assignment does not ask ({probe.name})"
+        for probe in probes(operation, seed)
+        if not all(keeps(probe) for keeps in promised)
     }
     found = examine(operation, results, conversation.facts, seed, beyond)
     if found.verdict == "could not be run" and conversation.looks_old():
@@ -571,11 +577,6 @@ class Conversation:
         expected, computed = float(np.sum(slopes * dy)), float(np.sum(gradient * direction))
         scale = float(np.sum(np.abs(slopes * dy)))
         return abs(expected - computed) <= 1e-6 * scale + float(np.sum(errors * np.abs(dy)))
-
-
-def upstream(seed: int, shape: tuple[int, ...]) -> np.ndarray:
-    """Return the upstream gradient for an output of this shape."""
-    return np.random.default_rng(seed + 1).standard_normal(shape)
 
 
 def _same(a: np.ndarray) -> np.ndarray:

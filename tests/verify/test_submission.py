@@ -243,6 +243,10 @@ def test_a_mistake_in_a_file_is_named(entry, tmp_path):
     if entry.name == "strides swapped":
         assert result.verdict == ASKED
         return
+    if entry.name == "channels mixed by a reshape":
+        # Where the channels are last, this is right. In courses, they are first.
+        assert (result.verdict, result.conventions) == (CONVENTION, ("channels last",))
+        return
     assert result.verdict == "wrong"
     assert (entry,) in result.mistakes
     assert entry.explanation in str(result)

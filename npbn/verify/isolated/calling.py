@@ -87,7 +87,7 @@ NAMES: dict[str, tuple[str, ...]] = {
     "gamma": ("gamma", "g", "bw", "scale", "weight", "w", "gammas"),
     "beta": ("beta", "bb", "shift", "bias", "b", "betas", "offset"),
     "moving_mean": (
-        *("movingmean", "runningmean", "runningm", "movingaverage", "mean", "runmean", "runmu"),
+        *("movingmean", "runningmean", "runningm", "movingaverage", "runmean", "runmu"),
         *(
             "runningmu",
             "meanmoving",
@@ -105,10 +105,9 @@ NAMES: dict[str, tuple[str, ...]] = {
             "runningv",
             "movingvariance",
             "runningvariance",
-            "var",
             "runvar",
         ),
-        *("emavar", "globalvar", "rollingvar", "popvar", "rollingvariance", "variance"),
+        *("emavar", "globalvar", "rollingvar", "popvar", "rollingvariance"),
     ),
     "training": (
         *("training", "train", "istraining", "trainflg", "istrain", "trainmode", "trainflag"),

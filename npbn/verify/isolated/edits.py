@@ -241,9 +241,9 @@ class Search:
         try:
             with limited(SECONDS_OF_A_RUN):
                 found = self.run(k)
+            return sum(_wrong(found.get(name), right) for name, right in self.truth[k].items())
         except (Exception, SystemExit):
             return 1e9
-        return sum(_wrong(found.get(name), right) for name, right in self.truth[k].items())
 
     def _right(self) -> bool:
         """Return whether the present code is right on all probes."""
@@ -551,7 +551,7 @@ class Changes:
         if type(node.value) is int:
             for change in (1, -1):
                 if node.value + change >= 0 or getattr(parent, "arg", "") == "axis":
-                    yield ast.Constant(node.value + change), 5, ""
+                    yield ast.Constant(node.value + change), 10, ""
             if isinstance(parent, ast.keyword) and parent.arg == "axis":
                 for axis in ((0, 2, 3), None):
                     yield ast.Constant(axis) if axis is None else _tuple(axis), 4, "the other axes"
@@ -776,7 +776,7 @@ class Changes:
                 place = self.parents[id(place)][0]
             if place not in self.function.body:
                 continue
-            index = self.function.body.index(place)  # type: ignore[arg-type]
+            index = self.function.body.index(place)
             body = [*self.function.body[: index + 1], node, *self.function.body[index + 1 :]]
             parent, name, _ = self.parents[id(node)]
             rest = [s for s in getattr(parent, name) if s is not node] or [ast.Pass()]

@@ -1,0 +1,170 @@
+"""Files that attack the grader, or stumble into it: each is marked by itself, and nothing else."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import sys
+import time
+
+import pytest
+
+from commands import ROOT, npbn_command
+
+RIGHT = """
+import numpy as np
+def relu_forward(x): return np.maximum(x, 0), x
+def relu_backward(dy, x): return dy * (x > 0)
+"""
+WRONG = "def relu_forward(x): return x, x\ndef relu_backward(dy, x): return dy\n"
+NONE = "def relu_forward(x): pass\ndef relu_backward(dy, x): pass\n"
+
+
+def in_forward(code: str) -> str:
+    """Homework that does something hostile when it is called."""
+    body = "".join(f"    {line}\n" for line in code.strip().splitlines())
+    return (
+        f"import os, sys\ndef relu_forward(x):\n{body}    return x, x\n{RIGHT.splitlines()[-1]}\n"
+    )
+
+
+FILES = {
+    "ok": (RIGHT, "right"),
+    "numpy": ("print('hijacked')\n" + WRONG, "wrong"),
+    "copy": ("raise SystemExit\n" + WRONG, "wrong"),
+    "exits": (in_forward("os._exit(0)"), "could not be run"),
+    "exits when loaded": ("import os\nos._exit(0)\n" + RIGHT, "right"),
+    "aborts": (in_forward("os.abort()"), "could not be run"),
+    "hangs": (in_forward("while True: pass"), "could not be run"),
+    "recursion": (in_forward("relu_forward(x)"), "could not be run"),
+    "memory": (in_forward("a = bytearray(10**11)"), "could not be run"),
+    "reference": ("from npbn.functional import relu as relu_forward, relu_backward\n", "missing"),
+    "reference later": (
+        in_forward("from npbn.functional import relu\nreturn relu(x)"),
+        "could not be run",
+    ),
+    "skips": (
+        in_forward("class NotExaminedError(Exception): pass\nraise NotExaminedError('shy')"),
+        "could not be run",
+    ),
+    "garbage": (
+        in_forward("[os.write(k, b'x' * 10**6) for k in range(1, 20)]"),
+        "could not be run",
+    ),
+    "forged": (
+        in_forward(
+            'import struct\nt = b\'{"value": {"call": 0, "taken": ["x"]}, "arrays": []}\'\n'
+            "[os.write(k, struct.pack('<QQ', len(t), 0) + t) for k in range(3, 9)]"
+        ),
+        "could not be run",
+    ),
+    "huge": (
+        in_forward(
+            "import struct\n[os.write(k, struct.pack('<QQ', 10**18, 10**18)) for k in range(3, 9)]"
+        ),
+        "could not be run",
+    ),
+    "objects": (in_forward("return [object()], x"), "could not be run"),
+    "escape": (
+        in_forward("raise ValueError('\\x1b[2K\\x1b[1Gright \\n=HYPERLINK(1)')"),
+        "could not be run",
+    ),
+    "empty": ("", "missing"),
+    "broken": ("def relu_forward(:", "missing"),
+    "bytes": ("\0\0", "missing"),
+    "not written": (NONE, "not written yet"),
+    "patches": (
+        "import sys, gc\n"
+        "for module in list(sys.modules.values()):\n    module.outputs = lambda *_: None\n" + WRONG,
+        "wrong",
+    ),
+}
+# Some of these need processes and pipes of Linux; how they fail elsewhere is not tested.
+ANYTHING_BUT_RIGHT = {"garbage", "forged", "huge", "reference later", "skips", "objects"}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="signals, pipes and limits of Linux")
+def test_a_class_with_hostile_files_is_graded(tmp_path):
+    folder = tmp_path / "submissions"
+    folder.mkdir()
+    for name, (source, _) in FILES.items():
+        (folder / f"{name}.py").write_text(source)
+    (folder / "=cmd.py").write_text(RIGHT)
+    os.mkfifo(folder / "pipe.py")
+    (folder / "link.py").symlink_to("/etc/hostname")
+    (tmp_path / "relu.toml").write_text(
+        '[[function]]\noperation = "relu"\nforward = "relu_forward"\nbackward = "relu_backward"\n'
+    )
+    process = npbn_command(
+        *("grade", "submissions", "--assignment", "relu.toml", "--timeout", "5", "--edits", "0"),
+        cwd=tmp_path,
+    )
+    assert process.returncode == 0, process.stderr
+    assert "\x1b" not in process.stdout and "hijacked" not in process.stdout
+    records = json.loads((tmp_path / "marks" / "marks.json").read_text())
+    verdicts = {record["student"]: record["verdict"] for record in records}
+    for name, (_, verdict) in FILES.items():
+        if name in ANYTHING_BUT_RIGHT:
+            assert verdicts[name] in ("could not be run", "wrong", "can't tell"), name
+        else:
+            assert verdicts[name] == {"missing": "not found"}.get(verdict, verdict), name
+    with open(tmp_path / "marks" / "marks.csv", newline="", encoding="utf-8") as file:
+        rows = list(csv.reader(file))
+    assert len(rows) == 1 + len(verdicts)
+    assert "'=cmd" in {row[0] for row in rows}
+    assert not any(cell.startswith("=") for row in rows for cell in row)
+    for path in (tmp_path / "marks" / "feedback").iterdir():
+        assert "\x1b" not in path.read_text(encoding="utf-8")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc is Linux's")
+def test_no_process_is_left(tmp_path):
+    """Neither a child that the code starts, nor one that has left its group."""
+    word = f"left-{os.getpid()}-{time.time_ns()}"
+    child = f"import time; time.sleep(300); {word!r}"
+    code = (
+        "import subprocess, sys\n"
+        f"subprocess.Popen([sys.executable, '-c', {child!r}])\n"
+        f"subprocess.Popen([sys.executable, '-c', {child!r}], start_new_session=True)\n"
+    )
+    (tmp_path / "lingers.py").write_text(in_forward(code))
+    npbn_command("check", "lingers.py:relu_forward,relu_backward", "--op", "relu", cwd=tmp_path)
+    for _ in range(100):
+        if not any(word in line for line in command_lines()):
+            return
+        time.sleep(0.1)
+    if os.geteuid() == 0:  # Others may not be allowed to make a process space.
+        pytest.fail("a process is left")
+
+
+def command_lines() -> list[str]:
+    found = []
+    for name in os.listdir("/proc"):
+        if name.isdecimal() and int(name) != os.getpid():
+            try:
+                with open(f"/proc/{name}/cmdline", encoding="utf-8", errors="replace") as file:
+                    found.append(file.read())
+            except OSError:
+                continue
+    return found
+
+
+def test_the_child_knows_nothing_of_the_grader(tmp_path):
+    """Neither its environment, nor its folder, nor npbn."""
+    source = """
+import os, sys
+ours = [m for m in sys.modules if m.partition(".")[0] == "npbn"]
+found = [os.getcwd(), sorted(os.environ), sys.argv, ours]
+def relu_forward(x): raise ValueError(repr(found))
+def relu_backward(dy, x): pass
+"""
+    (tmp_path / "homework.py").write_text(source)
+    process = npbn_command(
+        *("check", "homework.py:relu_forward,relu_backward", "--op", "relu"),
+        cwd=tmp_path,
+        env={"SECRET": "1"},
+    )
+    assert process.returncode == 1
+    assert "SECRET" not in process.stdout and "[]]" in process.stdout
+    assert str(ROOT) not in process.stdout and str(tmp_path) not in process.stdout
