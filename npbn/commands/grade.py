@@ -14,7 +14,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from npbn.commands.check import EDITS, add_edit_options, hinted
+from npbn.commands.check import add_edit_options, hinted
 from npbn.commands.command_line import ArgumentParser, integer, number, say, typed
 from npbn.errors import NpbnError
 from npbn.verify import grading
@@ -57,6 +57,9 @@ sandbox. For more, run this command in a container without a network.
 
 exit codes: 0 graded, 2 bad input, 130 interrupted
 """
+
+EDITS_OF_A_CLASS = 1.0
+"""The default time for the search for edits, in seconds for each wrong function."""
 
 SHORT = {
     "right": "right",
@@ -110,7 +113,7 @@ def parse_arguments(program: str, words: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--seed", type=integer(0), metavar="N", help="of the inputs (default: new each time)"
     )
-    add_edit_options(parser, EDITS)
+    add_edit_options(parser, EDITS_OF_A_CLASS)
     return parser.parse_args(words)
 
 

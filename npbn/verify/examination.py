@@ -261,13 +261,13 @@ class Examination:
             count = 15 if self.error == 0 else min(15, math.floor(-math.log10(self.error)))
             digits = f", to {count} digits"
         lines = [f"{self.operation} {OF[verdict]}{digits if verdict != UNDECIDED else ''}."]
-        if verdict == UNDECIDED and digits:
+        if verdict == UNDECIDED and digits and self.backward != "not examined":
             lines = [
                 f"{self.operation}: can't tell. It agrees{digits}: that may be float32 "
                 "arithmetic, or a small mistake. Compute in float64 and try again."
             ]
         lines += [f"  {complaint}" for complaint in self.complaints]
-        if self.beyond:
+        if self.beyond and verdict != "wrong":
             lines.append(f"It breaks for {'; '.join(self.beyond)}.")
         if self.conventions:
             lines.append(f"Conventions: {'; '.join(self.conventions)}.")
@@ -416,6 +416,10 @@ def examine(
     raised = [failure.failure.startswith("raised") for failure in failures.values()]
     if verdict == "wrong" and not gradients and not wrong and all(raised):
         verdict = "could not be run"
+    if verdict in ("right", CONVENTION, ASKED) and not gradients:
+        # The outputs alone are half of what was asked for.
+        verdict = UNDECIDED
+        complaints["no gradient"] = "no gradient was examined"
     right = tuple(name for name in names if name not in wrong)
     if verdict == "wrong":
         notes += _right_under(operation, results, usual, failures, seed)

@@ -538,6 +538,22 @@ def test_beside_a_mistake_float32_is_no_news(tmp_path):
     assert result.wrong == ("dx", "dgamma") and len(result.complaints) == 2
 
 
+@pytest.mark.parametrize(
+    "body",
+    ["raise NotImplementedError", "assert False", "return type('', (), {'__len__': None})()"],
+)
+def test_without_any_gradient_nothing_is_right(body, tmp_path):
+    """Whatever the backward pass does to be left alone."""
+    source = "import numpy as np\ndef f(x): return np.maximum(x, 0), x\n"
+    source += f"def b(dy, x):\n    {body}\n"
+    result = examined(tmp_path, source, ("f", "b"), "relu")
+    assert "right" not in result.verdict, str(result)
+    source = "import numpy as np\nclass Relu:\n    def forward(self, x): return np.maximum(x, 0)\n"
+    source += f"    def backward(self, dy):\n        {body}\n"
+    result = examined(tmp_path, source, ("Relu", "Relu"), "relu")
+    assert "right" not in result.verdict, str(result)
+
+
 def test_float32_is_undecided(tmp_path):
     source = operation_source("batch_norm").replace(
         "x_hat = (x - mean) / s", "x_hat = ((x - mean) / s).astype(np.float32)"

@@ -44,6 +44,7 @@ from __future__ import annotations
 
 import inspect
 import re
+import types
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -294,6 +295,8 @@ class Asked(dict[str, Any]):
 
     def __getitem__(self, key: Any) -> Any:
         self._note(key)
+        if key not in self and key in DICTIONARY_NAMES["kernel_size"]:
+            raise NotExaminedError("it takes one size of the kernel")
         return super().__getitem__(key)
 
     def get(self, key: Any, default: Any = None) -> Any:
@@ -329,6 +332,10 @@ DICTIONARY_NAMES = {
 
 def dictionary(values: Values, taken: set[str]) -> Asked:
     """Return the values of roles as a dictionary with the keys that homework uses."""
+    sizes = values.get("kernel_size")
+    if isinstance(sizes, tuple) and sizes[0] != sizes[1]:  # The dictionary has both of them.
+        values = {role: value for role, value in values.items() if role != "kernel_size"}
+    values = numbers(values)
     keys = {
         key: role for role, names in DICTIONARY_NAMES.items() if role in values for key in names
     }
@@ -426,7 +433,9 @@ class Code:
                 continue
             role = role_of(name, free)
             if role is None and DICTIONARY.search(plain(name)):
-                asked = given[name] = dictionary(numbers(values), self.taken)
+                asked = given[name] = dictionary(values, self.taken)
+            elif role in PARAMETERS and isinstance(parameter.default, bool):
+                continue  # It says whether there is a bias.
             elif role is not None:
                 given[name] = free.pop(role)
                 self.taken.add(role)
@@ -499,7 +508,7 @@ class Code:
         for role in PARAMETERS:
             if role in values:
                 for holder, name in self._attributes(layer, role):
-                    holder.__dict__[name] = np.array(values[role])
+                    holder[name] = np.array(values[role])
                     self.taken.add(role)
         return layer
 
@@ -538,7 +547,7 @@ class Code:
         for role in ("moving_mean", "moving_var"):
             if role in values:
                 for holder, name in self._attributes(layer, role):
-                    outputs[role] = holder.__dict__[name]
+                    outputs[role] = holder[name]
         return outputs, layer
 
     @staticmethod
@@ -566,16 +575,18 @@ class Code:
             called(method)
             self.taken.add("training")
 
-    def _attributes(self, layer: Any, role: str) -> Iterator[tuple[Any, str]]:
-        """Yield the attributes that have a role: the objects that hold them, and their names."""
-        for holder in [layer, *vars(layer).values()]:
-            if isinstance(holder, (np.ndarray, dict, str, type)) or not hasattr(holder, "__dict__"):
-                continue
-            for name, value in list(vars(holder).items()):
-                known = {r: 0 for r in PARAMETERS if f"d{r}" in self.gradients or "moving" in r}
-                if role_of(name, known) == role and (
-                    value is None or np.ndim(value) > 0 or role[0] == "m"
-                ):
+    def _attributes(self, layer: Any, role: str) -> Iterator[tuple[dict[str, Any], str]]:
+        """Yield the places of values that have a role: the dictionary, and the key in it.
+
+        The places are attributes of the layer, of its parts, and entries of its dictionaries.
+        """
+        parts = [vars(part) for part in vars(layer).values() if _has_attributes(part)]
+        parts += [part for part in vars(layer).values() if isinstance(part, dict)]
+        known = {r: 0 for r in PARAMETERS if f"d{r}" in self.gradients or "moving" in r}
+        for holder in [vars(layer), *parts]:
+            for name, value in list(holder.items()):
+                fits = value is None or np.ndim(value) > 0 or role.startswith("moving")
+                if isinstance(name, str) and fits and role_of(name, known) == role:
                     yield holder, name
 
     # Backward.
@@ -619,10 +630,10 @@ class Code:
         if getattr(method, "__name__", "") == "derivative":
             takes_dy = bool(_positional(method))
         before = {
-            role: np.array(holder.__dict__[name])
+            role: np.array(holder[name])
             for role in PARAMETERS
             for holder, name in self._attributes(layer, role)
-            if holder.__dict__[name] is not None
+            if holder[name] is not None
         }
         if takes_dy and (dy is not None or _positional(method)):
             result = called(method, 1.0 if dy is None else dy, **rates)
@@ -643,7 +654,7 @@ class Code:
             if value is None and rates and dy is not None and role in before:
                 # With a learning rate of 1, the gradient is what the parameter has lost.
                 for holder, name in self._attributes(layer, role):
-                    value = before[role] - holder.__dict__[name]
+                    value = before[role] - holder[name]
             if value is not None:
                 found[gradient] = value
         return found
@@ -677,6 +688,12 @@ class Code:
                     named[f"d{role}"] = value
             return named
         return list(result) if isinstance(result, (tuple, list)) else [result]
+
+
+def _has_attributes(value: Any) -> bool:
+    """Return whether a value is an object of a class of the homework, such as a layer."""
+    others = np.ndarray | type | types.ModuleType
+    return hasattr(value, "__dict__") and not isinstance(value, others)
 
 
 def _positional(function: Callable[..., Any]) -> list[str]:
