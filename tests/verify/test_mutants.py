@@ -8,10 +8,32 @@ import numpy as np
 import pytest
 
 from judging import SEED, judged, results
+from npbn import functional as F
 from npbn.verify import check_gradients
 from npbn.verify.examination import CONVENTION
 from npbn.verify.mutants import BATCH_NORM, CONV2D, CONVENTIONS, MUTANTS, functions_of, mutant
 from npbn.verify.operations import OPERATIONS, probes, true_functions
+
+
+@pytest.mark.parametrize("operation", [name for name in OPERATIONS if not hasattr(F, name)])
+def test_the_gradients_of_operations_that_only_the_grader_has(operation):
+    """They are compared with nothing else."""
+    forward, backward = functions_of(operation)
+    record = OPERATIONS[operation]
+    for probe in probes(operation, SEED):
+        wanted = [gradient[1:] for gradient in record.gradients]
+        if probe.beyond in ("a mean of 1e8",):
+            continue
+        inputs = {name: probe.arguments[name] for name in wanted}
+        constants = {k: v for k, v in probe.arguments.items() if k not in wanted}
+        pair = backward
+        if record.loss:
+
+            def pair(dy, cache):
+                return dy * backward(cache)
+
+        report = check_gradients(forward, pair, inputs, constants=constants)
+        assert report.ok, str(report)
 
 
 def label(entry) -> str:

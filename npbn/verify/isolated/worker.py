@@ -279,11 +279,6 @@ class Worker:
         changes = [] if found is None else found.changes
         return {"changes": [[c.line, c.before, c.after, c.reason] for c in changes]}, {}
 
-    def forget(self, arrays: dict[str, np.ndarray]) -> Answer:
-        """Forget the results of earlier calls."""
-        self.made = []
-        return {}, {}
-
 
 def numeric(values: dict[Any, Any]) -> dict[str, np.ndarray]:
     """Return values as arrays of numbers; a value without numbers becomes an array of length 0.
