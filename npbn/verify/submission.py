@@ -117,6 +117,25 @@ def examine_in(
             wrong code right; see `npbn.verify.isolated.edits`.
     """
     seed = secrets.randbelow(2**32) if seed is None else seed
+    try:
+        return _examine(
+            session, forward, backward, operation, adapter, seed, asks, promised, edit_seconds
+        )
+    except EndedError as error:
+        return Examination(operation, "could not be run", complaints=(f"it {error}",))
+
+
+def _examine(
+    session: Session,
+    forward: str,
+    backward: str,
+    operation: str,
+    adapter: str | None,
+    seed: int,
+    asks: frozenset[str],
+    promised: Sequence[Callable[[Probe], bool]],
+    edit_seconds: tuple[float, float],
+) -> Examination:
     session.ensure_started()
     if session.failure:
         return Examination(operation, "could not be loaded", complaints=(f"it {session.failure}",))
@@ -137,9 +156,8 @@ def examine_in(
     }
     found = examine(operation, results, conversation.facts, seed, beyond)
     if found.verdict == "could not be run" and conversation.looks_old():
-        # In Python 2, / of integers gave an integer, which may be an index or a size.
         conversation.select(old=True)
-        conversation.facts.notes.append("/ divides integers as in Python 2")
+        conversation.facts.notes.append("it was run as Python 2 and NumPy before 2.4 would run it")
         again = examine(operation, conversation.run_probes(), conversation.facts, seed, beyond)
         if again.verdict != "could not be run":
             found = again
@@ -226,8 +244,18 @@ class Conversation:
         return f"d{self.record.roles[name]}" if name in self.record.roles else output
 
     def looks_old(self) -> bool:
-        """Return whether the code failed because it got a float for an index or a size."""
-        words = ("as an integer", "must be integers", "slice indices", "sequence of integers")
+        """Return whether the code failed as code for old versions of Python and NumPy does.
+
+        It got a float for an index or a size, or took an array of one element for a number.
+        """
+        words = (
+            *("as an integer", "must be integers", "slice indices", "sequence of integers"),
+            *(
+                "only 0-dimensional arrays",
+                "array element with a sequence",
+                "only integers, slices",
+            ),
+        )
         return any(word in text for text in self.raised for word in words)
 
     # Requests.

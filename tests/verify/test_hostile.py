@@ -11,6 +11,8 @@ import time
 import pytest
 
 from commands import ROOT, npbn_command
+from npbn.verify.session import Session
+from npbn.verify.submission import examine_in
 
 RIGHT = """
 import numpy as np
@@ -116,6 +118,22 @@ def test_a_class_with_hostile_files_is_graded(tmp_path):
     assert not any(cell.startswith("=") for row in rows for cell in row)
     for path in (tmp_path / "marks" / "feedback").iterdir():
         assert "\x1b" not in path.read_text(encoding="utf-8")
+
+
+def test_code_that_ends_its_process_at_every_chance(tmp_path):
+    """Also while the functions are chosen, in a second function of the same file."""
+    source = (
+        "import os\nclass Trap:\n    def __getattr__(self, name): os._exit(3)\n"
+        "    def __call__(self, x): os._exit(3)\nrelu_forward = relu_backward = Trap()\n" + RIGHT
+    ).replace("def relu_", "def fine_")
+    path = tmp_path / "homework.py"
+    path.write_text(source)
+    with Session(path, 20) as session:
+        for names, verdict in (
+            (("relu_forward", "relu_backward"), "could not be run"),
+            (("fine_forward", "fine_backward"), "right"),
+        ):
+            assert examine_in(session, *names, "relu", seed=1).verdict == verdict
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="/proc is Linux's")

@@ -9,6 +9,7 @@ file is often a script that trains or asks for input. Notebooks are loaded cell 
   fails with `NeededError`, which names the module.
 - Names that NumPy or Python have removed exist again: ``np.float``, ``xrange``. In a file that
   only Python 2 can read, ``print`` statements become calls, and ``/`` divides as it did there.
+- ``float(x)`` of an array with one element works, as it did before NumPy 2.4.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ import sys
 import types
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -129,7 +130,8 @@ def load(path: Path, content: bytes) -> tuple[types.ModuleType, str, list[str]]:
         old = False
     except SyntaxError as error:
         try:
-            tree, old = ast.parse(python_3(source), str(path)), True
+            source = python_3(source)
+            tree, old = ast.parse(source, str(path)), True
         except SyntaxError:
             raise error from None
         notes.append("it is written in Python 2")
@@ -169,8 +171,8 @@ def load(path: Path, content: bytes) -> tuple[types.ModuleType, str, list[str]]:
     sys.modules[name] = module
     linecache.cache[str(path)] = (len(source), None, source.splitlines(keepends=True), str(path))
     if old:
-        tree = ast.fix_missing_locations(Divisions().visit(tree))
-        module.__dict__[Divisions.NAME] = old_division
+        tree = ast.fix_missing_locations(Old().visit(tree))
+        module.__dict__.update(Old.NAMES)
     execute(tree, module, notes)
     Missing.loading = False
     return module, source, notes
@@ -227,23 +229,54 @@ def old_division(a: Any, b: Any) -> Any:
     return a // b if isinstance(a, whole) and isinstance(b, whole) else a / b
 
 
-class Divisions(ast.NodeTransformer):
-    """Replace each division by a call of `old_division`."""
+def old_number(kind: type, value: Any) -> Any:
+    """Convert an array of one element to a number, whatever its shape, as NumPy did before 2.4."""
+    return kind(
+        value.reshape(-1)[0] if isinstance(value, np.ndarray) and value.size == 1 else value
+    )
 
-    NAME = "__old_division"
+
+def old_element(value: Any) -> Any:
+    """Return an array of one element without its shape, as NumPy did in assignments before 2.4."""
+    return value.reshape(()) if isinstance(value, np.ndarray) and value.size == 1 else value
+
+
+class Old(ast.NodeTransformer):
+    """Replace what Python 3 and NumPy 2.4 do in another way than before by functions that do it."""
+
+    NAMES: ClassVar = {
+        "__old_division": old_division,
+        "__old_number": old_number,
+        "__old_element": old_element,
+    }
 
     def visit_BinOp(self, node: ast.BinOp) -> ast.AST:
         self.generic_visit(node)
         if not isinstance(node.op, ast.Div):
             return node
-        name = ast.Name(self.NAME, ast.Load())
-        return ast.copy_location(ast.Call(name, [node.left, node.right], []), node)
+        return self._call(node, "__old_division", [node.left, node.right])
+
+    def visit_Call(self, node: ast.Call) -> ast.AST:
+        self.generic_visit(node)
+        if getattr(node.func, "id", "") in ("float", "int") and len(node.args) == 1:
+            return self._call(node, "__old_number", [node.func, *node.args])
+        return node
+
+    def visit_Assign(self, node: ast.Assign) -> ast.AST:
+        self.generic_visit(node)
+        if isinstance(node.targets[0], ast.Subscript):
+            node.value = self._call(node.value, "__old_element", [node.value])
+        return node
+
+    @staticmethod
+    def _call(node: ast.expr, name: str, values: list[ast.expr]) -> ast.expr:
+        return ast.copy_location(ast.Call(ast.Name(name, ast.Load()), values, []), node)
 
 
-def with_old_division(module: types.ModuleType, source: str) -> None:
-    """Define the functions and classes of a module again, where ``/`` divides as in Python 2."""
-    tree = ast.fix_missing_locations(Divisions().visit(ast.parse(source)))
-    module.__dict__[Divisions.NAME] = old_division
+def as_before(module: types.ModuleType, source: str) -> None:
+    """Define the functions and classes of a module again, as old Python and NumPy read them."""
+    tree = ast.fix_missing_locations(Old().visit(ast.parse(source)))
+    module.__dict__.update(Old.NAMES)
     execute(tree, module, [])
 
 

@@ -112,7 +112,7 @@ class Worker:
             cause = error.__cause__
             assert cause is not None
             return self._raised(cause), {}
-        except (AttributeError, TypeError, ValueError, KeyError, IndexError) as error:
+        except Exception as error:
             # What the code returned, or its class, is of a kind that nobody has thought of.
             return {
                 "not examined": f"it is of an unknown kind ({type(error).__name__}: {error})"
@@ -156,7 +156,7 @@ class Worker:
     ) -> Answer:
         """Choose the functions, or the class, that the next requests call."""
         if old:
-            loading.with_old_division(self.module, self.source)
+            loading.as_before(self.module, self.source)
         pair = getattr(self.module, forward), getattr(self.module, backward)
         if adapter:
             file, _, name = adapter.rpartition(":")
