@@ -141,7 +141,9 @@ def _examine(
         return Examination(operation, "could not be loaded", complaints=(f"it {session.failure}",))
     for name in (forward, backward):
         if name not in session.names:
-            raise SubmissionError(f"{session.path.name} has no function {name}")
+            # Often, what it is made of could not be executed.
+            why = f" ({'; '.join(session.notes[:3])})" if session.notes else ""
+            raise SubmissionError(f"{session.path.name} has no function {name}{why}")
     conversation = Conversation(session, forward, backward, operation, adapter, seed)
     results = conversation.run_probes()
     beyond = {
