@@ -11,6 +11,8 @@ import time
 import pytest
 
 from commands import ROOT, npbn_command
+from npbn.errors import SubmissionError
+from npbn.verify import examine_file
 from npbn.verify.session import Session
 from npbn.verify.submission import examine_in
 
@@ -118,6 +120,22 @@ def test_a_class_with_hostile_files_is_graded(tmp_path):
     assert not any(cell.startswith("=") for row in rows for cell in row)
     for path in (tmp_path / "marks" / "feedback").iterdir():
         assert "\x1b" not in path.read_text(encoding="utf-8")
+
+
+def test_the_reference_is_refused(tmp_path):
+    path = tmp_path / "homework.py"
+    path.write_text("from npbn.functional import relu as relu_forward, relu_backward\n")
+    with pytest.raises(SubmissionError, match="npbn is the reference"):
+        examine_file(path, "relu_forward", "relu_backward", "relu")
+
+
+def test_homework_takes_no_place_of_the_standard_library(tmp_path):
+    """Even of a module that nothing has imported yet."""
+    (tmp_path / "fractions.py").write_text("raise SystemExit\n" + WRONG)
+    path = tmp_path / "homework.py"
+    path.write_text("from fractions import Fraction\nzero = float(Fraction(0))\n" + RIGHT)
+    path.write_text(path.read_text().replace("maximum(x, 0)", "maximum(x, zero)"))
+    assert examine_file(path, "relu_forward", "relu_backward", "relu").verdict == "right"
 
 
 def test_code_that_ends_its_process_at_every_chance(tmp_path):

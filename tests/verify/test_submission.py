@@ -633,7 +633,7 @@ def test_what_cannot_be_examined_by_no_fault_of_its_author(tmp_path):
     with pytest.raises(SubmissionError, match=r"is no Python file and no notebook: its name ends"):
         examine_file(tmp_path / "homework.txt", "a", "b", "relu")
     source = "import no_such_thing as t\nforward = t.make()[0]\nx = 1 / 0\nbackward = x"
-    said = r"homework\.py has no function backward \(line 3 was left out: ZeroDivisionError"
+    said = r"homework\.py has no function forward \(line 3 was left out: ZeroDivisionError"
     with pytest.raises(SubmissionError, match=said):
         examined(tmp_path, source, ("forward", "backward"), "relu")
     with pytest.raises(SubmissionError, match=r"homework\.py has no function backwrd"):
