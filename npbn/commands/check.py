@@ -234,12 +234,9 @@ def hinted(grades: Mapping[str, Sequence[Grade]], hint: str) -> dict[str, list[G
     """Return the grades with edits that show no more than the hint allows."""
 
     def shortened(grade: Grade) -> Grade:
-        found = grade.examination
-        if found is None or not found.edits or hint == "edit":
+        if grade.examination is None:
             return grade
-        found = dataclasses.replace(
-            found, edits=tuple(edit.shown(hint) for edit in found.changes), changes=()
-        )
+        found = dataclasses.replace(grade.examination, hint=hint)
         return dataclasses.replace(grade, examination=found, text=str(found))
 
     return {student: [shortened(g) for g in found] for student, found in grades.items()}

@@ -26,6 +26,7 @@ from typing import Any
 
 import numpy as np
 
+from npbn.verify.isolated.edits import Change
 from npbn.verify.mutants import CONVENTIONS, MUTANTS, Mutant, functions_of, plain_name
 from npbn.verify.operations import (
     OPERATIONS,
@@ -50,31 +51,6 @@ FIXED = {
 """Values that people write in their code in place of an argument."""
 
 
-@dataclass(frozen=True)
-class Change:
-    """A change of a line that, perhaps with others, makes wrong code right.
-
-    Attributes:
-        line: the number of the line.
-        before, after: the statement, and the statement after the change.
-        reason: what the change does, or an empty text.
-    """
-
-    line: int
-    before: str
-    after: str
-    reason: str = ""
-
-    def shown(self, hint: str = "edit") -> str:
-        """Return the change as a text; the hint is "edit", "reason" or "line"."""
-        if hint == "line":
-            return f"line {self.line}"
-        if hint == "reason":
-            return f"line {self.line}: {self.reason or 'a small change is missing'}"
-        reason = f" ({self.reason})" if self.reason else ""
-        return f"line {self.line}: `{self.before}` → `{self.after}`{reason}"
-
-
 Outputs = dict[str, np.ndarray]
 Given = Mapping[str, Outputs]
 """Outputs by probe."""
@@ -90,6 +66,7 @@ class Ran:
         refusal: whether the code raised an AssertionError or a NotImplementedError itself.
         unwritten: whether the failure means that the code is not written yet.
         needs: whether the failure means that something is not installed here.
+        uncalled: whether the failure may be due to how the code was called.
         ended: whether the process ended or was too slow.
         skipped: why the code, or its backward pass, was not run, or an empty text.
         layout: the name of the layout in which the code keeps its arrays.
@@ -100,6 +77,7 @@ class Ran:
     refusal: bool = False
     unwritten: bool = False
     needs: bool = False
+    uncalled: bool = False
     ended: bool = False
     skipped: str = ""
     layout: str = ""
@@ -212,7 +190,7 @@ class Examination:
 
     Attributes:
         operation: the name of the operation.
-        verdict: one of `VERDICTS`.
+        verdict: one of the keys of `OF`.
         error: the largest relative error of any output on any probe. The error is infinite if the
             code failed on a probe, and NaN if the code was not run.
         forward, backward: "right", "wrong", "not written yet" or "not examined". Backward is right
@@ -224,7 +202,7 @@ class Examination:
         right, wrong: the names of the outputs that are right, and of those that are wrong.
         notes: further remarks: which arguments the code changes, and what was not examined.
         changes: the changes of the code that together make it right.
-        edits: the changes as texts.
+        hint: how much of the changes is told; see `Change.shown`.
     """
 
     operation: str
@@ -240,7 +218,12 @@ class Examination:
     wrong: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     changes: tuple[Change, ...] = ()
-    edits: tuple[str, ...] = ()
+    hint: str = "edit"
+
+    @property
+    def edits(self) -> tuple[str, ...]:
+        """Return the changes as texts."""
+        return tuple(change.shown(self.hint) for change in self.changes)
 
     @property
     def first(self) -> str:
@@ -301,7 +284,6 @@ OF = {
     "could not be run": "could not be run",
     UNLOADED: "could not be loaded here",
 }
-VERDICTS = tuple(OF)
 
 
 def examine(
@@ -337,7 +319,11 @@ def examine(
     columns = any(layout.startswith("examples in columns") for layout in layouts)
     fixed, base = _conventions(operation, ran, facts, seed, columns, beyond)
     facts.fixed, facts.base = fixed, base
-    truth = given(operation, base, seed, fixed)
+
+    def variant(mistakes: tuple[Mutant, ...]) -> Given:
+        return given(operation, mistakes, seed, fixed)
+
+    truth = variant(base)
     errors = {
         (probe, name): difference(found[name], truth[probe][name])
         for probe, found in ran.items()
@@ -381,7 +367,7 @@ def examine(
         complaints.setdefault(f"{name} None", f"{name} is None")
     unwritten = zero | set(facts.missing)
     backward_unwritten = any(r.unwritten for name, r in failures.items() if name not in beyond)
-    broken = _broken(results, errors, beyond, truth)
+    broken = _broken(results, errors, beyond)
     disagreeing = [text for text, forward_right in broken.items() if forward_right]
 
     hard = set(complaints) - unwritten - {f"{name} None" for name in facts.missing}
@@ -412,6 +398,8 @@ def examine(
         verdict = "wrong"
     else:
         verdict = UNDECIDED
+    if verdict == "wrong" and hard and hard <= {r.failure for r in failures.values() if r.uncalled}:
+        verdict = UNDECIDED
     gradients = [name for name in names if name in OPERATIONS[operation].gradients]
     raised = [failure.failure.startswith("raised") for failure in failures.values()]
     if verdict == "wrong" and not gradients and not wrong and all(raised):
@@ -434,16 +422,16 @@ def examine(
             if broken.get(beyond.get(place[0], ""), True)
         }
         if any(error > WRONG for error in meant.values()):
-            explained = _fully(operation, ran, meant, seed, fixed, base)
+            explained = _fully(operation, ran, meant, base, variant)
         if not explained:
             more = _other_order(operation, core, truth, errors)
         if not explained and not more:
-            explained = _in_part(operation, ran, meant, seed, fixed, base)
+            explained = _in_part(operation, ran, meant, base, variant)
     return Examination(
         operation,
         verdict,
         largest,
-        _forward_verdict(verdict, wrong, names, results),
+        _forward_verdict(wrong, names),
         _backward_verdict(
             operation, verdict, wrong, names, facts, backward_unwritten, bool(bad_failures)
         ),
@@ -575,6 +563,8 @@ def _without_outputs(
         verdict = UNWRITTEN
     elif any(r.needs for r in failed.values()):
         verdict = UNLOADED
+    elif all(r.uncalled for r in failed.values()):
+        verdict = UNDECIDED
     lines = tuple(reversed(complaints.values()))
     state = UNWRITTEN if verdict == UNWRITTEN else "not examined"
     return Examination(operation, verdict, math.inf, state, state, lines, notes=notes)
@@ -619,13 +609,15 @@ def _conventions(
     if not facts.without_dy:
         candidates = [m for m in candidates if m.name != "the gradient of the sum"]
 
-    def wrong(base: tuple[Mutant, ...]) -> int:
+    def wrong(base: tuple[Mutant, ...]) -> float:
         right = given(operation, base, seed, fixed)
+        if not ran.keys() <= right.keys():  # It cannot run where the code can.
+            return math.inf
         return sum(
             3 if name == "y" else 1  # The forward pass decides what the backward pass should be.
             for probe, found in ran.items()
             for name, value in found.items()
-            if not difference(value, right.get(probe, {}).get(name, np.empty(0))) <= WRONG
+            if name not in right[probe] or not difference(value, right[probe][name]) <= WRONG
         )
 
     def close(base: tuple[Mutant, ...]) -> int:
@@ -655,7 +647,6 @@ def _broken(
     results: Mapping[str, Ran],
     errors: Mapping[tuple[str, str], float],
     beyond: Mapping[str, str],
-    truth: Given,
 ) -> dict[str, bool]:
     """Return the demands beyond the usual ones that the code does not meet.
 
@@ -692,9 +683,7 @@ def _right_under(
     return found
 
 
-def _forward_verdict(
-    verdict: str, wrong: Sequence[str], names: Sequence[str], results: Mapping[str, Ran]
-) -> str:
+def _forward_verdict(wrong: Sequence[str], names: Sequence[str]) -> str:
     if {"y", "moving_mean", "moving_var"} & set(wrong):
         return "wrong"
     return "right" if "y" in names else "not examined"
@@ -746,6 +735,8 @@ def _complaint(name: str, probe: str, found: np.ndarray, expected: np.ndarray) -
 
 Place = tuple[str, str]
 """The name of a probe and the name of an output."""
+Variant = Callable[[tuple[Mutant, ...]], Given]
+"""A function that returns the outputs of the operation with these mistakes."""
 
 
 def _other_order(
@@ -796,13 +787,12 @@ def _fully(
     operation: str,
     ran: Given,
     errors: Mapping[Place, float],
-    seed: int,
-    fixed: tuple[Any, ...],
     base: tuple[Mutant, ...],
+    variant: Variant,
 ) -> tuple[tuple[Mutant, ...], ...]:
     """Return the single mutants, or else the pairs, that give the same results as the code."""
     for conventions in dict.fromkeys((base, ())):
-        matching = _matching(operation, ran, errors, seed, fixed, conventions)
+        matching = _matching(operation, ran, errors, conventions, variant)
         if matching:
             return tuple(matching)
     return ()
@@ -812,24 +802,23 @@ def _in_part(
     operation: str,
     ran: Given,
     errors: Mapping[Place, float],
-    seed: int,
-    fixed: tuple[Any, ...],
     base: tuple[Mutant, ...],
+    variant: Variant,
 ) -> tuple[tuple[Mutant, ...], ...]:
     """Return an explanation of wrong results that no mutant and no pair explains.
 
     A combination of mutants is chosen for each wrong output. The explanation is their union.
     """
-    truth = given(operation, base, seed, fixed)
+    truth = variant(base)
     chosen: dict[Mutant, None] = {}
     for name in dict.fromkeys(name for (_, name), error in errors.items() if error > WRONG):
         places = [place for place, error in errors.items() if place[1] == name and error > WRONG]
-        matching = _matching(operation, ran, places, seed, fixed, base)
+        matching = _matching(operation, ran, places, base, variant)
         if matching:  # Choose the combination that makes the fewest other outputs wrong.
             elsewhere = [
                 sum(
                     difference(value, truth[probe][other]) > WRONG
-                    for probe, found in given(operation, (*base, *c), seed, fixed).items()
+                    for probe, found in variant((*base, *c)).items()
                     for other, value in found.items()
                     if other != name
                 )
@@ -843,9 +832,8 @@ def _matching(
     operation: str,
     ran: Given,
     places: Iterable[Place],
-    seed: int,
-    fixed: tuple[Any, ...],
     base: tuple[Mutant, ...],
+    variant: Variant,
 ) -> list[tuple[Mutant, ...]]:
     """Return the mutants, or else the pairs of mutants, that agree with the code in some places."""
     places = list(places)
@@ -853,7 +841,7 @@ def _matching(
     matching: list[tuple[Mutant, ...]] = []
     for size in (1, 2):
         for combination in itertools.combinations(candidates, size):
-            found = given(operation, (*base, *combination), seed, fixed)
+            found = variant((*base, *combination))
             if all(
                 name in found.get(probe, {}) and _equal(ran[probe][name], found[probe][name])
                 for probe, name in places

@@ -25,11 +25,12 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import functools
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from multiprocessing import get_context
 from pathlib import Path
@@ -133,7 +134,7 @@ class Grade:
                 for m in c
             ]
         )
-        edits = () if found is None else found.edits
+        changes = () if found is None else found.changes
         return {
             "student": self.student,
             "file": self.file,
@@ -143,8 +144,8 @@ class Grade:
             "forward": "not examined" if found is None else found.forward,
             "backward": "not examined" if found is None else found.backward,
             "mistakes": mistakes,
-            "lines": [int(n) for e in edits for n in re.findall(r"^line (\d+)", e)],
-            "edits": list(edits),
+            "lines": [change.line for change in changes],
+            "edits": [] if found is None else list(found.edits),
             "complaints": [] if found is None else list(found.complaints),
             "conventions": [] if found is None else list(found.conventions),
             "beyond": [] if found is None else list(found.beyond),
@@ -239,8 +240,8 @@ def _task(path: Any, number: int, entry: Any) -> Task:
 def students(paths: Sequence[str | os.PathLike[str]]) -> dict[str, list[Path]]:
     """Return the files of each student by the student's name.
 
-    A folder without Python files and notebooks of its own is a folder of students. In it, each file
-    and each folder is a student.
+    A single folder is the folder of the class: each file and each folder in it is a student. Of
+    several paths, each is a student.
 
     Raises:
         SubmissionError: there is no such file or folder, or there is nothing to grade.
@@ -402,6 +403,21 @@ def grade(
         timeout: the time limit for each call, in seconds.
         edit_seconds: the time for the search for edits; see `npbn.verify.isolated.edits`.
     """
+    return _graded(
+        name,
+        files,
+        assignment,
+        lambda file, tasks: _grade_file(name, file, tasks, seed, timeout, edit_seconds),
+    )
+
+
+def _graded(
+    name: str,
+    files: Sequence[Path],
+    assignment: Assignment,
+    grade_file: Callable[[Path, list[Task]], Iterable[Grade]],
+) -> list[Grade]:
+    """Return the grades of one student, of whom each file is graded by a function."""
     names = {file: defined(file) for file in files}
     work: dict[Path, list[Task]] = {}
     grades: list[Grade] = []
@@ -420,7 +436,7 @@ def grade(
     if not assignment.tasks:
         work = {file: tasks for file, known in names.items() if (tasks := guessed(known))}
     for file, tasks in work.items():
-        grades += _grade_file(name, file, tasks, seed, timeout, edit_seconds)
+        grades += grade_file(file, tasks)
     order = {task: k for k, task in enumerate(assignment.tasks)}
     return sorted(grades, key=lambda grade: order.get(grade.task, 0))
 
@@ -449,11 +465,20 @@ def _grade_file(
                     )
                 except SubmissionError as error:
                     yield Grade(name, task, str(file), UNLOADED, None, str(error))
+                except Exception as error:  # One function must not cost the class its marks.
+                    yield from _failed(name, file, [task], error)
                 else:
                     yield Grade(name, task, str(file), found.verdict, found, str(found))
     except (SubmissionError, OSError) as error:
         for task in tasks:
             yield Grade(name, task, str(file), UNLOADED, None, printable(error))
+
+
+def _failed(name: str, file: Path, tasks: Sequence[Task], error: Exception) -> Iterator[Grade]:
+    """Yield the grades for functions whose examination failed."""
+    text = f"the examination itself failed: {type(error).__name__}: {printable(error)}"
+    for task in tasks:
+        yield Grade(name, task, str(file), "could not be run", None, text)
 
 
 def _job(arguments: tuple[Any, ...]) -> list[Grade]:
@@ -487,9 +512,14 @@ def grade_all(
     ) as pool:
         futures = {pool.submit(_job, arguments): arguments[0] for arguments in work}
         for future in as_completed(futures):
-            results[futures[future]] = future.result()
+            name = futures[future]
+            try:
+                results[name] = future.result()
+            except BrokenExecutor as error:  # Somebody has killed a process of this pool.
+                failed = functools.partial(_failed, name, error=error)
+                results[name] = _graded(name, found[name], assignment, failed)
             if on_student is not None:
-                on_student(futures[future])
+                on_student(name)
     return {name: results[name] for name in found}
 
 

@@ -107,6 +107,28 @@ def functions_of(
     return namespace[name], namespace[f"{name}_backward"]
 
 
+MOVING_VARIANCE_UNBIASED = mutant(
+    "batch_norm",
+    "moving variance unbiased",
+    "the moving variance is made from the unbiased batch variance, as PyTorch's is",
+    (
+        "moving_var = momentum * moving_var + (1 - momentum) * var",
+        "moving_var = momentum * moving_var + (1 - momentum) * var * m / (m - 1)",
+    ),
+)
+MOMENTUM_REVERSED = mutant(
+    "batch_norm",
+    "momentum reversed",
+    "the moving averages keep 1 - momentum and take momentum of the new, as PyTorch's do",
+    (
+        "moving_mean = momentum * moving_mean + (1 - momentum) * mean",
+        "moving_mean = (1 - momentum) * moving_mean + momentum * mean",
+    ),
+    (
+        "moving_var = momentum * moving_var + (1 - momentum) * var",
+        "moving_var = (1 - momentum) * moving_var + momentum * var",
+    ),
+)
 BATCH_NORM = (
     mutant(
         "batch_norm",
@@ -259,28 +281,8 @@ BATCH_NORM = (
             "((x - mean) ** 2).sum(axis=axes, keepdims=True) / (m - 1)",
         ),
     ),
-    mutant(
-        "batch_norm",
-        "moving variance unbiased",
-        "the moving variance is made from the unbiased batch variance, as PyTorch's is",
-        (
-            "moving_var = momentum * moving_var + (1 - momentum) * var",
-            "moving_var = momentum * moving_var + (1 - momentum) * var * m / (m - 1)",
-        ),
-    ),
-    mutant(
-        "batch_norm",
-        "momentum reversed",
-        "the moving averages keep 1 - momentum and take momentum of the new, as PyTorch's do",
-        (
-            "moving_mean = momentum * moving_mean + (1 - momentum) * mean",
-            "moving_mean = (1 - momentum) * moving_mean + momentum * mean",
-        ),
-        (
-            "moving_var = momentum * moving_var + (1 - momentum) * var",
-            "moving_var = (1 - momentum) * moving_var + momentum * var",
-        ),
-    ),
+    MOVING_VARIANCE_UNBIASED,
+    MOMENTUM_REVERSED,
     mutant(
         "batch_norm",
         "moving averages not kept",
@@ -630,6 +632,13 @@ CONV2D = (
 
 _SHARE = "share = dy[:, :, p, q] / (kh * kw)"
 
+TIES_SHARED_OUT = mutant(
+    "max_pool2d",
+    "ties shared out",
+    "dy is shared out among all elements that equal the maximum; one of them must get it",
+    ("chosen = np.arange(kh * kw) == first", "chosen = window == window.max(2)[:, :, None]"),
+    ("share = chosen * dy", "share = chosen / chosen.sum(2)[:, :, None] * dy"),
+)
 POOLING = (
     mutant(
         "avg_pool2d",
@@ -697,13 +706,7 @@ POOLING = (
         "every element that equals the maximum gets the whole dy; one of them must",
         ("chosen = np.arange(kh * kw) == first", "chosen = window == window.max(2)[:, :, None]"),
     ),
-    mutant(
-        "max_pool2d",
-        "ties shared out",
-        "dy is shared out among all elements that equal the maximum; one of them must get it",
-        ("chosen = np.arange(kh * kw) == first", "chosen = window == window.max(2)[:, :, None]"),
-        ("share = chosen * dy", "share = chosen / chosen.sum(2)[:, :, None] * dy"),
-    ),
+    TIES_SHARED_OUT,
     mutant(
         "max_pool2d",
         "gradient shared out",
@@ -903,28 +906,8 @@ CONVENTIONS = (
         (_UNPACKED, _UNPACKED.replace("m =", "m, eps =")),
         (_VARIANCE, f"{_VARIANCE} * s / (s - eps)"),
     ),
-    mutant(
-        "batch_norm",
-        "moving variance unbiased",
-        "the moving variance is made from the unbiased batch variance, as PyTorch's is",
-        (
-            "moving_var = momentum * moving_var + (1 - momentum) * var",
-            "moving_var = momentum * moving_var + (1 - momentum) * var * m / (m - 1)",
-        ),
-    ),
-    mutant(
-        "batch_norm",
-        "momentum reversed",
-        "the moving averages keep 1 - momentum and take momentum of the new, as PyTorch's do",
-        (
-            "moving_mean = momentum * moving_mean + (1 - momentum) * mean",
-            "moving_mean = (1 - momentum) * moving_mean + momentum * mean",
-        ),
-        (
-            "moving_var = momentum * moving_var + (1 - momentum) * var",
-            "moving_var = (1 - momentum) * moving_var + momentum * var",
-        ),
-    ),
+    MOVING_VARIANCE_UNBIASED,
+    MOMENTUM_REVERSED,
     mutant(
         "batch_norm",
         "eps in the moving variance",
@@ -969,13 +952,7 @@ CONVENTIONS = (
             " / (min(q * sw + kw, shape[3] - pw) - max(q * sw, pw))",
         ),
     ),
-    mutant(
-        "max_pool2d",
-        "ties shared out",
-        "dy is shared out among all elements that equal the maximum",
-        ("chosen = np.arange(kh * kw) == first", "chosen = window == window.max(2)[:, :, None]"),
-        ("share = chosen * dy", "share = chosen / chosen.sum(2)[:, :, None] * dy"),
-    ),
+    TIES_SHARED_OUT,
     mutant(
         "max_pool2d",
         "ties to the last",

@@ -121,7 +121,8 @@ class Session:
             return
         if isinstance(answer, dict) and isinstance(answer.get("names"), dict):
             self.names = {str(k): str(v) for k, v in answer["names"].items()}
-            self.notes = [printable(note) for note in answer.get("notes", ())][:20]
+            notes = answer.get("notes")
+            self.notes = [printable(n) for n in notes[:20]] if isinstance(notes, list) else []
             self.failure = ""
         else:
             text = answer.get("failed") if isinstance(answer, dict) else None
@@ -152,8 +153,8 @@ class Session:
         """Send a request and return the answer: values by name, and arrays.
 
         Raises:
-            EndedError: the process has ended or did not answer in time. It starts again with the
-                next request, but has forgotten everything since it loaded the file.
+            EndedError: the process has ended, did not answer in time, or gave no valid answer. It
+                has to be started again (`start`), and has forgotten all requests then.
         """
         if self._process is None:
             raise EndedError(self.failure or "has ended")

@@ -12,6 +12,7 @@ import dataclasses
 import math
 import os
 import secrets
+import time
 from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,7 +23,6 @@ import numpy as np
 from npbn.errors import SubmissionError
 from npbn.verify import numeric
 from npbn.verify.examination import (
-    Change,
     Examination,
     Facts,
     Outputs,
@@ -33,6 +33,7 @@ from npbn.verify.examination import (
     meant_results,
     upstream,
 )
+from npbn.verify.isolated.edits import Change
 from npbn.verify.operations import NOT_SQUARE, OPERATIONS, Layout, Operation, Probe, probes
 from npbn.verify.session import EndedError, Session, printable
 
@@ -144,8 +145,6 @@ def _examine(
             # Often, what it is made of could not be executed.
             why = f" ({'; '.join(session.notes[:3])})" if session.notes else ""
             raise SubmissionError(f"{session.path.name} has no function {name}{why}")
-    conversation = Conversation(session, forward, backward, operation, adapter, seed)
-    results = conversation.run_probes()
     beyond = {
         probe.name: probe.beyond
         for probe in probes(operation, seed)
@@ -156,21 +155,24 @@ def _examine(
         for probe in probes(operation, seed)
         if not all(keeps(probe) for keeps in promised)
     }
-    found = examine(operation, results, conversation.facts, seed, beyond)
+
+    def run(old: bool) -> tuple[Conversation, dict[str, Ran], Examination]:
+        conversation = Conversation(session, forward, backward, operation, adapter, seed, old)
+        results = conversation.run_probes()
+        return conversation, results, examine(operation, results, conversation.facts, seed, beyond)
+
+    conversation, results, found = run(old=False)
     if found.verdict == "could not be run" and conversation.looks_old():
-        conversation.select(old=True)
-        conversation.facts.notes.append("it was run as Python 2 and NumPy before 2.4 would run it")
-        again = examine(operation, conversation.run_probes(), conversation.facts, seed, beyond)
-        if again.verdict != "could not be run":
-            found = again
+        again = run(old=True)
+        if again[-1].verdict != "could not be run":
+            conversation, results, found = again
     if found.verdict == "wrong" and "y" in found.wrong:
-        conversation.compare_with_differences(found)
+        conversation.compare_with_differences()
         found = examine(operation, results, conversation.facts, seed, beyond)
     depends = bool(conversation.facts.state)  # No single call shows what is wrong then.
     if found.verdict == "wrong" and edit_seconds[0] > 0 and not depends:
         changes = conversation.search_edits(results, set(beyond), edit_seconds)
-        edits = tuple(change.shown() for change in changes)
-        found = dataclasses.replace(found, changes=changes, edits=edits)
+        found = dataclasses.replace(found, changes=changes)
     return found
 
 
@@ -195,7 +197,13 @@ class Call:
 
 @dataclass
 class Conversation:
-    """The requests by which one operation of a file is examined."""
+    """The requests by which one operation of a file is examined.
+
+    Args:
+        session: the process that has loaded the file.
+        forward, backward, operation, adapter, seed: as in `examine_file`.
+        old: whether the code runs as Python 2 and NumPy before 2.4 would run it.
+    """
 
     session: Session
     forward: str
@@ -203,6 +211,7 @@ class Conversation:
     operation: str
     adapter: str | None
     seed: int
+    old: bool = False
     facts: Facts = field(default_factory=Facts)
 
     def __post_init__(self) -> None:
@@ -210,13 +219,16 @@ class Conversation:
         self.kind = "class" if self.session.names[self.forward] == "class" else "function"
         self.layouts: dict[int, Layout] = {}
         self.facts.notes += self.session.notes
+        if self.old:
+            self.facts.notes.append("it was run as Python 2 and NumPy before 2.4 would run it")
         self.facts.is_class = self.kind == "class"
         self.raised: list[str] = []
         self.slow = False  # whether the backward pass has ended the process
         self.select()
 
-    def select(self, old: bool = False) -> None:
-        """Choose the functions in the process."""
+    def select(self) -> None:
+        """Choose the functions in the process, which starts again if it has ended."""
+        self.session.ensure_started()
         request: dict[str, Any] = {
             "do": "select",
             "forward": self.forward,
@@ -224,7 +236,7 @@ class Conversation:
             "gradients": [self.role(name) for name in self.record.gradients],
             "by_name": self.adapter is not None,
             "adapter": "",
-            "old": old,
+            "old": self.old,
         }
         arrays = {}
         if self.adapter:
@@ -250,15 +262,9 @@ class Conversation:
 
         It got a float for an index or a size, or took an array of one element for a number.
         """
-        words = (
-            *("as an integer", "must be integers", "slice indices", "sequence of integers"),
-            *(
-                "only 0-dimensional arrays",
-                "array element with a sequence",
-                "only integers, slices",
-            ),
-        )
-        return any(word in text for text in self.raised for word in words)
+        sizes = "as an integer", "must be integers", "slice indices", "sequence of integers"
+        elements = "only 0-dimensional", "array element with a sequence", "only integers, slices"
+        return any(word in text for text in self.raised for word in sizes + elements)
 
     # Requests.
 
@@ -268,6 +274,9 @@ class Conversation:
             raise SubmissionError(f"the adapter raised {printable(answer['adapter'])}")
         if "not examined" in answer:
             raise _FailedError(Ran(skipped=printable(answer["not examined"])))
+        if "not called" in answer:
+            text = f"could not be called: {printable(answer['not called'])}"
+            raise _FailedError(Ran(failure=text, uncalled=True))
         if "needs" in answer:
             raise _FailedError(Ran(failure=printable(answer["needs"]), needs=True))
         if "failed" in answer:
@@ -281,6 +290,11 @@ class Conversation:
             unwritten = unwritten or (self.session.has_gaps and _of_a_gap(text))
             raise _FailedError(Ran(failure=f"raised {text}", refusal=refusal, unwritten=unwritten))
         return answer
+
+    def _ask(self, request: dict[str, Any], arrays: Outputs) -> tuple[dict[str, Any], Outputs]:
+        """Return the values and the arrays of an answer; real numbers are of a float dtype."""
+        answer, found = self.session.ask(request, arrays)
+        return self._understood(answer), {name: _floating(a) for name, a in found.items()}
 
     def _arguments(self, probe: Probe, layout: Layout) -> tuple[dict[str, Any], Outputs]:
         """Return the arguments of a probe by role: the numbers and texts, and the arrays."""
@@ -298,18 +312,18 @@ class Conversation:
         """Call the forward pass on a probe."""
         values, arrays = self._arguments(probe, layout)
         request = {"do": "forward", "values": values, "again": again}
-        answer, found = self.session.ask(request, arrays)
-        answer = self._understood(answer)
+        answer, found = self._ask(request, arrays)
         outputs: Outputs = {
             name: layout.outputs.get(name, _same)(found[name])
             for name in ("y", "moving_mean", "moving_var")
-            if name in found
+            if name in found and (name == "y" or name in probe.arguments)
         }
         for name in outputs.keys() & {"moving_mean", "moving_var"}:
             shape = probe.arguments[name].shape  # Any shape will do for what only the code reads.
             if outputs[name].size == math.prod(shape):
                 outputs[name] = outputs[name].reshape(shape)
-        if "y" not in outputs:
+        number = answer.get("call")
+        if "y" not in outputs or type(number) is not int:
             raise EndedError("gave no result")
         y = outputs["y"]
         if self.record.loss and y.ndim and y.size == 1:
@@ -319,7 +333,7 @@ class Conversation:
         self.facts.taken |= dict.fromkeys(taken)
         return Call(
             outputs,
-            int(answer.get("call", 0)),
+            number,
             _names(answer.get("order")),
             "" if self.adapter else _unasked(probe, taken, y.shape, self._shape(probe)),
             self.adapter is not None or (self.kind == "function" and "training" in taken),
@@ -335,8 +349,7 @@ class Conversation:
         if not self.record.loss:
             dy = upstream(self.seed, call.outputs["y"].shape)
             arrays["dy"] = layout.arguments.get("dy", _same)(dy)
-        answer, found = self.session.ask({"do": "backward", "call": call.number}, arrays)
-        answer = self._understood(answer)
+        answer, found = self._ask({"do": "backward", "call": call.number}, arrays)
         self.facts.changed |= dict.fromkeys(_names(answer.get("changed")))
         self.facts.without_dy = bool(answer.get("without dy"))
         names = list(self.record.gradients)
@@ -364,8 +377,9 @@ class Conversation:
         names = list(self.record.gradients)
         if count != len(names):
             text = f"expected {len(names)} gradients ({', '.join(names)})"
-            raise _FailedError(Ran(failure=f"returned {count} from backward, {text}"))
-        places = sorted(int(key) for key in found if key.isdecimal() and int(key) < len(names))
+            got = printable(count)
+            raise _FailedError(Ran(failure=f"returned {got} from backward, {text}"))
+        places = [k for k in range(len(names)) if str(k) in found]
         other = [name for role in order for name in names if self.role(name) == role]
         if sorted(other) == sorted(names) and other != names:
 
@@ -465,9 +479,7 @@ class Conversation:
             if check_state:
                 self._check_state(probe, layout, call, gradients)
         except _FailedError as failed:
-            result.failure, result.unwritten = failed.result.failure, failed.result.unwritten
-            result.refusal, result.skipped = failed.result.refusal, failed.result.skipped
-            result.needs = failed.result.needs
+            result = dataclasses.replace(failed.result, outputs=result.outputs, layout=layout.name)
         except EndedError as error:
             result.failure, result.ended, self.slow = str(error), True, True
         return result
@@ -566,12 +578,16 @@ class Conversation:
 
     # Question 1: is the backward pass the gradient of its own forward pass?
 
-    def compare_with_differences(self, found: Examination) -> None:
-        """Note whether the gradients are those of the code's own forward pass."""
+    def compare_with_differences(self) -> None:
+        """Note whether the gradients are those of the code's own forward pass.
+
+        Nothing is noted if this takes longer than a call may take.
+        """
         verdicts: dict[str, bool] = {}
+        end = time.monotonic() + self.session.timeout
         generator = np.random.default_rng(self.seed)
         for probe in probes(self.operation, self.seed):
-            if probe.beyond or probe.name == "ties" or probe.arguments.get("training") is False:
+            if probe.beyond or probe.arguments.get("training") is False:
                 continue
             layout = self.layout(probe)
             try:
@@ -585,6 +601,8 @@ class Conversation:
                         verdicts[name] = False
                         continue
                     for _ in range(DIRECTIONS):
+                        if time.monotonic() > end:
+                            return
                         verdicts[name] = verdicts.get(name, True) and self._agrees(
                             probe, layout, name, gradient, generator.standard_normal(x.shape)
                         )
@@ -600,7 +618,10 @@ class Conversation:
 
         def function(x: np.ndarray) -> np.ndarray:
             moved = Probe(probe.name, probe.arguments | {argument: x})
-            return self.call(moved, layout).outputs["y"]
+            y = self.call(moved, layout).outputs["y"]
+            if y.dtype.kind != "f":
+                raise _FailedError(Ran(failure=f"returned numbers of the dtype {y.dtype}"))
+            return y
 
         slopes, errors = numeric.extrapolated(function, probe.arguments[argument], direction)
         dy = np.ones(slopes.shape) if self.record.loss else upstream(self.seed, slopes.shape)
@@ -611,6 +632,12 @@ class Conversation:
 
 def _same(a: np.ndarray) -> np.ndarray:
     return a
+
+
+def _floating(a: np.ndarray) -> np.ndarray:
+    """Return integers, booleans and long floats in float64, and other numbers as they are."""
+    long = a.dtype.kind == "f" and a.dtype.itemsize > 8
+    return a.astype(np.float64) if a.dtype.kind in "biu" or long else a
 
 
 def _of_a_gap(text: str) -> bool:

@@ -208,6 +208,19 @@ def test_files_are_loaded_as_their_authors_had_them(kind, tmp_path):
     assert found.verdict == "right", str(found)
 
 
+def test_old_code_is_wrong_by_its_results_as_old_code(tmp_path):
+    """Not by those of the first try, which ended in errors; and it stays old in a new process."""
+    path = tmp_path / "homework.py"
+    source = SOURCES["a float as a size, as in Python 2"]
+    path.write_text(source.replace("max(x.ravel()[i], 0)", "x.ravel()[i]"))
+    found = examined(path, "forward,backward", "relu", timeout=60)
+    assert (found.verdict, found.forward, found.backward) == ("wrong", "wrong", "wrong")
+    assert not any("raised" in complaint for complaint in found.complaints), str(found)
+    path.write_text("import os\n" + source.replace("return dy", "os._exit(3)\n    return dy"))
+    found = examined(path, "forward,backward", "relu", timeout=60)
+    assert "exit code 3" in str(found) and "raised" not in str(found)
+
+
 def test_code_that_uses_what_is_not_installed_is_not_held_against_its_author(tmp_path):
     path = tmp_path / "homework.py"
     path.write_text(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import pytest
 
 from commands import assert_refused, npbn_command
 from npbn.errors import SubmissionError
+from npbn.verify import grading
 from npbn.verify.grading import Assignment, Report, grade, read_assignment, students
 
 HOMEWORK = Path(__file__).parent / "homework"
@@ -236,3 +238,24 @@ def test_two_students_of_one_name_are_two(tmp_path):
     report = Report(Assignment(), {name: [] for name in found})
     assert report.rows()[1] == ["anna", "0", "0", "0"]
     assert "Nothing to grade was found" in report.feedback("anna")
+
+
+def failing(*_, **__):
+    raise ZeroDivisionError("a fault of the grader")
+
+
+@pytest.mark.parametrize("fault", ["of one function", "of a process"])
+def test_a_fault_of_the_grader_costs_nobody_else_a_mark(fault, folder, monkeypatch):
+    """A person has to decide then, and the report says so."""
+    assignment = read_assignment(folder / "homework.toml")
+    found = students([folder / "class"])
+    if fault == "of one function":
+        monkeypatch.setattr(grading, "examine_in", failing)
+        grades = {n: grade(n, files, assignment, seed=1, timeout=60) for n, files in found.items()}
+    else:
+        monkeypatch.setattr(grading.backend, "limit_blas_threads", os._exit)
+        grades = grading.grade_all(found, assignment, seed=1, timeout=60)
+    assert [g.verdict for g in grades["anna"]] == ["could not be run"] * 2
+    assert all(g.open and "the examination itself failed" in g.text for g in grades["anna"])
+    assert [g.verdict for g in grades["carl"]] == ["not found"] * 2
+    assert len(Report(assignment, grades).rows()) == 5

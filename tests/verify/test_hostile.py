@@ -5,15 +5,21 @@ from __future__ import annotations
 import csv
 import json
 import os
+import struct
 import sys
 import time
+from pathlib import Path
 
+import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from commands import ROOT, npbn_command
 from npbn.errors import SubmissionError
 from npbn.verify import examine_file
-from npbn.verify.session import Session
+from npbn.verify.isolated.messages import MessageError, receive, send
+from npbn.verify.session import EndedError, Session
 from npbn.verify.submission import examine_in
 
 RIGHT = """
@@ -152,6 +158,116 @@ def test_code_that_ends_its_process_at_every_chance(tmp_path):
             (("fine_forward", "fine_backward"), "right"),
         ):
             assert examine_in(session, *names, "relu", seed=1).verdict == verdict
+
+
+def test_code_cannot_hide_where_it_fails(tmp_path):
+    """An error without a line of the file may be the grader's, but is never left unexamined."""
+    path = tmp_path / "homework.py"
+    hidden = "def relu_forward(x):\n    if len(x) > 3: raise TypeError\n    return max(x, 0), x\n"
+    hidden = hidden.replace("max(", "x.__class__.clip(")
+    path.write_text(
+        f"space = {{}}\nnone = exec({hidden!r}, space)\n{RIGHT}"
+        + ("relu_forward = space['relu_forward']\n")
+    )
+    found = examine_file(path, "relu_forward", "relu_backward", "relu")
+    assert found.verdict == "can't tell" and "could not be called" in str(found)
+    path.write_text(path.read_text().replace("len(x) > 3", "True"))
+    assert examine_file(path, "relu_forward", "relu_backward", "relu").verdict == "can't tell"
+
+
+class Liar:
+    """A session whose process answers what it likes."""
+
+    path, timeout, failure, has_gaps = Path("homework.py"), 5.0, "", False
+
+    def __init__(self, answers) -> None:
+        self.names = {"forward": "function", "backward": "function"}
+        self.notes: list[str] = []
+        self.answers = answers
+        self.count = 0
+
+    def start(self) -> None: ...
+
+    def ensure_started(self) -> None: ...
+
+    def ask(self, request, arrays):
+        if request["do"] == "select":
+            return {}, {}
+        self.count += 1
+        answer = self.answers[self.count % len(self.answers)]
+        if answer is None:
+            raise EndedError("ended")
+        return answer
+
+
+NAMES = ("y", "dx", "dlogits", "dgamma", "0", "1", "\u0663", "moving_mean", "")
+KEYS = ("call", "taken", "changed", "order", "count", "named", "without dy", "changes", "raised")
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=9),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner),
+    max_leaves=5,
+)
+ARRAYS = st.builds(
+    lambda shape, dtype, fill: np.full(shape, fill).astype(dtype),
+    st.sampled_from([(), (0,), (1,), (2, 3), (4, 5), (3, 4, 5), (0, 10**9)]),
+    st.sampled_from(["f2", "f4", "f8", "g", "?", "i1", "u8", "c8", "c16", "G"]),
+    st.sampled_from([0, 1, -3.5, np.nan, np.inf]),
+)
+ANSWERS = st.none() | st.tuples(
+    st.dictionaries(st.sampled_from(KEYS), VALUES)
+    | st.fixed_dictionaries({"call": st.integers(0, 9), "count": st.just(1)}),
+    st.dictionaries(st.sampled_from(NAMES), ARRAYS)
+    | st.fixed_dictionaries({"y": ARRAYS, "0": ARRAYS}),
+)
+
+
+@pytest.mark.filterwarnings("ignore:.*:RuntimeWarning")
+@pytest.mark.parametrize("operation", ["relu", "batch_norm", "softmax_cross_entropy"])
+@given(answers=st.lists(ANSWERS, min_size=1, max_size=6))
+def test_what_a_process_answers_is_judged_and_never_an_error(operation, answers):
+    liar = Liar(answers)
+    found = examine_in(liar, "forward", "backward", operation, seed=1, edit_seconds=(1, 0))
+    assert found.verdict in ("wrong", "could not be run", "can't tell", "not written yet")
+    assert str(found)
+
+
+@pytest.mark.parametrize(
+    "listed",
+    [
+        *([["y", dtype, [1]]] for dtype in ("(((", "f3", "O", "V8", "M8", "f8,f8", "<f8 ", "", 3)),
+        *([["y", "<f8", shape]] for shape in ([-1], [1.0], [True], "1", None, [2], [10**30])),
+        *([], [["y", "<f8", [0, 10**30]]], [["y", "<f8", [1] * 99]], [["y"]], 3, None),
+    ],
+    ids=repr,
+)
+def test_a_message_of_another_form_is_refused(listed):
+    text = json.dumps({"value": {}, "arrays": listed}).encode()
+    reader, writer = os.pipe()
+    try:
+        os.write(writer, struct.pack("<QQ", len(text), 8) + text + bytes(8))
+        if listed == []:
+            assert receive(reader, 60) == ({}, {})
+        else:
+            with pytest.raises(MessageError):
+                receive(reader, 60)
+    finally:
+        os.close(reader)
+        os.close(writer)
+
+
+@pytest.mark.parametrize("dtype", ["?", "i4", "u8", "f2", "f8", "c16"])
+@pytest.mark.parametrize("shape", [(), (0,), (2, 3), (2, 0, 3)])
+def test_a_message_arrives_as_it_was_sent(dtype, shape):
+    array = np.arange(np.prod(shape)).reshape(shape).astype(dtype)
+    reader, writer = os.pipe()
+    try:
+        send(writer, {"a": [1, "b"]}, {"y": array[..., ::-1] if shape else array})
+        value, arrays = receive(reader, 60)
+    finally:
+        os.close(reader)
+        os.close(writer)
+    assert value == {"a": [1, "b"]} and arrays.keys() == {"y"}
+    np.testing.assert_array_equal(arrays["y"], array[..., ::-1] if shape else array, strict=True)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="/proc is Linux's")

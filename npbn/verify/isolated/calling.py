@@ -53,175 +53,72 @@ import numpy as np
 Values = dict[str, Any]
 """Values by role."""
 
-NAMES: dict[str, tuple[str, ...]] = {
-    "x": (
-        *(
-            "x",
-            "xin",
-            "input",
-            "inputs",
-            "inp",
-            "a",
-            "z",
-            "aprev",
-            "indata",
-            "data",
-            "in",
-            "feature",
-        ),
-        *(
-            "features",
-            "image",
-            "images",
-            "img",
-            "imgs",
-            "inputdata",
-            "xinput",
-            "inputtensor",
-            "prev",
-        ),
-        *("layerinput", "batch", "h", "activation", "activations", "inputarray", "s", "logits"),
-        *("scores", "score", "predictions", "pred", "preds", "yhat", "ypred", "output", "outputs"),
-    ),
-    "weight": ("w", "weight", "weights", "kernel", "kernels", "filter", "filters", "k", "f", "ws"),
-    "bias": ("b", "bias", "biases", "bs"),
-    "gamma": ("gamma", "g", "bw", "scale", "weight", "w", "gammas"),
-    "beta": ("beta", "bb", "shift", "bias", "b", "betas", "offset"),
-    "moving_mean": (
-        *("movingmean", "runningmean", "runningm", "movingaverage", "runmean", "runmu"),
-        *(
-            "runningmu",
-            "meanmoving",
-            "emamean",
-            "globalmean",
-            "rollingmean",
-            "popmean",
-            "runningavg",
-        ),
-    ),
-    "moving_var": (
-        *(
-            "movingvar",
-            "runningvar",
-            "runningv",
-            "movingvariance",
-            "runningvariance",
-            "runvar",
-        ),
-        *("emavar", "globalvar", "rollingvar", "popvar", "rollingvariance"),
-    ),
-    "training": (
-        *("training", "train", "istraining", "trainflg", "istrain", "trainmode", "trainflag"),
-        *("ontrain", "savecache", "keepcache", "intraining", "trainingmode"),
-    ),
-    "prediction": ("eval", "test", "iseval", "inference", "istest", "testing", "evalmode"),
-    "mode": ("mode", "phase"),
-    "eps": ("eps", "epsilon", "e", "epsil", "veps"),
-    "momentum": ("momentum", "m", "decay", "alpha", "rho"),
-    "stride": ("stride", "strides", "s"),
-    "padding": ("padding", "pad", "p", "pads", "paddingsize", "padsize"),
-    "kernel_size": (
-        *("kernelsize", "poolsize", "size", "kernel", "k", "ksize", "filtersize", "windowsize"),
-        *("filterdim", "fsize", "kerneldim", "pooldim", "poolsz", "filtershape", "windowshape"),
-        *("pool", "window", "f", "poolshape", "kernelshape"),
-    ),
-    "kernel_height": (
-        "poolheight",
-        "poolh",
-        "ph",
-        "kernelheight",
-        "kh",
-        "filterheight",
-        "height",
-        "h",
-    ),
-    "kernel_width": ("poolwidth", "poolw", "pw", "kernelwidth", "kw", "filterwidth", "width", "w"),
-    "labels": (
-        *(
-            "y",
-            "t",
-            "labels",
-            "label",
-            "target",
-            "targets",
-            "ytrue",
-            "true",
-            "truth",
-            "yb",
-            "c",
-            "gt",
-        ),
-        *("ts", "answer", "answers", "groundtruth", "actual", "classes"),
-    ),
-    "inputs": (
-        *(
-            "infeatures",
-            "inputsize",
-            "insize",
-            "nin",
-            "inputdim",
-            "indim",
-            "numfeatures",
-            "dim",
-            "d",
-        ),
-        *("inchannels", "inchannel", "channels", "numchannels", "features", "fanin", "infeature"),
-        *("inputchannels", "inputchannel", "cin", "numinput", "numinputs", "size", "inputfeatures"),
-        *("inchans", "inch", "numin", "rows", "inputchans", "inputunits", "inputdims", "nchannels"),
-        *("nfeatures", "inputs", "ninputs", "inputnum", "n", "shape", "dims", "inputshape", "c"),
-    ),
-    "outputs": (
-        *("outfeatures", "outputsize", "outsize", "nout", "outputdim", "outdim", "outchannels"),
-        *(
-            "outchannel",
-            "fanout",
-            "units",
-            "numfilters",
-            "nfilters",
-            "outfeature",
-            "outputchannels",
-        ),
-        *("outputchannel", "cout", "numoutput", "numoutputs", "neurons", "nneurons", "filternum"),
-        *(
-            "outchans",
-            "outch",
-            "numout",
-            "cols",
-            "numkernels",
-            "nkernels",
-            "kernelnum",
-            "filtersnum",
-        ),
-        *(
-            "outputs",
-            "noutputs",
-            "outputnum",
-            "nodes",
-            "numneurons",
-            "outputfeatures",
-            "filters",
-            "hidden",
-        ),
-    ),
-    "weight_initializer": ("weightinitfn", "weightinit", "winit"),
-    "bias_initializer": ("biasinitfn", "biasinit", "binit"),
-    "mask": ("mask", "dropmask"),
-    "p": (
-        "p",
-        "rate",
-        "dropout",
-        "dropoutratio",
-        "dropoutrate",
-        "ratio",
-        "prob",
-        "dropprob",
-        "keepprob",
-    ),
-    "slope": ("slope", "alpha", "negativeslope", "leak"),
-    "hidden": ("prevh", "hprev", "h", "hidden", "h0", "ht1"),
-    "weight_x": ("wx", "wxh", "wi", "wax"),
-    "weight_h": ("wh", "whh", "waa"),
-    "groups": ("g", "groups", "numgroups", "ngroups"),
+NAMES: dict[str, list[str]] = {
+    role: names.split()
+    for role, names in {
+        "x": """
+            x xin input inputs inp a z aprev indata data in feature features image
+            images img imgs inputdata xinput inputtensor prev layerinput batch h
+            activation activations inputarray s logits scores score predictions pred
+            preds yhat ypred output outputs
+        """,
+        "weight": "w weight weights kernel kernels filter filters k f ws",
+        "bias": "b bias biases bs",
+        "gamma": "gamma g bw scale weight w gammas",
+        "beta": "beta bb shift bias b betas offset",
+        "moving_mean": """
+            movingmean runningmean runningm movingaverage runmean runmu runningmu
+            meanmoving emamean globalmean rollingmean popmean runningavg
+        """,
+        "moving_var": """
+            movingvar runningvar runningv movingvariance runningvariance runvar emavar
+            globalvar rollingvar popvar rollingvariance
+        """,
+        "training": """
+            training train istraining trainflg istrain trainmode trainflag ontrain
+            savecache keepcache intraining trainingmode
+        """,
+        "prediction": "eval test iseval inference istest testing evalmode",
+        "mode": "mode phase",
+        "eps": "eps epsilon e epsil veps",
+        "momentum": "momentum m decay alpha rho",
+        "stride": "stride strides s",
+        "padding": "padding pad p pads paddingsize padsize",
+        "kernel_size": """
+            kernelsize poolsize size kernel k ksize filtersize windowsize filterdim
+            fsize kerneldim pooldim poolsz filtershape windowshape pool window f
+            poolshape kernelshape
+        """,
+        "kernel_height": "poolheight poolh ph kernelheight kh filterheight height h",
+        "kernel_width": "poolwidth poolw pw kernelwidth kw filterwidth width w",
+        "labels": """
+            y t labels label target targets ytrue true truth yb c gt ts answer answers
+            groundtruth actual classes
+        """,
+        "inputs": """
+            infeatures inputsize insize nin inputdim indim numfeatures dim d
+            inchannels inchannel channels numchannels features fanin infeature
+            inputchannels inputchannel cin numinput numinputs size inputfeatures
+            inchans inch numin rows inputchans inputunits inputdims nchannels
+            nfeatures inputs ninputs inputnum n shape dims inputshape c
+        """,
+        "outputs": """
+            outfeatures outputsize outsize nout outputdim outdim outchannels
+            outchannel fanout units numfilters nfilters outfeature outputchannels
+            outputchannel cout numoutput numoutputs neurons nneurons filternum
+            outchans outch numout cols numkernels nkernels kernelnum filtersnum
+            outputs noutputs outputnum nodes numneurons outputfeatures filters hidden
+        """,
+        "weight_initializer": "weightinitfn weightinit winit",
+        "bias_initializer": "biasinitfn biasinit binit",
+        "mask": "mask dropmask",
+        "p": "p rate dropout dropoutratio dropoutrate ratio prob dropprob keepprob",
+        "slope": "slope alpha negativeslope leak",
+        "hidden": "prevh hprev h hidden h0 ht1",
+        "weight_x": "wx wxh wi wax",
+        "weight_h": "wh whh waa",
+        "groups": "g groups numgroups ngroups",
+    }.items()
 }
 """For each role the names that people give it, in lower case and without underscores."""
 
@@ -372,7 +269,6 @@ class Code:
     Args:
         forward, backward: the functions, or one class twice, or one function twice.
         gradients: the names of the gradients, such as "dx", in the usual order.
-        inputs: the names of all arguments of the operation.
         by_name: whether the forward pass has npbn's arguments, which are passed by their names.
     """
 
@@ -558,9 +454,9 @@ class Code:
             NotExaminedError: the class has none of them.
         """
         for name in names:
-            method = getattr(layer, name, None)
+            method: Callable[..., Any] | None = getattr(layer, name, None)
             if callable(method):
-                return method  # type: ignore[no-any-return]
+                return method
         raise NotExaminedError(f"the class has no method {names[0]}")
 
     def _set_mode(self, layer: Any, values: Values) -> None:
@@ -580,10 +476,8 @@ class Code:
 
         The places are attributes of the layer, of its parts, and entries of its dictionaries.
         """
-        parts = [vars(part) for part in vars(layer).values() if _has_attributes(part)]
-        parts += [part for part in vars(layer).values() if isinstance(part, dict)]
         known = {r: 0 for r in PARAMETERS if f"d{r}" in self.gradients or "moving" in r}
-        for holder in [vars(layer), *parts]:
+        for holder in _holders(layer):
             for name, value in list(holder.items()):
                 fits = value is None or np.ndim(value) > 0 or role.startswith("moving")
                 if isinstance(name, str) and fits and role_of(name, known) == role:
@@ -665,10 +559,8 @@ class Code:
             ("dld", "d", "grad", "gradient", "delta", "g"),
             ("grad", "gradient", "g"),
         )
-        holders = [v for v in vars(layer).values() if hasattr(v, "__dict__") and not callable(v)]
-        for holder in [layer, *holders, *[v for v in vars(layer).values() if isinstance(v, dict)]]:
-            entries = holder if isinstance(holder, dict) else vars(holder)
-            for name, value in entries.items():
+        for holder in _holders(layer):
+            for name, value in holder.items():
                 short = plain(str(name))
                 stems = [short.removeprefix(p) for p in prefixes if short.startswith(p)]
                 stems += [short.removesuffix(s) for s in suffixes if short.endswith(s)]
@@ -690,10 +582,12 @@ class Code:
         return list(result) if isinstance(result, (tuple, list)) else [result]
 
 
-def _has_attributes(value: Any) -> bool:
-    """Return whether a value is an object of a class of the homework, such as a layer."""
-    others = np.ndarray | type | types.ModuleType
-    return hasattr(value, "__dict__") and not isinstance(value, others)
+def _holders(layer: Any) -> list[dict[Any, Any]]:
+    """Return the attributes of a layer, those of its parts, and its dictionaries."""
+    others = np.ndarray | type | types.ModuleType | types.FunctionType
+    values = list(vars(layer).values())
+    parts = [vars(v) for v in values if hasattr(v, "__dict__") and not isinstance(v, others)]
+    return [vars(layer), *parts, *[v for v in values if isinstance(v, dict)]]
 
 
 def _positional(function: Callable[..., Any]) -> list[str]:

@@ -17,7 +17,6 @@ import ast
 import contextlib
 import copy
 import itertools
-import signal
 import sys
 import time
 import types
@@ -27,10 +26,14 @@ from typing import Any
 
 import numpy as np
 
+from npbn.verify.isolated.loading import time_limit
+
 RIGHT = 1e-6
-WRONG = 1e-4
+"""The largest error of a right output, relative to its largest element."""
 SECONDS_OF_A_RUN = 1.0
+"""How long the changed code may run on a probe."""
 MOST_CANDIDATES = 20_000
+"""How many changes of one function are tried."""
 BEAM = 8
 """How many partial repairs are combined with every other change."""
 
@@ -40,12 +43,27 @@ Run = Callable[[int], Outputs]
 
 @dataclass(frozen=True)
 class Change:
-    """A change of a statement: its line, the statement before and after, and the reason."""
+    """A change of a line that, perhaps with others, makes wrong code right.
+
+    Attributes:
+        line: the number of the line.
+        before, after: the statement, and the statement after the change.
+        reason: what the change does, or an empty text.
+    """
 
     line: int
     before: str
     after: str
-    reason: str
+    reason: str = ""
+
+    def shown(self, hint: str = "edit") -> str:
+        """Return the change as a text; the hint is "edit", "reason" or "line"."""
+        if hint == "line":
+            return f"line {self.line}"
+        if hint == "reason":
+            return f"line {self.line}: {self.reason or 'a small change is missing'}"
+        reason = f" ({self.reason})" if self.reason else ""
+        return f"line {self.line}: `{self.before}` → `{self.after}`{reason}"
 
 
 @dataclass(frozen=True)
@@ -239,7 +257,7 @@ class Search:
     def score(self, k: int) -> float:
         """Return how wrong the present code is on a probe: 0 if it is right."""
         try:
-            with limited(SECONDS_OF_A_RUN):
+            with time_limit(SECONDS_OF_A_RUN):
                 found = self.run(k)
             return sum(_wrong(found.get(name), right) for name, right in self.truth[k].items())
         except (Exception, SystemExit):
@@ -341,25 +359,6 @@ def _wrong(found: Any, right: np.ndarray) -> float:
     return float(1 - np.mean(good)) if good.size else 0.0
 
 
-@contextlib.contextmanager
-def limited(seconds: float) -> Iterator[None]:
-    """Raise TimeoutError in the code inside after some seconds, where the system has alarms."""
-
-    def stop(number: int, frame: Any) -> None:
-        raise TimeoutError
-
-    if not hasattr(signal, "setitimer"):
-        yield
-        return
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
-
-
 def _units(module: types.ModuleType, tree: ast.Module) -> list[Unit]:
     """Return the functions and methods of a module."""
     found = []
@@ -405,7 +404,8 @@ class Changes:
         self.parents: dict[int, Parent] = {}
         self.statement: dict[int, ast.stmt] = {}
         self.nodes: list[ast.AST] = []
-        for statement in function.body:
+        for index, statement in enumerate(function.body):
+            self.parents[id(statement)] = (function, "body", index)
             self._walk(statement, statement)
         self.nodes = [
             node
@@ -473,10 +473,7 @@ class Changes:
         for node, new in pairs:
             if isinstance(new, ast.stmt):
                 ast.copy_location(new, node)
-            parent = self.parents.get(id(node))
-            if parent is None:  # A statement of the function itself.
-                parent = (self.function, "body", self.function.body.index(node))  # type: ignore[arg-type]
-            places.append((*parent, new))
+            places.append((*self.parents[id(node)], new))
             statement = self.statement[id(node)]
             statements[id(statement)] = (statement, new if statement is node else None)
         return Candidate(places, list(statements.values()), tier, reason)
@@ -561,9 +558,9 @@ class Changes:
     def _calls(self, node: ast.Call) -> Iterator[tuple[Any, int, str]]:
         function = node.func
         name = getattr(function, "attr", getattr(function, "id", ""))
-        swap = {"sum": "mean", "mean": "sum", "max": "sum", "zeros_like": "zeros_like"}.get(name)
-        if isinstance(function, ast.Attribute) and swap in ("sum", "mean"):
-            text = {"sum": "a sum, not a mean", "mean": "a mean, not a sum"}[swap]
+        swap = {"sum": "mean", "mean": "sum"}.get(name)
+        if isinstance(function, ast.Attribute) and swap is not None:
+            text = f"a {swap}, not a {name}"
             yield _with(node, func=ast.Attribute(function.value, swap, ast.Load())), 1, text
         if name in ("sum", "mean", "max") and not any(k.arg == "axis" for k in node.keywords):
             for axis in (0, (0, 2, 3), 1):
@@ -639,11 +636,10 @@ class Changes:
             yield self._summed(node), 6, "the values must be added"
         if isinstance(target, ast.Tuple) and len(target.elts) > 1:
             reason = "unpacked in another order than packed"
-            packed = self._packed({getattr(e, "id", "") for e in target.elts})
-            orders = [packed] if packed else []
-            for order in orders:
-                by_name = {getattr(e, "id", ""): e for e in target.elts}
-                new = ast.Tuple([by_name[name] for name in order], ast.Store())
+            by_name = {getattr(e, "id", ""): e for e in target.elts}
+            packed = self._packed(set(by_name))
+            if packed:
+                new = ast.Tuple([by_name[name] for name in packed], ast.Store())
                 yield ast.Assign([new], node.value), 1, reason
             for i, j in itertools.combinations(range(min(len(target.elts), 8)), 2):
                 elements = list(target.elts)
@@ -772,10 +768,8 @@ class Changes:
             if not isinstance(node, ast.Return) or not self._in_loop(node):
                 continue
             place: ast.AST = node
-            while id(place) in self.parents:
+            while place not in self.function.body:
                 place = self.parents[id(place)][0]
-            if place not in self.function.body:
-                continue
             index = self.function.body.index(place)
             body = [*self.function.body[: index + 1], node, *self.function.body[index + 1 :]]
             parent, name, _ = self.parents[id(node)]

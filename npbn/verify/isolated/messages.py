@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import select
 import struct
 import time
@@ -26,7 +27,8 @@ import numpy as np
 MOST_TEXT = 10**6
 MOST_BYTES = 10**8
 _LENGTHS = struct.Struct("<QQ")
-_KINDS = "biufc"
+_DTYPE = re.compile(r"[<>|=]?[biufc]\d{1,2}")
+"""The dtypes that are accepted: booleans, integers, and real and complex numbers."""
 
 Message = tuple[Any, dict[str, np.ndarray]]
 """A value for JSON, and arrays by name."""
@@ -64,11 +66,11 @@ def receive(descriptor: int, seconds: float = math.inf) -> Message:
         value, listed = header["value"], header["arrays"]
         body, arrays, start = _read(descriptor, length, end), {}, 0
         for name, dtype, shape in listed:
-            kind = np.dtype(str(dtype))
-            if kind.kind not in _KINDS or not all(
-                type(size) is int and size >= 0 for size in shape
-            ):
-                raise MessageError("an array of another kind")
+            if not _DTYPE.fullmatch(dtype):
+                raise MessageError(f"the dtype {dtype}")
+            if not all(type(size) is int and size >= 0 for size in shape):
+                raise MessageError(f"the shape {shape}")
+            kind = np.dtype(dtype)
             count = math.prod(shape)
             stop = start + count * kind.itemsize
             if stop > length:
@@ -76,7 +78,7 @@ def receive(descriptor: int, seconds: float = math.inf) -> Message:
             found = np.frombuffer(body, kind, count, start)
             arrays[str(name)] = found.reshape(shape).astype(kind.newbyteorder("="))
             start = stop
-    except (ValueError, TypeError, KeyError, RecursionError) as error:
+    except (ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
         raise MessageError(f"no message: {error}") from None
     return value, arrays
 

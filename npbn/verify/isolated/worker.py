@@ -114,9 +114,7 @@ class Worker:
             return self._raised(cause), {}
         except Exception as error:
             # What the code returned, or its class, is of a kind that nobody has thought of.
-            return {
-                "not examined": f"it is of an unknown kind ({type(error).__name__}: {error})"
-            }, {}
+            return {"not called": f"{type(error).__name__}: {error}"}, {}
 
     def _raised(self, error: BaseException) -> dict[str, Any]:
         if isinstance(error, loading.NeededError):
@@ -125,7 +123,7 @@ class Worker:
         if self.adapter_path and own is None and loading.line_of(error, self.adapter_path):
             return {"adapter": loading.describe(error, self.adapter_path)}
         if own is None and isinstance(error, TypeError):  # It was called with wrong arguments.
-            return {"not examined": f"it cannot be called: {loading.describe(error, self.path)}"}
+            return {"not called": loading.describe(error, self.path)}
         # The code says itself that it is not meant for this.
         refusal = own is not None and isinstance(error, AssertionError | NotImplementedError)
         return {"raised": loading.describe(error, self.path), "refusal": refusal}
@@ -215,17 +213,14 @@ class Worker:
         before = copy.deepcopy(dy)
         found = self.code.backward(dy, cache)
         same = dy is None or before is None or np.array_equal(dy, before)
-        changed = [] if same else ["dy"]
-        if isinstance(found, list):
-            answer = {
-                "named": False,
-                "changed": changed,
-                "count": len(found),
-                "without dy": self.code.without_dy,
-            }
-            return answer, numeric(dict(enumerate(found)))
-        without_dy = self.code.without_dy
-        return {"named": True, "changed": changed, "without dy": without_dy}, numeric(found)
+        named = isinstance(found, dict)
+        answer = {
+            "named": named,
+            "changed": [] if same else ["dy"],
+            "count": len(found),
+            "without dy": self.code.without_dy,
+        }
+        return answer, numeric(found if isinstance(found, dict) else dict(enumerate(found)))
 
     def search(
         self,
@@ -281,9 +276,10 @@ class Worker:
 
 
 def numeric(values: dict[Any, Any]) -> dict[str, np.ndarray]:
-    """Return values as arrays of numbers; a value without numbers becomes an array of length 0.
+    """Return values as arrays of numbers. None becomes no array at all.
 
-    None becomes no array at all.
+    Raises:
+        BadResultError: a value has no numbers.
     """
     found: dict[str, np.ndarray] = {}
     for name, value in values.items():
@@ -299,7 +295,3 @@ def numeric(values: dict[Any, Any]) -> dict[str, np.ndarray]:
             )
         found[str(name)] = array
     return found
-
-
-if __name__ == "__main__":
-    main()
