@@ -91,6 +91,7 @@ class Facts:
         taken: the roles of the arguments that the code takes.
         changed: the arguments that the code changes in place.
         missing: the gradients that the code returns as None.
+        unknown: the arguments whose meaning is not known, so that the code got None for them.
         order: the gradients in the order of the forward pass's arguments, if they are returned so.
         state: how the results of one call depend on other calls, or an empty text.
         own_gradient: for each gradient whether it is that of the code's own forward pass, as far
@@ -104,6 +105,7 @@ class Facts:
     taken: dict[str, None] = field(default_factory=dict)
     changed: dict[str, None] = field(default_factory=dict)
     missing: dict[str, None] = field(default_factory=dict)
+    unknown: dict[str, None] = field(default_factory=dict)
     order: list[str] = field(default_factory=list)
     state: str = ""
     own_gradient: dict[str, bool] = field(default_factory=dict)
@@ -398,6 +400,9 @@ def examine(
         verdict = "wrong"
     else:
         verdict = UNDECIDED
+    if facts.unknown:
+        notes.append(f"it got None for {', '.join(facts.unknown)}; an adapter can give more")
+        verdict = UNDECIDED if verdict == "wrong" else verdict
     if verdict == "wrong" and hard and hard <= {r.failure for r in failures.values() if r.uncalled}:
         verdict = UNDECIDED
     gradients = [name for name in names if name in OPERATIONS[operation].gradients]

@@ -262,9 +262,12 @@ class Conversation:
 
         It got a float for an index or a size, or took an array of one element for a number.
         """
-        sizes = "as an integer", "must be integers", "slice indices", "sequence of integers"
-        elements = "only 0-dimensional", "array element with a sequence", "only integers, slices"
-        return any(word in text for text in self.raised for word in sizes + elements)
+        words = [
+            *("as an integer", "must be integers", "slice indices", "sequence of integers"),
+            *("only 0-dimensional", "array element with a sequence", "only integers, slices"),
+            *("Cannot cast array data", "has no attribute 'iter"),
+        ]
+        return any(word in text for text in self.raised for word in words)
 
     # Requests.
 
@@ -331,6 +334,7 @@ class Conversation:
         self.facts.changed |= dict.fromkeys(_names(answer.get("changed")))
         taken = set(_names(answer.get("taken")))
         self.facts.taken |= dict.fromkeys(taken)
+        self.facts.unknown |= dict.fromkeys(_names(answer.get("unknown")))
         return Call(
             outputs,
             number,

@@ -42,6 +42,7 @@ examined.
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import re
 import types
@@ -95,12 +96,14 @@ NAMES: dict[str, list[str]] = {
             y t labels label target targets ytrue true truth yb c gt ts answer answers
             groundtruth actual classes
         """,
+        "input_shape": "inputshape inshape shape xshape dims inputdims insize inputsize",
         "inputs": """
             infeatures inputsize insize nin inputdim indim numfeatures dim d
             inchannels inchannel channels numchannels features fanin infeature
             inputchannels inputchannel cin numinput numinputs size inputfeatures
             inchans inch numin rows inputchans inputunits inputdims nchannels
-            nfeatures inputs ninputs inputnum n shape dims inputshape c
+            nfeatures inputs ninputs inputnum n shape dims inputshape c inshape channelsin
+            ninchannels
         """,
         "outputs": """
             outfeatures outputsize outsize nout outputdim outdim outchannels
@@ -108,6 +111,7 @@ NAMES: dict[str, list[str]] = {
             outputchannel cout numoutput numoutputs neurons nneurons filternum
             outchans outch numout cols numkernels nkernels kernelnum filtersnum
             outputs noutputs outputnum nodes numneurons outputfeatures filters hidden
+            filterscount neuronscount channelsout noutchannels depth nunits unitscount
         """,
         "weight_initializer": "weightinitfn weightinit winit",
         "bias_initializer": "biasinitfn biasinit binit",
@@ -132,6 +136,10 @@ BACKWARD_METHODS = (
     *("backward_prop", "back_prop", "bprop", "derivative", "gradient", "grad"),
 )
 """The names of the methods of a class, in the order in which they are looked for."""
+BUILDERS = ("build", "init_params", "initialize", "init_weights", "initialize_weights", "init")
+"""The names of methods that make the parameters of a layer."""
+CONTENTS = ("data", "value", "val")
+"""The names of the attributes in which an object keeps the array of a parameter."""
 OUTPUT = ("a", "y", "out", "output", "yout", "activation", "s", "h", "result")
 """Names of the output in a backward pass that gets no cache."""
 LEARNING_RATE = ("learningrate", "lr", "rate", "alpha", "eta", "learnrate")
@@ -149,6 +157,22 @@ class BadResultError(Exception):
 
 class NotExaminedError(Exception):
     """The error that is raised if code is not meant for a probe. The message says why."""
+
+
+class UnknownError(NotExaminedError):
+    """The error that is raised if some arguments of a function are not known by their names.
+
+    Attributes:
+        names: the names of these arguments.
+        given: the other arguments.
+    """
+
+    def __init__(self, parameters: list[str], names: list[str], given: dict[str, Any]) -> None:
+        super().__init__(
+            f"its arguments ({', '.join(parameters)}) are not known: what is {names[0]}? "
+            "An adapter is needed"
+        )
+        self.names, self.given = names, given
 
 
 class RaisedError(Exception):
@@ -245,8 +269,10 @@ def derived(values: Values) -> Values:
     if "training" in found:
         found["prediction"] = not found["training"]
         found["mode"] = "train" if found["training"] else "test"
-    if isinstance(found.get("kernel_size"), tuple):
-        found["kernel_height"], found["kernel_width"] = found["kernel_size"]
+    if "kernel_size" in found:
+        size = found["kernel_size"]
+        height, width = size if isinstance(size, tuple) else (size, size)
+        found["kernel_height"], found["kernel_width"] = height, width
     if "weight" in found:
         found["weight_initializer"] = lambda *_, **__: np.array(values["weight"])
     if "bias" in found:
@@ -285,6 +311,7 @@ class Code:
         self.values: Values = {}
         self.order = list(gradients)
         self.without_dy = False
+        self.unknown: UnknownError | None = None  # of the constructor
         self.single = forward is backward and not inspect.isclass(forward)
 
     def has_dictionary(self) -> bool:
@@ -308,14 +335,19 @@ class Code:
         if inspect.isclass(self.function):
             return self._forward_of_class(derived(values), instance)
         try:
-            arguments, asked = self.arguments(self.function, derived(values))
-            return self._outputs(called(self.function, **arguments), asked)
+            return self._forward_of_function(derived(values))
         except RaisedError as error:
             # The code may expect a number in place of a pair.
             if not isinstance(error.__cause__, TypeError) or numbers(values) == values:
                 raise
-            arguments, asked = self.arguments(self.function, derived(numbers(values)))
-            return self._outputs(called(self.function, **arguments), asked)
+            try:
+                return self._forward_of_function(derived(numbers(values)))
+            except RaisedError:
+                raise error from error.__cause__
+
+    def _forward_of_function(self, values: Values) -> tuple[dict[str, Any], Any]:
+        arguments, asked = self.arguments(self.function, values)
+        return self._outputs(called(self.function, **arguments), asked)
 
     def arguments(self, function: Callable[..., Any], values: Values) -> tuple[Values, Values]:
         """Return the arguments of a function by name, and the dictionary among them if any."""
@@ -349,10 +381,7 @@ class Code:
             given[unknown.pop()] = free.pop("x")
             self.taken.add("x")
         if unknown:
-            raise NotExaminedError(
-                f"its arguments ({', '.join(parameters)}) are not known: what is {unknown[0]}? "
-                "An adapter is needed"
-            )
+            raise UnknownError(list(parameters), unknown, given)
         wanted = [name for name in parameters if name in given]
         roles = [role_of(name, values) or "" for name in wanted]
         ordered = [f"d{role}" for role in roles if f"d{role}" in self.gradients]
@@ -389,43 +418,81 @@ class Code:
             if np.shape(values["x"])[-1] == shape[0]:
                 options |= {"outputs": shape[1], "inputs": shape[0]}
         elif len(shape) == 4:
-            options |= {"outputs": shape[0], "inputs": shape[1], "kernel_size": shape[2]}
-            if shape[2] != shape[3]:
-                options["kernel_size"] = tuple(shape[2:])
+            pairs = isinstance(values.get("stride"), tuple) or shape[2] != shape[3]
+            size = tuple(shape[2:]) if pairs else shape[2]
+            options |= {"outputs": shape[0], "inputs": shape[1], "kernel_size": size}
         elif channels is not None:
             options["inputs"] = channels
         options.pop("x", None)
-        try:
-            arguments, _ = self.arguments(self.function, options)
-        except NotExaminedError as error:
-            raise NotExaminedError(f"its constructor: {error}") from None
-        self.order = list(self.gradients)
+        arguments = self._constructor_arguments(options)
         layer = called(self.function, **arguments)
-        for role in PARAMETERS:
-            if role in values:
-                for holder, name in self._attributes(layer, role):
-                    holder[name] = np.array(values[role])
-                    self.taken.add(role)
+        if any(f"d{r}" in self.gradients and r not in self.taken for r in self._set(layer, values)):
+            self._prepare(layer, options | {"x": values["x"]})
+            self._set(layer, values)
+        self.order = list(self.gradients)
         return layer
+
+    def _constructor_arguments(self, options: Values) -> Values:
+        """Return the arguments of the constructor; those that are not known are None."""
+        try:
+            return self.arguments(self.function, options)[0]
+        except UnknownError as error:
+            self.unknown = error
+            return error.given | dict.fromkeys(error.names)
+
+    def _set(self, layer: Any, values: Values) -> list[str]:
+        """Set the parameters of a layer among the values; return those that it does not have."""
+        missing = []
+        for role in (role for role in PARAMETERS if role in values):
+            places = list(self._attributes(layer, role))
+            for holder, name in places:
+                holder[name] = np.array(values[role])
+                self.taken.add(role)
+            missing += [] if places else [role]
+        return missing
+
+    def _prepare(self, layer: Any, options: Values) -> None:
+        """Have a layer make its parameters, by a method of its own or by a first forward pass."""
+        for name in (*BUILDERS, *FORWARD_METHODS):
+            method = getattr(layer, name, None)
+            if callable(method):
+                with contextlib.suppress(RaisedError, NotExaminedError):
+                    called(method, **self.arguments(method, options)[0])
+                    return
+
+    def _options(self, values: Values) -> Iterator[Values]:
+        """Yield the values in the forms that the arguments of a constructor may expect."""
+        sizes = [values]
+        with contextlib.suppress(NotExaminedError):
+            sizes = [numbers(values), values]
+        names = inspect.signature(self.function).parameters
+        shapes = [()]
+        if any(role_of(name, {"input_shape": 0}) for name in names):
+            shape = np.shape(values["x"])
+            shapes = [shape[1:], shape, ()]  # of an example, of the batch, and only its length
+        for given in sizes:
+            for shape in shapes:
+                yield given | ({"input_shape": shape} if shape else {})
 
     def _forward_of_class(self, values: Values, layer: Any) -> tuple[dict[str, Any], Any]:
         if "training" not in values:
             values |= {"training": True, "prediction": False}
-        if layer is None:
+        if layer is not None:
+            return self._forward_of_layer(values, layer)
+        first: RaisedError | None = None
+        for options in self._options(values):
             try:
-                plain_values = numbers(values)
-            except NotExaminedError:
-                plain_values = values
-            try:
-                return self._forward_of_class(values, self.make(plain_values))
+                return self._forward_of_layer(values, self.make(options))
             except RaisedError as error:
-                # The code may expect pairs in place of numbers.
+                first = first or error
                 if not isinstance(error.__cause__, TypeError | ValueError | IndexError):
-                    raise
-                try:
-                    return self._forward_of_class(values, self.make(values))
-                except RaisedError:
-                    raise error from error.__cause__
+                    break
+        if self.unknown is not None:
+            raise NotExaminedError(f"its constructor: {self.unknown}")
+        assert first is not None
+        raise first from first.__cause__
+
+    def _forward_of_layer(self, values: Values, layer: Any) -> tuple[dict[str, Any], Any]:
         if "training" in values:
             self._set_mode(layer, values)
         method = self._method(layer, FORWARD_METHODS)
@@ -479,8 +546,12 @@ class Code:
         known = {r: 0 for r in PARAMETERS if f"d{r}" in self.gradients or "moving" in r}
         for holder in _holders(layer):
             for name, value in list(holder.items()):
-                fits = value is None or np.ndim(value) > 0 or role.startswith("moving")
-                if isinstance(name, str) and fits and role_of(name, known) == role:
+                if not isinstance(name, str) or role_of(name, known) != role:
+                    continue
+                inner = next((key for key in CONTENTS if key in getattr(value, "__dict__", {})), "")
+                if inner:
+                    yield vars(value), inner
+                elif value is None or role.startswith("moving") or _is_list(value):
                     yield holder, name
 
     # Backward.
@@ -521,6 +592,10 @@ class Code:
                 if role is not None:
                     rates[name] = known[role]
         takes_dy = any(name not in rates for name in names)
+        for name in _positional(method)[1:] if dy is not None else ():
+            role = "y" if plain(name) in OUTPUT else role_of(name, self.values)
+            if name not in rates and role is not None:
+                rates[name] = self.values[role]
         if getattr(method, "__name__", "") == "derivative":
             takes_dy = bool(_positional(method))
         before = {
@@ -559,8 +634,12 @@ class Code:
             ("dld", "d", "grad", "gradient", "delta", "g"),
             ("grad", "gradient", "g"),
         )
+        known = {r: 0 for r in PARAMETERS if f"d{r}" in self.gradients}
         for holder in _holders(layer):
             for name, value in holder.items():
+                own = getattr(value, "__dict__", {})
+                if isinstance(name, str) and role_of(name, known) == role and "grad" in own:
+                    return own["grad"]
                 short = plain(str(name))
                 stems = [short.removeprefix(p) for p in prefixes if short.startswith(p)]
                 stems += [short.removesuffix(s) for s in suffixes if short.endswith(s)]
@@ -580,6 +659,11 @@ class Code:
                     named[f"d{role}"] = value
             return named
         return list(result) if isinstance(result, (tuple, list)) else [result]
+
+
+def _is_list(value: Any) -> bool:
+    """Return whether a value is an array, or a list, of at least one dimension."""
+    return isinstance(value, np.ndarray | list) and np.ndim(value) > 0
 
 
 def _holders(layer: Any) -> list[dict[Any, Any]]:

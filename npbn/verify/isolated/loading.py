@@ -236,6 +236,11 @@ def old_number(kind: type, value: Any) -> Any:
     )
 
 
+def old_index(index: Any) -> Any:
+    """Return a whole number of a float type as an integer, as NumPy did in indices before 1.12."""
+    return int(index) if isinstance(index, float | np.floating) and index == int(index) else index
+
+
 def old_element(value: Any) -> Any:
     """Return an array of one element without its shape, as NumPy did in assignments before 2.4."""
     return value.reshape(()) if isinstance(value, np.ndarray) and value.size == 1 else value
@@ -245,27 +250,52 @@ class Old(ast.NodeTransformer):
     """Replace what Python 3 and NumPy 2.4 do in another way than before by functions that do it."""
 
     NAMES: ClassVar = {
-        "__old_division": old_division,
-        "__old_number": old_number,
-        "__old_element": old_element,
+        "_old_division": old_division,
+        "_old_number": old_number,
+        "_old_element": old_element,
+        "_old_index": old_index,
     }
 
     def visit_BinOp(self, node: ast.BinOp) -> ast.AST:
         self.generic_visit(node)
         if not isinstance(node.op, ast.Div):
             return node
-        return self._call(node, "__old_division", [node.left, node.right])
+        return self._call(node, "_old_division", [node.left, node.right])
 
     def visit_Call(self, node: ast.Call) -> ast.AST:
         self.generic_visit(node)
         if getattr(node.func, "id", "") in ("float", "int") and len(node.args) == 1:
-            return self._call(node, "__old_number", [node.func, *node.args])
+            return self._call(node, "_old_number", [node.func, *node.args])
         return node
+
+    def visit_Attribute(self, node: ast.Attribute) -> ast.AST:
+        self.generic_visit(node)
+        if node.attr in ("iteritems", "itervalues", "iterkeys"):
+            node.attr = node.attr.removeprefix("iter")
+        return node
+
+    def visit_Subscript(self, node: ast.Subscript) -> ast.AST:
+        self.generic_visit(node)
+        if isinstance(node.slice, ast.Tuple):
+            node.slice.elts = [self._index(part) for part in node.slice.elts]
+        else:
+            node.slice = self._index(node.slice)
+        return node
+
+    def _index(self, node: ast.expr) -> ast.expr:
+        if isinstance(node, ast.Slice):
+            for name in ("lower", "upper", "step"):
+                bound = getattr(node, name)
+                if bound is not None:
+                    setattr(node, name, self._index(bound))
+            return node
+        starred = isinstance(node, ast.Starred)
+        return node if starred else self._call(node, "_old_index", [node])
 
     def visit_Assign(self, node: ast.Assign) -> ast.AST:
         self.generic_visit(node)
         if isinstance(node.targets[0], ast.Subscript):
-            node.value = self._call(node.value, "__old_element", [node.value])
+            node.value = self._call(node.value, "_old_element", [node.value])
         return node
 
     @staticmethod

@@ -203,6 +203,7 @@ class Worker:
             "taken": sorted(self.code.taken),
             "changed": changed,
             "order": order,
+            "unknown": [] if self.code.unknown is None else self.code.unknown.names,
         }, numeric(outputs)
 
     def backward(self, call: int, arrays: dict[str, np.ndarray]) -> Answer:
