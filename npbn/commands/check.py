@@ -63,8 +63,18 @@ EDITS = 3.0
 """The default time for the search for an edit that makes wrong code right, in seconds."""
 
 
-def add_edit_options(parser: argparse.ArgumentParser, seconds: float) -> None:
-    """Add the options for the search for edits."""
+def add_options(parser: argparse.ArgumentParser, timeout: float, seconds: float) -> None:
+    """Add the options that check and grade share; the arguments are defaults in seconds."""
+    parser.add_argument(
+        "--timeout",
+        type=number("a number > 0", lambda value: value > 0),
+        default=timeout,
+        metavar="SECONDS",
+        help=f"for each call of a function (default: {timeout:g})",
+    )
+    parser.add_argument(
+        "--seed", type=integer(0), metavar="N", help="of the inputs (default: new each time)"
+    )
     group = parser.add_argument_group("where the mistake is")
     positive = number("a number >= 0", lambda value: value >= 0)
     group.add_argument(
@@ -127,22 +137,12 @@ def parse_arguments(program: str, words: list[str]) -> argparse.Namespace:
         "returns both in npbn's signature",
     )
     parser.add_argument(
-        "--timeout",
-        type=number("a number > 0", lambda value: value > 0),
-        default=60.0,
-        metavar="SECONDS",
-        help="for each call of a function (default: 60)",
-    )
-    parser.add_argument(
-        "--seed", type=integer(0), metavar="N", help="of the inputs (default: new each time)"
-    )
-    parser.add_argument(
         "--csv",
         metavar="FILE",
         help="write file, verdict, right outputs, wrong outputs, what and report there",
     )
     parser.add_argument("--json", metavar="FILE", help="write a record for each file there")
-    add_edit_options(parser, EDITS)
+    add_options(parser, timeout=60, seconds=EDITS)
     arguments = parser.parse_args(words)
     needed = arguments.submissions, arguments.op
     more = arguments.functions, arguments.csv, arguments.json, arguments.adapter

@@ -14,8 +14,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from npbn.commands.check import add_edit_options, hinted
-from npbn.commands.command_line import ArgumentParser, integer, number, say, typed
+from npbn.commands.check import add_options, hinted
+from npbn.commands.command_line import ArgumentParser, integer, say, typed
 from npbn.errors import NpbnError
 from npbn.verify import grading
 from npbn.verify.examination import ASKED, CONVENTION, UNDECIDED, UNLOADED, UNWRITTEN
@@ -103,17 +103,7 @@ def parse_arguments(program: str, words: list[str]) -> argparse.Namespace:
         metavar="N",
         help="students at a time (default: one for each CPU)",
     )
-    parser.add_argument(
-        "--timeout",
-        type=number("a number > 0", lambda value: value > 0),
-        default=10.0,
-        metavar="SECONDS",
-        help="for each call of a function (default: 10)",
-    )
-    parser.add_argument(
-        "--seed", type=integer(0), metavar="N", help="of the inputs (default: new each time)"
-    )
-    add_edit_options(parser, EDITS_OF_A_CLASS)
+    add_options(parser, timeout=10, seconds=EDITS_OF_A_CLASS)
     return parser.parse_args(words)
 
 

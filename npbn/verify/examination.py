@@ -400,6 +400,10 @@ def examine(
         verdict = "wrong"
     else:
         verdict = UNDECIDED
+    plain = given(operation, (), seed)
+    if facts.is_class and all(o["y"].ndim != plain[n]["y"].ndim for n, o in ran.items()):
+        notes.append("it may expect one example, or another kind of input: an adapter is needed")
+        verdict = UNDECIDED if verdict == "wrong" and not OPERATIONS[operation].loss else verdict
     if facts.unknown:
         notes.append(f"it got None for {', '.join(facts.unknown)}; an adapter can give more")
         verdict = UNDECIDED if verdict == "wrong" else verdict

@@ -48,7 +48,7 @@ from npbn.verify.examination import (
     Examination,
 )
 from npbn.verify.isolated.calling import BACKWARD_METHODS, FORWARD_METHODS
-from npbn.verify.isolated.loading import decoded, notebook_source, python_3
+from npbn.verify.isolated.loading import decoded, notebook_source, parsed
 from npbn.verify.operations import OPERATIONS, PROMISES, probes
 from npbn.verify.session import Session, printable
 from npbn.verify.submission import examine_in
@@ -302,9 +302,8 @@ def source_of(path: Path) -> str:
 
 def syntax_tree(source: str) -> ast.Module | None:
     """Return the syntax tree of code in Python 3 or 2, or None if it cannot be parsed."""
-    for text in (source, python_3(source)):
-        with contextlib.suppress(SyntaxError, ValueError, RecursionError, MemoryError):
-            return ast.parse(text)
+    with contextlib.suppress(SyntaxError, ValueError, RecursionError, MemoryError):
+        return parsed(source)[0]
     return None
 
 

@@ -280,6 +280,21 @@ def derived(values: Values) -> Values:
     return found
 
 
+def lengths(values: Values) -> Values:
+    """Return the numbers of inputs and outputs, and the size of the kernel, of a layer."""
+    x, weight = np.shape(values["x"]), np.shape(values.get("weight", ()))
+    if len(weight) == 2:
+        transposed = x[-1] == weight[0]
+        return {"outputs": weight[transposed], "inputs": weight[not transposed]}
+    if len(weight) == 4:
+        inputs = x[1] if x[1] == weight[1] else x[-1]  # channels first, or last
+        axis = next((k for k in (1, 2, 3) if weight[k] == inputs), 1)
+        first, output = {1: (2, 0), 2: (0, 3), 3: (1, 0)}[axis]
+        kernel = weight[first], weight[first + 1]
+        return {"outputs": weight[output], "inputs": weight[axis], "kernel_size": kernel}
+    return {"inputs": np.size(values["gamma"])} if "gamma" in values else {}
+
+
 def numbers(values: Values) -> Values:
     """Return the values with one number in place of each pair of equal numbers."""
     pairs = {k: v for k, v in values.items() if isinstance(v, tuple) and len(v) == 2}
@@ -411,18 +426,6 @@ class Code:
     def make(self, values: Values) -> Any:
         """Return an instance of the class, with the parameters among the values."""
         options = dict(values)
-        shape = np.shape(values.get("weight", ()))
-        channels = np.size(values["gamma"]) if "gamma" in values else None
-        if len(shape) == 2:
-            options |= {"outputs": shape[0], "inputs": shape[1]}
-            if np.shape(values["x"])[-1] == shape[0]:
-                options |= {"outputs": shape[1], "inputs": shape[0]}
-        elif len(shape) == 4:
-            pairs = isinstance(values.get("stride"), tuple) or shape[2] != shape[3]
-            size = tuple(shape[2:]) if pairs else shape[2]
-            options |= {"outputs": shape[0], "inputs": shape[1], "kernel_size": size}
-        elif channels is not None:
-            options["inputs"] = channels
         options.pop("x", None)
         arguments = self._constructor_arguments(options)
         layer = called(self.function, **arguments)
@@ -462,17 +465,21 @@ class Code:
 
     def _options(self, values: Values) -> Iterator[Values]:
         """Yield the values in the forms that the arguments of a constructor may expect."""
-        sizes = [values]
+        values = values | lengths(values)
+        kernel = {"kernel_size": values["kernel_size"]} if "kernel_size" in values else {}
+        sizes = []  # numbers, numbers and a pair for the kernel, and pairs
         with contextlib.suppress(NotExaminedError):
-            sizes = [numbers(values), values]
-        names = inspect.signature(self.function).parameters
-        shapes = [()]
-        if any(role_of(name, {"input_shape": 0}) for name in names):
+            sizes.append(numbers(values))
+        with contextlib.suppress(NotExaminedError):
+            sizes.append(numbers({k: v for k, v in values.items() if k not in kernel}) | kernel)
+        sizes.append(values)
+        shapes: list[tuple[int, ...]] = [()]
+        if any(role_of(n, {"input_shape": 0}) for n in inspect.signature(self.function).parameters):
             shape = np.shape(values["x"])
             shapes = [shape[1:], shape, ()]  # of an example, of the batch, and only its length
         for given in sizes:
             for shape in shapes:
-                yield given | ({"input_shape": shape} if shape else {})
+                yield derived(given | ({"input_shape": shape} if shape else {}))
 
     def _forward_of_class(self, values: Values, layer: Any) -> tuple[dict[str, Any], Any]:
         if "training" not in values:

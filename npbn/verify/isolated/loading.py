@@ -7,6 +7,7 @@ file is often a script that trains or asks for input. Notebooks are loaded cell 
   import *``, ``from common.functions import softmax``).
 - A module that is not installed is replaced by a stand-in. Code that uses the stand-in when it runs
   fails with `NeededError`, which names the module.
+- CuPy is NumPy.
 - Names that NumPy or Python have removed exist again: ``np.float``, ``xrange``. In a file that
   only Python 2 can read, ``print`` statements become calls, and ``/`` divides as it did there.
 - ``float(x)`` of an array with one element works, as it did before NumPy 2.4.
@@ -125,15 +126,8 @@ def load(path: Path, content: bytes) -> tuple[types.ModuleType, str, list[str]]:
     """
     notes: list[str] = []
     source = notebook_source(content) if path.suffix == ".ipynb" else decoded(content)
-    try:
-        tree = ast.parse(source, str(path))
-        old = False
-    except SyntaxError as error:
-        try:
-            source = python_3(source)
-            tree, old = ast.parse(source, str(path)), True
-        except SyntaxError:
-            raise error from None
+    tree, source, old = parsed(source)
+    if old:
         notes.append("it is written in Python 2")
     for name in ("float", "int", "bool", "object", "str"):
         if name not in np.__dict__:
@@ -153,6 +147,7 @@ def load(path: Path, content: bytes) -> tuple[types.ModuleType, str, list[str]]:
         )
         six.__dict__.update({"moves": moves})
         sys.modules |= {"six": six, "six.moves": moves}
+    sys.modules["cupy"] = cupy_of_numpy()
     folders = [*path.parents][:LEVELS]
     sys.meta_path[:0] = [Removed(), StandIns("", PICTURES)]
     sys.meta_path.append(StandIns(str(folders[-1])))
@@ -178,6 +173,15 @@ def load(path: Path, content: bytes) -> tuple[types.ModuleType, str, list[str]]:
     return module, source, notes
 
 
+def cupy_of_numpy() -> types.ModuleType:
+    """Return NumPy under the name of CuPy: the numbers are the same, and no GPU is needed."""
+    cupy = types.ModuleType("cupy")
+    cupy.__dict__.update(
+        vars(np) | {"asnumpy": np.asarray, "get_array_module": lambda *_: np, "__name__": "cupy"}
+    )
+    return cupy
+
+
 def decoded(content: bytes) -> str:
     """Return the text of a file in UTF-8 or, if it is not UTF-8, in Latin-1."""
     try:
@@ -198,15 +202,26 @@ def notebook_source(content: bytes) -> str:
         if code.lstrip().startswith("%%"):
             continue
         code = re.sub(r"^(\s*)[%!?].*$|^.*\?$", r"\1pass", code, flags=re.M)
-        try:
-            ast.parse(code)
-        except SyntaxError:
-            try:
-                ast.parse(python_3(code))
-            except SyntaxError:
-                continue  # This cell is not finished; others may be.
-        kept.append(code)
+        with contextlib.suppress(SyntaxError):  # A cell may not be finished; others may be.
+            parsed(code)
+            kept.append(code)
     return "\n\n".join(kept) + "\n"
+
+
+def parsed(source: str) -> tuple[ast.Module, str, bool]:
+    """Return the syntax tree of code, its source in Python 3, and whether it is in Python 2.
+
+    Raises:
+        SyntaxError: the code is neither Python 3 nor, nearly, Python 2.
+    """
+    try:
+        return ast.parse(source), source, False
+    except SyntaxError as error:
+        new = python_3(source)
+        try:
+            return ast.parse(new), new, True
+        except SyntaxError:
+            raise error from None
 
 
 def python_3(source: str) -> str:
