@@ -244,6 +244,152 @@ def test_relative_imports_and_packages_above(tmp_path):
     assert examined(path, "f,b", "relu").verdict == "right"
 
 
+LAYERS = {
+    "parameters made by the first forward pass": (
+        "linear",
+        """
+class Dense:
+    def __init__(self, units, name=None):
+        self.units, self.params, self.grads = units, {}, {}
+    def forward(self, X):
+        if "W" not in self.params:
+            self.params["W"] = np.zeros((X.shape[1], self.units))
+            self.params["b"] = np.zeros(self.units)
+        self.X = X
+        return X @ self.params["W"] + self.params["b"]
+    def backward(self, dZ):
+        self.grads["dW"], self.grads["db"] = self.X.T @ dZ, dZ.sum(0)
+        return dZ @ self.params["W"].T
+""",
+        "dZ.sum(0)",
+    ),
+    "parameters made by build": (
+        "linear",
+        """
+class Dense:
+    def __init__(self, units, optimizer):
+        self.units = units
+    def build(self, input_shape):
+        self.w, self.b = np.zeros((input_shape[0], self.units)), np.zeros((1, self.units))
+    def forward(self, x):
+        self.x = x
+        return x @ self.w + self.b
+    def backward(self, grad):
+        self.dw, self.db = self.x.T @ grad, grad.sum(0)
+        return grad @ self.w.T
+""",
+        "",  # The optimizer is unknown, so that wrong numbers prove nothing.
+    ),
+    "parameters that are objects": (
+        "linear",
+        """
+class Tensor:
+    def __init__(self, data): self.data, self.grad = data, None
+class Linear:
+    def __init__(self, num_in, num_out):
+        w, b = Tensor(np.zeros((num_in, num_out))), Tensor(np.zeros(num_out))
+        self.params, self.device = {"w": w, "b": b}, np
+    def forward(self, inputs):
+        self.inputs = inputs
+        return inputs @ self.params["w"].data + self.params["b"].data
+    def backward(self, grad):
+        self.params["w"].grad = self.inputs.T @ grad
+        self.params["b"].grad = grad.sum(axis=0)
+        return grad @ self.params["w"].data.T
+""",
+        "grad.sum(axis=0)",
+    ),
+    "the shape of an example": (
+        "relu",
+        """
+class Relu:
+    def __init__(self, in_shape):
+        self.mask = np.zeros((1, *in_shape), bool)
+    def forward(self, x):
+        self.mask = x > self.mask
+        return x * self.mask
+    def backward(self, dy):
+        return dy * self.mask
+""",
+        "dy * self.mask",
+    ),
+    "the shape of a batch": (
+        "relu",
+        """
+class Relu:
+    def __init__(self, shape):
+        n, *rest = shape
+        self.x = np.zeros((n, *rest))
+        self.x[...] = np.zeros((5, 4)) if n == 5 else self.x
+    def forward(self, x):
+        self.x[:] = x
+        return np.maximum(x, 0)
+    def backward(self, eta, y):
+        return eta * (y > 0)
+""",
+        "eta * (y > 0)",
+    ),
+    "a pair for the window, a number for the stride": (
+        "avg_pool2d",
+        """
+class Pool:
+    def __init__(self, pool_size=(2, 2), stride=2):
+        self.size, self.s = pool_size, stride
+    def forward(self, x):
+        (h, w), s = self.size, self.s
+        rows, columns = range((x.shape[2] - h) // s + 1), range((x.shape[3] - w) // s + 1)
+        self.places = [(i * s, j * s) for i in rows for j in columns]
+        self.shape = x.shape
+        y = [x[:, :, i:i + h, j:j + w].mean((2, 3)) for i, j in self.places]
+        return np.stack(y, -1).reshape(*x.shape[:2], len(rows), len(columns))
+    def backward(self, dy):
+        dx, (h, w) = np.zeros(self.shape), self.size
+        for k, (i, j) in enumerate(self.places):
+            part = dy.reshape(*dy.shape[:2], -1)[:, :, k]
+            dx[:, :, i:i + h, j:j + w] += part[:, :, None, None] / (h * w)
+        return dx
+""",
+        "part[:, :, None, None]",
+    ),
+    "Python 2 in a class": (
+        "relu",
+        """
+import cupy as cp
+class Relu:
+    def forward(self, x):
+        self.options = {"zero": 0 / 1}
+        for name, value in self.options.iteritems():
+            setattr(self, name, value)
+        self.x = x.reshape(x.size / 1)
+        self.half = np.floor(x.size * 0.5)
+        parts = self.x[:self.half], self.x[self.half:]
+        assert self.x[self.half] == parts[1][0]
+        return cp.asnumpy(cp.maximum(np.concatenate(parts), self.zero)).reshape(x.shape)
+    def backward(self, dy):
+        return dy * (self.x > 0).reshape(dy.shape)
+""",
+        "dy * (self.x > 0)",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_layers_are_made_as_their_authors_would(kind, tmp_path):
+    operation, source, gradient = LAYERS[kind]
+    name = [line for line in source.splitlines() if line.startswith("class")][-1][6:-1]
+    path = tmp_path / "homework.py"
+    path.write_text("import numpy as np\n" + source)
+    found = examined(path, name, operation, timeout=60)
+    assert found.verdict in ("right", ASKED) and found.backward == "right", str(found)
+    if gradient:
+        path.write_text(path.read_text().replace(gradient, f"1.1 * {gradient}"))
+        assert examined(path, name, operation, timeout=60).verdict == "wrong"
+    else:
+        path.write_text(path.read_text().replace("grad.sum(0)", "grad.sum(0) * 2"))
+        found = examined(path, name, operation, timeout=60)
+        assert found.verdict == "can't tell" and "it got None for optimizer" in str(found)
+
+
 def test_a_damaged_notebook(tmp_path):
     path = tmp_path / "homework.ipynb"
     path.write_text("{}")

@@ -44,6 +44,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import itertools
 import re
 import types
 from collections.abc import Callable, Iterator, Mapping
@@ -456,12 +457,12 @@ class Code:
 
     def _prepare(self, layer: Any, options: Values) -> None:
         """Have a layer make its parameters, by a method of its own or by a first forward pass."""
-        for name in (*BUILDERS, *FORWARD_METHODS):
-            method = getattr(layer, name, None)
-            if callable(method):
-                with contextlib.suppress(RaisedError, NotExaminedError):
-                    called(method, **self.arguments(method, options)[0])
-                    return
+        shape = np.shape(options["x"])
+        methods = [getattr(layer, name, None) for name in (*BUILDERS, *FORWARD_METHODS)]
+        for method, sizes in itertools.product(filter(callable, methods), (shape[1:], shape)):
+            with contextlib.suppress(RaisedError, NotExaminedError):
+                called(method, **self.arguments(method, options | {"input_shape": sizes})[0])
+                return
 
     def _options(self, values: Values) -> Iterator[Values]:
         """Yield the values in the forms that the arguments of a constructor may expect."""
@@ -592,6 +593,8 @@ class Code:
         method = self._method(layer, BACKWARD_METHODS)
         names = list(inspect.signature(method).parameters)
         rates = {name: 1.0 for name in names if plain(name) in LEARNING_RATE}
+        if names[:1] == ["eta"]:  # It is the upstream gradient then.
+            del rates["eta"]
         if dy is None:  # The backward pass of a loss may get the arguments of forward again.
             known = {role: value for role, value in self.values.items() if role in ("x", "labels")}
             for name in names:
