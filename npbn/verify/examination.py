@@ -407,8 +407,9 @@ def examine(
     if facts.unknown:
         notes.append(f"it got None for {', '.join(facts.unknown)}; an adapter can give more")
         verdict = UNDECIDED if verdict == "wrong" else verdict
-    if verdict == "wrong" and hard and hard <= {r.failure for r in failures.values() if r.uncalled}:
-        verdict = UNDECIDED
+    excused = {r.failure: r.needs for r in failures.values() if r.needs or r.uncalled}
+    if verdict == "wrong" and hard and hard <= excused.keys():
+        verdict = UNLOADED if any(excused.values()) else UNDECIDED
     gradients = [name for name in names if name in OPERATIONS[operation].gradients]
     raised = [failure.failure.startswith("raised") for failure in failures.values()]
     if verdict == "wrong" and not gradients and not wrong and all(raised):

@@ -400,3 +400,14 @@ def test_a_damaged_notebook(tmp_path):
     cells = [{"cell_type": "code", "source": cell} for cell in cells]
     path.write_text(json.dumps({"cells": [{"cell_type": "markdown", "source": "# a"}, *cells]}))
     assert examined(path, "f,b", "relu").verdict == "right"
+
+
+def test_what_a_part_of_the_probes_needs_is_not_held_against_its_author(tmp_path):
+    path = tmp_path / "homework.py"
+    path.write_text(
+        "import numpy as np\nimport no_such_thing as t\n"
+        "def f(x): return (np.maximum if len(x) > 4 else t.relu)(x, 0), x\n"
+        "def b(dy, x): return dy * (x > 0)\n"
+    )
+    found = examined(path, "f,b", "relu")
+    assert found.verdict == UNLOADED, str(found)

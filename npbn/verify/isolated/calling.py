@@ -606,7 +606,8 @@ class Code:
             role = "y" if plain(name) in OUTPUT else role_of(name, self.values)
             if name not in rates and role is not None:
                 rates[name] = self.values[role]
-        if getattr(method, "__name__", "") == "derivative":
+        # `derivative()` and `backward(state=None)` get no upstream gradient.
+        if getattr(method, "__name__", "") == "derivative" or names[:1] == ["state"]:
             takes_dy = bool(_positional(method))
         before = {
             role: np.array(holder[name])
