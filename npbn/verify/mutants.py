@@ -879,7 +879,274 @@ OTHERS = (
     ),
 )
 
-MUTANTS = BATCH_NORM + CONV2D + POOLING + OTHERS
+
+def _norm(operation: str, axis: int, x: str, x_hat: str) -> tuple[Mutant, ...]:
+    """Return the mistakes that layer norm and group norm share.
+
+    Args:
+        operation: the name of the operation.
+        axis: the axis of the statistics in plain.py.
+        x, x_hat: the names of the input and of the normalized input there.
+    """
+    mean = f".mean(axis={axis}, keepdims=True)"
+    dx = "(dx_hat - mean_term - variance_term)"
+    return (
+        mutant(
+            operation,
+            "dx without the mean term",
+            "dx lacks - mean(dx̂): a shift of all inputs does not change y",
+            (dx, "(dx_hat - variance_term)"),
+        ),
+        mutant(
+            operation,
+            "dx without the variance term",
+            "dx lacks - x̂·mean(dx̂·x̂): a scale of all inputs hardly changes y",
+            (dx, "(dx_hat - mean_term)"),
+        ),
+        mutant(
+            operation,
+            "dx with sums",
+            "the two terms of dx have sums; they must be means",
+            (f"dx_hat{mean}", f"dx_hat.sum(axis={axis}, keepdims=True)"),
+            (f"(dx_hat * {x_hat}){mean}", f"(dx_hat * {x_hat}).sum(axis={axis}, keepdims=True)"),
+        ),
+        mutant(
+            operation,
+            "gamma missing from dx",
+            "dx lacks the factor gamma",
+            ("dy * gamma", "dy * np.ones_like(gamma)"),
+        ),
+        mutant(
+            operation,
+            "dx not divided by s",
+            "dx lacks the factor 1/s",
+            (f"{dx} / s", f"{dx} / np.ones_like(s)"),
+        ),
+        mutant(
+            operation,
+            "dgamma from x",
+            "dgamma is the sum of dy·x; it must be that of dy·x̂, the normalized input",
+            ("return gamma * x_hat + beta, (", "return gamma * x_hat + beta, (x, "),
+            ("\n    x_hat, s", "\n    x, x_hat, s"),
+            ("(dy * x_hat)", "(dy * x)"),
+        ),
+        mutant(
+            operation,
+            "eps left out",
+            "eps is not added to the variance",
+            (" + eps)", ")"),
+        ),
+        mutant(
+            operation,
+            "eps outside of the root",
+            "eps is added to the standard deviation; it must be added to the variance",
+            (" + eps)", ") + eps"),
+        ),
+        mutant(
+            operation,
+            "divided by the variance",
+            "x is divided by the variance; it must be divided by its root",
+            (
+                f"s = np.sqrt((({x} - mean) ** 2){mean} + eps)",
+                f"s = (({x} - mean) ** 2){mean} + eps",
+            ),
+        ),
+        mutant(
+            operation,
+            "unbiased variance",
+            "the variance is divided by the number of values minus 1",
+            (
+                f"(({x} - mean) ** 2){mean}",
+                f"(({x} - mean) ** 2).sum(axis={axis}, keepdims=True) / ({x}.shape[{axis}] - 1)",
+            ),
+        ),
+    )
+
+
+NORMS = (
+    *_norm("layer_norm", 1, "x", "x_hat"),
+    mutant(
+        "layer_norm",
+        "statistics of the batch",
+        "the statistics are over the batch, as in batch norm; they must be over the features",
+        ("mean = x.mean(axis=1", "mean = x.mean(axis=0"),
+        ("((x - mean) ** 2).mean(axis=1", "((x - mean) ** 2).mean(axis=0"),
+        ("dx_hat.mean(axis=1", "dx_hat.mean(axis=0"),
+        ("(dx_hat * x_hat).mean(axis=1", "(dx_hat * x_hat).mean(axis=0"),
+    ),
+    mutant(
+        "layer_norm",
+        "dx with means over the batch",
+        "the terms of dx have means over the batch; they must be over the features",
+        ("dx_hat.mean(axis=1", "dx_hat.mean(axis=0"),
+        ("(dx_hat * x_hat).mean(axis=1", "(dx_hat * x_hat).mean(axis=0"),
+    ),
+    *_norm("group_norm", 2, "grouped", "grouped"),
+    mutant(
+        "group_norm",
+        "statistics for each pixel",
+        "the statistics are over the channels of a group, for each pixel by itself; they must be "
+        "over the pixels as well",
+        (
+            "x.reshape(len(x), groups, -1)",
+            "x.reshape(len(x), groups, x.shape[1] // groups, -1)",
+        ),
+        (
+            "(dy * gamma).reshape(len(dy), groups, -1)",
+            "(dy * gamma).reshape(len(dy), groups, dy.shape[1] // groups, -1)",
+        ),
+    ),
+    mutant(
+        "group_norm",
+        "one group",
+        "all channels are one group, as in layer norm",
+        ("x.reshape(len(x), groups, -1)", "x.reshape(len(x), 1, -1)"),
+        ("(dy * gamma).reshape(len(dy), groups, -1)", "(dy * gamma).reshape(len(dy), 1, -1)"),
+    ),
+    mutant(
+        "group_norm",
+        "the length of a group for the number of groups",
+        "a group has as many channels as there should be groups",
+        ("x.reshape(len(x), groups, -1)", "x.reshape(len(x), x.shape[1] // groups, -1)"),
+        (
+            "(dy * gamma).reshape(len(dy), groups, -1)",
+            "(dy * gamma).reshape(len(dy), dy.shape[1] // groups, -1)",
+        ),
+    ),
+)
+
+COURSES = (
+    mutant(
+        "tanh",
+        "derivative from x",
+        "dx is dy·(1 - x²); it must be dy·(1 - y²), with the output y",
+        ("return y, y", "return y, x"),
+    ),
+    mutant(
+        "tanh",
+        "derivative without the square",
+        "dx is dy·(1 - y); it must be dy·(1 - y²)",
+        ("1 - y * y", "1 - y"),
+    ),
+    mutant(
+        "tanh",
+        "derivative of the sigmoid",
+        "dx is dy·y·(1 - y), which is the sigmoid's",
+        ("dy * (1 - y * y)", "dy * y * (1 - y)"),
+    ),
+    mutant(
+        "tanh",
+        "derivative without the upstream gradient",
+        "dx lacks the factor dy",
+        ("dy * (1 - y * y)", "1 - y * y"),
+    ),
+    mutant(
+        "leaky_relu",
+        "0 for negative inputs",
+        "dx is 0 where x is negative, as relu's; it must be slope·dy",
+        ("dy, slope * dy", "dy, 0 * dy"),
+    ),
+    mutant(
+        "leaky_relu",
+        "the slope without the upstream gradient",
+        "dx is the slope where x is negative; it must be slope·dy",
+        ("dy, slope * dy", "dy, slope"),
+    ),
+    mutant(
+        "leaky_relu",
+        "the slope where x is positive",
+        "the sides are exchanged: dx is slope·dy where x is positive",
+        ("dy, slope * dy", "slope * dy, dy"),
+    ),
+    mutant(
+        "dropout",
+        "backward without the mask",
+        "dx is dy; it must be dy·mask",
+        ("return dy * mask", "return dy * np.ones_like(mask)"),
+    ),
+    mutant(
+        "dropout",
+        "backward with the mask squared",
+        "dx is dy·mask²: the mask was applied twice, or its scale",
+        ("return dy * mask", "return dy * mask * mask"),
+    ),
+    mutant(
+        "svm_loss",
+        "the label's margin counted",
+        "the margin of the label itself, which is 1, is counted",
+        ("    margins[rows, labels] = 0\n", ""),
+        ("dlogits[np.arange(n), labels] = -", "dlogits[np.arange(n), labels] -= "),
+    ),
+    mutant(
+        "svm_loss",
+        "margins not cut off",
+        "negative margins are counted in the loss; they must be 0",
+        ("margins.sum() / n", "(logits - logits[rows, labels][:, None] + 1).sum() / n - 1"),
+    ),
+    mutant(
+        "svm_loss",
+        "loss without the margin of 1",
+        "the 1 is missing in max(0, s - s_label + 1)",
+        ("[:, None] + 1)", "[:, None])"),
+    ),
+    mutant(
+        "svm_loss",
+        "gradient without 1/N",
+        "dlogits lacks the factor 1/N of the mean loss",
+        ("(margins > 0) / n", "(margins > 0) / 1"),
+    ),
+    mutant(
+        "svm_loss",
+        "gradient of the label missing",
+        "dlogits is 0 at the label; it must be minus the number of positive margins, over N",
+        ("= -dlogits.sum(axis=1)", "= 0"),
+    ),
+    mutant(
+        "svm_loss",
+        "gradient of the label is -1",
+        "dlogits is -1/N at the label; it must be minus the number of positive margins, over N",
+        ("= -dlogits.sum(axis=1)", "= -1 / n"),
+    ),
+    mutant(
+        "embedding",
+        "repeated indices overwritten",
+        "of several gradients of the same row, the last one overwrites the others; all of them "
+        "must be added (np.add.at)",
+        ("np.add.at(dweight, indices, dy)", "dweight[indices] = dy"),
+    ),
+    mutant(
+        "rnn_step",
+        "derivative of tanh missing",
+        "the gradient is not multiplied by 1 - h²",
+        ("da = dy * (1 - y * y)", "da = dy"),
+    ),
+    mutant(
+        "rnn_step",
+        "derivative of tanh at the previous state",
+        "the derivative is 1 - h² of the previous state; it must be that of the next",
+        ("da = dy * (1 - y * y)", "da = dy * (1 - hidden * hidden)"),
+    ),
+    mutant(
+        "rnn_step",
+        "dweight_h from the next state",
+        "dWh has the next state; it must have the previous one",
+        ("hidden.T @ da", "y.T @ da"),
+    ),
+    mutant(
+        "rnn_step",
+        "weights not transposed",
+        "dh is da·Wh; it must be da·Whᵀ",
+        ("da @ weight_h.T", "da @ weight_h"),
+    ),
+    mutant(
+        "rnn_step",
+        "dbias a mean",
+        "db is a mean over the batch; it must be a sum",
+        ("da.sum(axis=0)", "da.mean(axis=0)"),
+    ),
+)
+
+MUTANTS = BATCH_NORM + CONV2D + POOLING + OTHERS + NORMS + COURSES
 
 _CACHE = "training, axes, m), (moving_mean"
 _UNPACKED = "x_hat, s, gamma, training, axes, m = cache"
