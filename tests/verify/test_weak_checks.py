@@ -1,6 +1,6 @@
 """Which mistakes the usual weak gradient checks do not see: the table in npbn/verify/README.md.
 
-``python tests/verify/test_weak_checks.py`` prints the table anew.
+``PYTHONPATH=tests python tests/verify/test_weak_checks.py`` prints the table anew.
 """
 
 from __future__ import annotations
@@ -44,13 +44,13 @@ def agrees(
         if eps is not None and "eps" in arguments:
             arguments["eps"] = eps
         for name, value in arguments.items():
-            if name in ("x", "logits", "labels"):
+            if name in ("x", "logits", "labels", "mask", "indices", "hidden"):
                 arguments[name] = value = value[:batch]
             if isinstance(value, np.ndarray) and value.dtype == np.float64:
                 arguments[name] = value.astype(dtype)
         y, cache = forward(**arguments)[:2]
         dy = np.ones_like(y) if ones else np.random.default_rng(0).standard_normal(np.shape(y))
-        is_loss = operation == "softmax_cross_entropy"
+        is_loss = OPERATIONS[operation].loss
         gradients = backward(cache) if is_loss else backward(dy, cache)
         gradients = gradients if isinstance(gradients, tuple) else (gradients,)
         for gradient, analytic in zip(OPERATIONS[operation].gradients, gradients, strict=True):
@@ -80,7 +80,7 @@ def passes_check_gradients(operation, pair) -> bool:
             for gradient in OPERATIONS[operation].gradients
         }
         constants = {k: v for k, v in probe.arguments.items() if k not in inputs}
-        if operation == "softmax_cross_entropy":
+        if OPERATIONS[operation].loss:
             report = check_gradients(
                 forward, lambda dy, cache: dy * backward(cache), inputs, constants=constants
             )
