@@ -411,3 +411,15 @@ def test_what_a_part_of_the_probes_needs_is_not_held_against_its_author(tmp_path
     )
     found = examined(path, "f,b", "relu")
     assert found.verdict == UNLOADED, str(found)
+
+
+def test_a_layer_for_single_examples_cannot_be_judged(tmp_path):
+    """Neither right nor wrong is proved: it may be right for what its author gives it."""
+    path = tmp_path / "homework.py"
+    path.write_text(
+        "import numpy as np\nclass Relu:\n    def forward(self, x):\n"
+        "        self.x = x[0]\n        return np.maximum(x[0], 0)\n"
+        "    def backward(self, dy):\n        return dy * (self.x > 0)\n"
+    )
+    found = examined(path, "Relu", "relu")
+    assert found.verdict == "can't tell" and "it may expect one example" in str(found)

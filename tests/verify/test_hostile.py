@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from commands import ROOT, npbn_command
@@ -175,6 +175,25 @@ def test_code_cannot_hide_where_it_fails(tmp_path):
     assert examine_file(path, "relu_forward", "relu_backward", "relu").verdict == "can't tell"
 
 
+@pytest.mark.parametrize(
+    ("forward", "backward", "verdict"),
+    [
+        ("np.maximum(x, 0).astype(np.longdouble)", "(dy * (x > 0)).astype('g')", "right"),
+        ("np.maximum(x, 0)", "x > 0", "wrong"),
+        ("x.astype('i8')", "(x > 0).astype('u1')", "wrong"),
+        ("np.sqrt(x + 0j)", "dy * 1j", "wrong"),
+        ("np.zeros((0, *x.shape))", "np.zeros(0)", "not written yet"),
+    ],
+)
+def test_numbers_of_every_dtype_are_judged(forward, backward, verdict, tmp_path):
+    path = tmp_path / "homework.py"
+    path.write_text(
+        f"import numpy as np\ndef f(x): return {forward}, x\ndef b(dy, x): return {backward}\n"
+    )
+    found = examine_file(path, "f", "b", "relu", edit_seconds=(1, 0))
+    assert found.verdict == verdict, str(found)
+
+
 class Liar:
     """A session whose process answers what it likes."""
 
@@ -200,7 +219,7 @@ class Liar:
         return answer
 
 
-NAMES = ("y", "dx", "dlogits", "dgamma", "0", "1", "\u0663", "moving_mean", "")
+NAMES = ("y", "dx", "dlogits", "dgamma", "0", "1", "\u0660", "moving_mean", "")
 KEYS = ("call", "taken", "changed", "order", "count", "named", "without dy", "changes", "raised")
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=9),
@@ -224,6 +243,7 @@ ANSWERS = st.none() | st.tuples(
 @pytest.mark.filterwarnings("ignore:.*:RuntimeWarning")
 @pytest.mark.parametrize("operation", ["relu", "batch_norm", "softmax_cross_entropy"])
 @given(answers=st.lists(ANSWERS, min_size=1, max_size=6))
+@example(answers=[({"call": 0, "count": 1}, {"y": np.zeros((5, 4)), "\u0660": np.zeros((5, 4))})])
 def test_what_a_process_answers_is_judged_and_never_an_error(operation, answers):
     liar = Liar(answers)
     found = examine_in(liar, "forward", "backward", operation, seed=1, edit_seconds=(1, 0))

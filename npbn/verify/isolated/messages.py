@@ -78,7 +78,7 @@ def receive(descriptor: int, seconds: float = math.inf) -> Message:
             found = np.frombuffer(body, kind, count, start)
             arrays[str(name)] = found.reshape(shape).astype(kind.newbyteorder("="))
             start = stop
-    except (ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise MessageError(f"no message: {error}") from None
     return value, arrays
 
