@@ -285,6 +285,19 @@ BATCH_NORM = (
     MOMENTUM_REVERSED,
     mutant(
         "batch_norm",
+        "a bracket of the moving averages misplaced",
+        "the moving averages get 1 - momentum·batch; it must be (1 - momentum)·batch",
+        (
+            "moving_mean = momentum * moving_mean + (1 - momentum) * mean",
+            "moving_mean = momentum * moving_mean + (1 - momentum * mean)",
+        ),
+        (
+            "moving_var = momentum * moving_var + (1 - momentum) * var",
+            "moving_var = momentum * moving_var + (1 - momentum * var)",
+        ),
+    ),
+    mutant(
+        "batch_norm",
         "moving averages not kept",
         "the moving averages stay as they are: the new ones are not computed, or not put back",
         ("momentum * moving_mean + (1 - momentum) * mean", "moving_mean"),
@@ -448,6 +461,15 @@ _COL2IM = (
 )
 
 CONV2D = (
+    mutant(
+        "conv2d",
+        "dx of the last example only",
+        "only the last example gets a gradient: the line that keeps it is outside of the loop",
+        (
+            "dx = dpadded[:, :, ph : h - ph, pw : w - pw]",
+            "dx = dpadded[:, :, ph : h - ph, pw : w - pw]\n    dx[:-1] = 0",
+        ),
+    ),
     mutant(
         "conv2d",
         "output one too small",
@@ -839,6 +861,15 @@ OTHERS = (
         "not cut off",
         "dx is dy everywhere; it must be 0 where x is negative",
         ("dy * (x > 0)", "dy * 1"),
+    ),
+    mutant(
+        "softmax_cross_entropy",
+        "softmax over the batch",
+        "the sum of the exponentials is over the examples; it must be over the classes",
+        (
+            "np.exp(shifted).sum(axis=1, keepdims=True)",
+            "np.exp(shifted).sum(axis=0, keepdims=True)",
+        ),
     ),
     mutant(
         "softmax_cross_entropy",

@@ -554,7 +554,7 @@ class Conversation:
                 for name, value in truth.items():
                     if name.startswith("moving") and name not in result.outputs:
                         continue  # The code has no moving averages.
-                    if result.skipped and name in self.record.gradients:
+                    if (result.skipped or result.unwritten) and name in self.record.gradients:
                         continue
                     change = layout.arguments.get(_ARGUMENT.get(name, name.removeprefix("d")))
                     arrays[f"{k}/{self.role(name)} is right"] = (change or _same)(value)

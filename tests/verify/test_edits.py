@@ -136,6 +136,14 @@ def test_two_edits(tmp_path):
     assert {c.after[-7:] for c in found.changes} == {"+= part", "dw, db)"}
 
 
+def test_the_forward_pass_is_repaired_before_the_backward_pass_is_written(tmp_path):
+    broken = RELU.replace("np.maximum(x, 0), x", "np.maximum(x, 0) / 2, x")
+    broken = broken.replace("dy * (x > 0)", "NotImplemented")
+    found = repaired(tmp_path, broken, "forward,backward", "relu")
+    assert (found.verdict, found.forward, found.backward) == ("wrong", "wrong", "not written yet")
+    assert [change.after for change in found.changes] == ["return (np.maximum(x, 0), x)"]
+
+
 def test_nothing_is_said_where_nothing_helps(tmp_path):
     """Right code, code that is another function, and code whose results depend on each other."""
     assert repaired(tmp_path, RELU, "forward,backward", "relu").edits == ()

@@ -175,6 +175,18 @@ def test_code_cannot_hide_where_it_fails(tmp_path):
     assert examine_file(path, "relu_forward", "relu_backward", "relu").verdict == "can't tell"
 
 
+def test_results_that_nobody_has_thought_of(tmp_path):
+    path = tmp_path / "homework.py"
+    path.write_text(
+        "import numpy as np\nclass Pair(tuple):\n    def __len__(self): raise KeyError('len')\n"
+        "def f(x): return Pair((np.maximum(x, 0), x)) if len(x) > 4 else (np.maximum(x, 0), x)\n"
+        "def b(dy, x): return dy * (x > 0)\n"
+    )
+    found = examine_file(path, "f", "b", "relu")
+    assert found.verdict == "can't tell", str(found)
+    assert "it could not be called: KeyError: 'len'" in str(found)
+
+
 @pytest.mark.parametrize(
     ("forward", "backward", "verdict"),
     [

@@ -195,7 +195,8 @@ def role_of(name: str, roles: Mapping[str, Any]) -> str | None:
 def called(function: Callable[..., Any], *values: Any, **arguments: Any) -> Any:
     """Call other people's code; whatever it raises becomes the cause of a RaisedError."""
     try:
-        return function(*values, **arguments)
+        found = function(*values, **arguments)
+        return None if found is NotImplemented else found  # Templates return it.
     except NotExaminedError:
         raise
     except (Exception, SystemExit) as error:
