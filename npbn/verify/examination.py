@@ -30,6 +30,7 @@ from npbn.verify.isolated.edits import Change
 from npbn.verify.mutants import CONVENTIONS, MUTANTS, Mutant, functions_of, plain_name
 from npbn.verify.operations import (
     OPERATIONS,
+    PROBABILITIES,
     PROMISES,
     STRUCTURE,
     Probe,
@@ -352,8 +353,8 @@ def examine(
         if probe in failures and probe not in beyond:
             failure = results[probe].failure
             complaints.setdefault(failure, f"it {failure} ({probe})")
-    wrongly_changed = [name for name in facts.changed if name != "dy"]
-    if wrongly_changed and operation != "batch_norm":
+    wrongly_changed = [n for n in facts.changed if n != "dy" and not n.startswith("moving")]
+    if wrongly_changed:
         text = f"forward changes its argument {wrongly_changed[0]}, which others may still need"
         complaints[text] = text
     names = list(dict.fromkeys(name for _, name in errors))
@@ -404,6 +405,9 @@ def examine(
     if facts.is_class and all(o["y"].ndim != plain[n]["y"].ndim for n, o in ran.items()):
         notes.append("it may expect one example, or another kind of input: an adapter is needed")
         verdict = UNDECIDED if verdict == "wrong" and not OPERATIONS[operation].loss else verdict
+    if PROBABILITIES in layouts and verdict == "wrong" and "y" not in wrong:
+        notes.append("its gradient may be by the probabilities, which is not examined")
+        verdict = UNDECIDED
     if facts.unknown:
         notes.append(f"it got None for {', '.join(facts.unknown)}; an adapter can give more")
         verdict = UNDECIDED if verdict == "wrong" else verdict
@@ -547,11 +551,16 @@ def meant_results(
     found = _of_its_kind(operation, results, facts, seed)
     right = given(operation, (), seed)
     for probe in probes(operation, seed):
-        y = found[probe.name].outputs.get("y") if probe.name in found else None
-        if probe.optional and (
-            y is None or (not probe.beyond and difference(y, right[probe.name]["y"]) > WRONG)
+        result = found.get(probe.name)
+        if not probe.optional or result is None:
+            continue
+        y = result.outputs.get("y")
+        if (
+            y is None
+            or (facts.is_class and result.failure)
+            or (not probe.beyond and difference(y, right[probe.name]["y"]) > WRONG)
         ):
-            found.pop(probe.name, None)
+            del found[probe.name]
     return found
 
 
@@ -648,7 +657,7 @@ def _conventions(
             break
         for base in itertools.combinations(candidates, size):
             count, exact = wrong(base), close(base)
-            if (count, -exact) < (fewest, -most):
+            if exact >= most and (count, -exact) < (fewest, -most):
                 best, fewest, most = base, count, exact
     return fixed, best
 
@@ -669,7 +678,8 @@ def _broken(
             continue
         wrong = {name for (p, name), e in errors.items() if p == probe and e > WRONG}
         if result.failure or wrong:
-            forward = "y" not in wrong and bool(result.outputs) and demand in STRUCTURE
+            known = "y" not in wrong and all(errors[probe, name] < math.inf for name in wrong)
+            forward = known and not result.failure and demand in STRUCTURE
             found[demand] = found.get(demand, False) or forward
     return found
 

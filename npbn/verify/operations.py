@@ -495,6 +495,12 @@ def draw_loss(rng: np.random.Generator) -> list[Probe]:
     ]
 
 
+def softmax(logits: np.ndarray) -> np.ndarray:
+    exponentials = np.exp(logits - logits.max(axis=1, keepdims=True))
+    return np.asarray(exponentials / exponentials.sum(axis=1, keepdims=True))
+
+
+PROBABILITIES = "it gets probabilities, and returns the gradient by the logits"
 LOSS_LAYOUTS = (
     Layout(),
     Layout("labels one-hot", {"labels": one_hot}),
@@ -505,6 +511,8 @@ LOSS_LAYOUTS = (
         {"dlogits": transposed},
         said=True,
     ),
+    Layout(PROBABILITIES, {"logits": softmax}, said=True),
+    Layout(PROBABILITIES, {"logits": softmax, "labels": one_hot}, said=True),
 )
 
 
@@ -519,7 +527,7 @@ def draw_svm_loss(rng: np.random.Generator) -> list[Probe]:
 def draw_embedding(rng: np.random.Generator) -> list[Probe]:
     weight = rng.standard_normal((6, 4))
     return [
-        Probe("(N,)", {"indices": np.array([3, 0, 3]), "weight": weight}),
+        Probe("(N,)", {"indices": np.array([3, 0, 3]), "weight": weight}, optional=True),
         Probe("(N, T)", {"indices": rng.integers(0, 6, (2, 5)), "weight": weight}),
     ]
 

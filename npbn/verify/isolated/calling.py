@@ -104,7 +104,7 @@ NAMES: dict[str, list[str]] = {
             inputchannels inputchannel cin numinput numinputs size inputfeatures
             inchans inch numin rows inputchans inputunits inputdims nchannels
             nfeatures inputs ninputs inputnum n shape dims inputshape c inshape channelsin
-            ninchannels
+            ninchannels ninputschannels ni input inputnum
         """,
         "outputs": """
             outfeatures outputsize outsize nout outputdim outdim outchannels
@@ -113,7 +113,9 @@ NAMES: dict[str, list[str]] = {
             outchans outch numout cols numkernels nkernels kernelnum filtersnum
             outputs noutputs outputnum nodes numneurons outputfeatures filters hidden
             filterscount neuronscount channelsout noutchannels depth nunits unitscount
+            hiddensize hiddendim hiddenunits no output
         """,
+        "classes": "numclasses nclasses numclass classnum nclass cls",
         "weight_initializer": "weightinitfn weightinit winit",
         "bias_initializer": "biasinitfn biasinit binit",
         "mask": "mask dropmask",
@@ -130,18 +132,20 @@ NAMES: dict[str, list[str]] = {
 FORWARD_METHODS = (
     *("forward", "__call__", "forward_propagate", "forward_propagation", "forward_pass"),
     *("propagate", "call", "forward_prop", "feedforward", "feed_forward", "fprop", "cal_loss"),
+    *("calc_loss", "calculate_loss", "compute_loss", "forward_loss"),
 )
 BACKWARD_METHODS = (
     *("backward", "back_propagate", "backpropagate", "backward_pass", "backprop"),
     *("backward_propagate", "backward_propagation", "back_propagation", "backpropagation"),
     *("backward_prop", "back_prop", "bprop", "derivative", "gradient", "grad"),
+    *("calc_gradient", "calculate_gradient", "compute_gradient", "cal_gradient"),
 )
 """The names of the methods of a class, in the order in which they are looked for."""
 BUILDERS = ("build", "init_params", "initialize", "init_weights", "initialize_weights", "init")
 """The names of methods that make the parameters of a layer."""
 CONTENTS = ("data", "value", "val")
 """The names of the attributes in which an object keeps the array of a parameter."""
-OUTPUT = ("a", "y", "out", "output", "yout", "activation", "s", "h", "result")
+OUTPUT = ("a", "y", "out", "output", "outputs", "yout", "activation", "s", "h", "result")
 """Names of the output in a backward pass that gets no cache."""
 LEARNING_RATE = ("learningrate", "lr", "rate", "alpha", "eta", "learnrate")
 
@@ -158,6 +162,10 @@ class BadResultError(Exception):
 
 class NotExaminedError(Exception):
     """The error that is raised if code is not meant for a probe. The message says why."""
+
+
+class MisfitError(NotExaminedError):
+    """The error that is raised if a layer has made a weight in another layout."""
 
 
 class UnknownError(NotExaminedError):
@@ -282,24 +290,40 @@ def derived(values: Values) -> Values:
     return found
 
 
-def lengths(values: Values) -> Values:
-    """Return the numbers of inputs and outputs, and the size of the kernel, of a layer."""
+def lengths(values: Values) -> list[Values]:
+    """Return what may be the numbers of inputs and outputs, and the kernel's size, of a layer."""
     x, weight = np.shape(values["x"]), np.shape(values.get("weight", ()))
     if len(weight) == 2:
         transposed = x[-1] == weight[0]
-        return {"outputs": weight[transposed], "inputs": weight[not transposed]}
+        return [{"outputs": weight[transposed], "inputs": weight[not transposed]}]
     if len(weight) == 4:
+        # The layouts (out, in, h, w), (h, w, in, out) and (out, h, w, in).
+        axes = {1: (2, 0), 2: (0, 3), 3: (1, 0)}
         inputs = x[1] if x[1] == weight[1] else x[-1]  # channels first, or last
-        axis = next((k for k in (1, 2, 3) if weight[k] == inputs), 1)
-        first, output = {1: (2, 0), 2: (0, 3), 3: (1, 0)}[axis]
-        kernel = weight[first], weight[first + 1]
-        return {"outputs": weight[output], "inputs": weight[axis], "kernel_size": kernel}
-    return {"inputs": np.size(values["gamma"])} if "gamma" in values else {}
+        return [
+            {
+                "outputs": weight[output],
+                "inputs": inputs,
+                "kernel_size": (weight[first], weight[first + 1]),
+            }
+            for axis, (first, output) in axes.items()
+            if weight[axis] == inputs
+        ] or [{}]
+    if "weight_x" in values:
+        inputs, outputs = np.shape(values["weight_x"])
+        return [{"inputs": inputs, "outputs": outputs}]
+    if "labels" in values:
+        return [{"classes": x[-1]}]
+    return [{"inputs": np.size(values["gamma"])} if "gamma" in values else {}]
 
 
 def numbers(values: Values) -> Values:
     """Return the values with one number in place of each pair of equal numbers."""
-    pairs = {k: v for k, v in values.items() if isinstance(v, tuple) and len(v) == 2}
+    pairs = {
+        k: v
+        for k, v in values.items()
+        if isinstance(v, tuple) and len(v) == 2 and k != "input_shape"
+    }
     for role, (height, width) in pairs.items():
         if height != width:
             raise NotExaminedError(f"it takes one number for {role}")
@@ -417,7 +441,7 @@ class Code:
             if name is None:
                 continue
             value = dict.__getitem__(asked, name)
-            if role in self.taken or value is not self.values[role]:
+            if role in self.taken or value is not self.values.get(role):
                 outputs[role] = value
         if len(parts) > 2 and isinstance(parts[2], (tuple, list)) and len(parts[2]) == 2:
             outputs["moving_mean"], outputs["moving_var"] = parts[2]
@@ -451,6 +475,9 @@ class Code:
         for role in (role for role in PARAMETERS if role in values):
             places = list(self._attributes(layer, role))
             for holder, name in places:
+                shape = np.shape(holder[name])
+                if len(shape) == 4 and role == "weight" and shape != np.shape(values[role]):
+                    raise MisfitError(f"its constructor makes a weight of the shape {shape}")
                 holder[name] = np.array(values[role])
                 self.taken.add(role)
             missing += [] if places else [role]
@@ -467,21 +494,25 @@ class Code:
 
     def _options(self, values: Values) -> Iterator[Values]:
         """Yield the values in the forms that the arguments of a constructor may expect."""
-        values = values | lengths(values)
-        kernel = {"kernel_size": values["kernel_size"]} if "kernel_size" in values else {}
         sizes = []  # numbers, numbers and a pair for the kernel, and pairs
-        with contextlib.suppress(NotExaminedError):
-            sizes.append(numbers(values))
-        with contextlib.suppress(NotExaminedError):
-            sizes.append(numbers({k: v for k, v in values.items() if k not in kernel}) | kernel)
-        sizes.append(values)
+        for whole in (values | found for found in lengths(values)):
+            kernel = {k: v for k, v in whole.items() if k == "kernel_size"}
+            with contextlib.suppress(NotExaminedError):
+                sizes.append(numbers(whole))
+            with contextlib.suppress(NotExaminedError):
+                sizes.append(numbers({k: v for k, v in whole.items() if k not in kernel}) | kernel)
+            sizes.append(whole)
         shapes: list[tuple[int, ...]] = [()]
         if any(role_of(n, {"input_shape": 0}) for n in inspect.signature(self.function).parameters):
             shape = np.shape(values["x"])
             shapes = [shape[1:], shape, ()]  # of an example, of the batch, and only its length
-        for given in sizes:
-            for shape in shapes:
-                yield derived(given | ({"input_shape": shape} if shape else {}))
+        # An argument "filters" may be an array of weights, or a number.
+        words = ("filters", "filter", "kernels", "kernel", "k", "f")
+        numeric = any(plain(n) in words for n in inspect.signature(self.function).parameters)
+        for left_out in ((), ("weight", "bias"))[: 1 + numeric]:
+            for given, shape in itertools.product(sizes, shapes):
+                given = given | ({"input_shape": shape} if shape else {})
+                yield derived({k: v for k, v in given.items() if k not in left_out})
 
     def _forward_of_class(self, values: Values, layer: Any) -> tuple[dict[str, Any], Any]:
         if "training" not in values:
@@ -489,13 +520,19 @@ class Code:
         if layer is not None:
             return self._forward_of_layer(values, layer)
         first: RaisedError | None = None
+        misfit: MisfitError | None = None
         for options in self._options(values):
+            self.taken, self.unknown = set(), None
             try:
                 return self._forward_of_layer(values, self.make(options))
+            except MisfitError as error:
+                misfit = error
             except RaisedError as error:
                 first = first or error
                 if not isinstance(error.__cause__, TypeError | ValueError | IndexError):
                     break
+        if misfit is not None:
+            raise misfit
         if self.unknown is not None:
             raise NotExaminedError(f"its constructor: {self.unknown}")
         assert first is not None
@@ -505,17 +542,17 @@ class Code:
         if "training" in values:
             self._set_mode(layer, values)
         method = self._method(layer, FORWARD_METHODS)
-        wanted: Values = {
-            role: values[role]
-            for role in ("x", "labels", "training", "prediction", "mode")
-            if role in values
-        }
-        arguments, _ = self.arguments(method, wanted)
+        first = ("x", "labels", "training", "prediction", "mode")
+        arguments, _ = self.arguments(method, {r: values[r] for r in first if r in values} | values)
         result = called(method, **arguments)
         parts = result if isinstance(result, (tuple, list)) else (result,)
-        if len(parts) == 0 or parts[0] is None:
+        y = parts[0] if parts else None
+        if y is None:  # It may keep the output in an attribute.
+            found = (v for name, v in vars(layer).items() if plain(name) in OUTPUT)
+            y = next((v for v in found if isinstance(v, np.ndarray)), None)
+        if y is None:
             raise BadResultError("returned None from forward")
-        outputs = {"y": parts[0]}
+        outputs = {"y": y}
         for role in ("moving_mean", "moving_var"):
             if role in values:
                 for holder, name in self._attributes(layer, role):
@@ -535,6 +572,16 @@ class Code:
                 return method
         raise NotExaminedError(f"the class has no method {names[0]}")
 
+    def _backward_method(self, layer: Any) -> Callable[..., Any]:
+        """Return the method that computes gradients: one that only updates is not meant."""
+        for name in BACKWARD_METHODS:
+            method: Callable[..., Any] | None = getattr(layer, name, None)
+            if callable(method):
+                names = list(inspect.signature(method).parameters)
+                if not names or plain(names[0]) not in LEARNING_RATE or names[0] == "eta":
+                    return method
+        return self._method(layer, BACKWARD_METHODS)
+
     def _set_mode(self, layer: Any, values: Values) -> None:
         training = values["training"]
         for name, value in list(vars(layer).items()):
@@ -547,10 +594,11 @@ class Code:
             called(method)
             self.taken.add("training")
 
-    def _attributes(self, layer: Any, role: str) -> Iterator[tuple[dict[str, Any], str]]:
-        """Yield the places of values that have a role: the dictionary, and the key in it.
+    def _attributes(self, layer: Any, role: str) -> Iterator[tuple[Any, Any]]:
+        """Yield the places of values that have a role: the dictionary or list, and the key in it.
 
-        The places are attributes of the layer, of its parts, and entries of its dictionaries.
+        The places are attributes of the layer, of its parts, and entries of its dictionaries and of
+        the list ``params``.
         """
         known = {r: 0 for r in PARAMETERS if f"d{r}" in self.gradients or "moving" in r}
         for holder in _holders(layer):
@@ -562,6 +610,10 @@ class Code:
                     yield vars(value), inner
                 elif value is None or role.startswith("moving") or _is_list(value):
                     yield holder, name
+        params = vars(layer).get("params")
+        roles = [r for r in PARAMETERS if f"d{r}" in self.gradients]
+        if isinstance(params, list) and len(params) == len(roles) and role in roles:
+            yield params, roles.index(role)
 
     # Backward.
 
@@ -591,7 +643,7 @@ class Code:
         return self._gradients(called(function, *values, **options))
 
     def _backward_of_class(self, dy: Any, layer: Any) -> dict[str, Any] | list[Any]:
-        method = self._method(layer, BACKWARD_METHODS)
+        method = self._backward_method(layer)
         names = list(inspect.signature(method).parameters)
         rates = {name: 1.0 for name in names if plain(name) in LEARNING_RATE}
         if names[:1] == ["eta"]:  # It is the upstream gradient then.
@@ -620,7 +672,7 @@ class Code:
             result = called(method, 1.0 if dy is None else dy, **rates)
         else:
             result = called(method, **rates)
-        if not takes_dy and dy is not None and len(self.gradients) == 1:
+        if not takes_dy and dy is not None and len(self.gradients) == 1 and result is not None:
             # The method returns the derivative, and others multiply it by the upstream gradient.
             self.without_dy = True
             return [result * dy]
@@ -628,10 +680,12 @@ class Code:
         if isinstance(result, (tuple, list)) and len(result) == len(self.gradients):
             return list(result)
         first = result[0] if isinstance(result, (tuple, list)) and result else result
-        found = {self.gradients[0]: first}
-        for gradient in self.gradients[1:]:
+        found: dict[str, Any] = {}
+        for gradient in self.gradients:
             role = gradient.removeprefix("d")
-            value = self._gradient(layer, role)
+            value = first if gradient == self.gradients[0] else None
+            if value is None:
+                value = self._gradient(layer, role)
             if value is None and rates and dy is not None and role in before:
                 # With a learning rate of 1, the gradient is what the parameter has lost.
                 for holder, name in self._attributes(layer, role):
@@ -647,6 +701,16 @@ class Code:
             ("grad", "gradient", "g"),
         )
         known = {r: 0 for r in PARAMETERS if f"d{r}" in self.gradients}
+        own = {plain(name): value for name, value in vars(layer).items()}
+        for grads in (own.get("grads"), own.get("gradients")):
+            if isinstance(grads, dict):
+                for name, value in grads.items():
+                    if isinstance(name, str) and role_of(name, known) == role:
+                        return value
+            elif isinstance(grads, list) and isinstance(own.get("params"), list):
+                for parameter, value in zip(own["params"], grads, strict=False):
+                    if np.array_equal(parameter, self.values.get(role, np.nan)):
+                        return value
         for holder in _holders(layer):
             for name, value in holder.items():
                 own = getattr(value, "__dict__", {})
