@@ -121,9 +121,9 @@ NAMES: dict[str, list[str]] = {
         "mask": "mask dropmask",
         "p": "p rate dropout dropoutratio dropoutrate ratio prob dropprob keepprob",
         "slope": "slope alpha negativeslope leak",
-        "hidden": "prevh hprev h hidden h0 ht1",
-        "weight_x": "wx wxh wi wax",
-        "weight_h": "wh whh waa",
+        "hidden": "prevh hprev h hidden h0 ht1 hprevt",
+        "weight_x": "wx wxh wi wax wih kernel",
+        "weight_h": "wh whh waa recurrentkernel",
         "groups": "g groups numgroups ngroups",
     }.items()
 }
@@ -149,7 +149,9 @@ OUTPUT = ("a", "y", "out", "output", "outputs", "yout", "activation", "s", "h", 
 """Names of the output in a backward pass that gets no cache."""
 LEARNING_RATE = ("learningrate", "lr", "rate", "alpha", "eta", "learnrate")
 
-PARAMETERS = ("weight", "bias", "gamma", "beta", "moving_mean", "moving_var")
+PARAMETERS = (
+    *("weight", "weight_x", "weight_h", "bias", "gamma", "beta", "moving_mean", "moving_var"),
+)
 DICTIONARY = re.compile(r"param(eter)?s?$|hyper|^config$|^options?$|^hp$")
 
 
@@ -246,8 +248,8 @@ class Asked(dict[str, Any]):
 DICTIONARY_NAMES = {
     "stride": ("stride", "strides"),
     "padding": ("pad", "padding"),
-    "kernel_height": ("pool_height",),
-    "kernel_width": ("pool_width",),
+    "kernel_height": ("pool_height", "kernel_h"),
+    "kernel_width": ("pool_width", "kernel_w"),
     "kernel_size": ("f", "kernel_size", "pool_size"),
     "eps": ("eps", "epsilon"),
     "momentum": ("momentum",),
@@ -679,11 +681,13 @@ class Code:
         self.without_dy = not takes_dy
         if isinstance(result, (tuple, list)) and len(result) == len(self.gradients):
             return list(result)
-        first = result[0] if isinstance(result, (tuple, list)) and result else result
+        inputs = [g for g in self.gradients if g.removeprefix("d") not in PARAMETERS]
+        returned = result if isinstance(result, (tuple, list)) else [result]
+        of_inputs = dict(zip(inputs or self.gradients[:1], returned, strict=False))
         found: dict[str, Any] = {}
         for gradient in self.gradients:
             role = gradient.removeprefix("d")
-            value = first if gradient == self.gradients[0] else None
+            value = of_inputs.get(gradient)
             if value is None:
                 value = self._gradient(layer, role)
             if value is None and rates and dy is not None and role in before:
