@@ -742,6 +742,58 @@ POOLING = (
         ("dpadded[:, :, rows, columns] += share", "dpadded[:, :, rows, columns] = share"),
     ),
     mutant(
+        "avg_pool2d",
+        "the maximum in place of the mean",
+        "the outputs are maxima; they must be means",
+        ("window.sum(axis=(2, 3)) / (kh * kw)", "window.max(axis=(2, 3))"),
+    ),
+    mutant(
+        "avg_pool2d",
+        "the mean over all channels",
+        "a window has all channels; each channel must be pooled by itself",
+        (
+            "window.sum(axis=(2, 3)) / (kh * kw)",
+            "window.mean(axis=(1, 2, 3), keepdims=True)[:, :, 0, 0]",
+        ),
+    ),
+    mutant(
+        "avg_pool2d",
+        "the same example for all",
+        "the windows are of one example; each example must be pooled by itself",
+        ("window.sum(axis=(2, 3)) / (kh * kw)", "window.sum(axis=(2, 3))[1] / (kh * kw)"),
+    ),
+    mutant(
+        "max_pool2d",
+        "the maximum over all channels",
+        "a window has all channels; each channel must be pooled by itself",
+        ("= window.max(axis=(2, 3))", "= window.max(axis=(1, 2, 3), keepdims=True)[:, :, 0, 0]"),
+    ),
+    mutant(
+        "max_pool2d",
+        "the same example for all",
+        "the windows are of one example; each example must be pooled by itself",
+        ("= window.max(axis=(2, 3))", "= window.max(axis=(2, 3))[1]"),
+    ),
+    mutant(
+        "max_pool2d",
+        "the input in place of dy",
+        "dx gets the maximum itself; it must get dy at the place of the maximum",
+        (
+            "chosen * dy[:, :, p, q][:, :, None]",
+            "np.where(chosen, window, 0) * np.ones_like(dy[:, :, p, q])[:, :, None]",
+        ),
+    ),
+    mutant(
+        "max_pool2d",
+        "the maximum in place of the mask",
+        "dx gets dy times the maximum, everywhere in the window; it must get dy where the maximum "
+        "is",
+        (
+            "chosen * dy[:, :, p, q][:, :, None]",
+            "window.max(2)[:, :, None] * (chosen | True) * dy[:, :, p, q][:, :, None]",
+        ),
+    ),
+    mutant(
         "max_pool2d",
         "maxima overwritten",
         "where windows overlap and have the same maximum, the last one overwrites dx; all of them "

@@ -413,6 +413,7 @@ class Conversation:
         right = given(self.operation, (), self.seed)[probe.name]
         facts, self.facts = self.facts, Facts()  # What is observed while trying does not count.
         tried: list[tuple[float, int, int, Layout]] = []
+        unasked = False  # A probe that the code is not meant for says nothing about its layout.
         for k, layout in enumerate(layouts):
             if self.kind not in layout.kinds:
                 continue
@@ -421,6 +422,7 @@ class Conversation:
             try:
                 call = self.call(probe, layout)
                 y = call.outputs["y"]
+                unasked = unasked or bool(call.skipped)
                 error = 2.0
                 if self.record.loss and y.ndim <= 1:  # It may be a sum, or one for each example.
                     means = y.mean(), y.sum(), y.sum() / len(x)
@@ -442,7 +444,9 @@ class Conversation:
                 break
         self.facts = facts
         tried.sort(key=lambda found: found[:3])
-        self.layouts[group] = best = tried[0][3] if tried else layouts[0]
+        best = tried[0][3] if tried else layouts[0]
+        if not unasked:
+            self.layouts[group] = best
         return best
 
     def run_probes(self) -> dict[str, Ran]:

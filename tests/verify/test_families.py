@@ -351,6 +351,117 @@ class Pool:
 """,
         "part[:, :, None, None]",
     ),
+    "parameters and gradients in lists": (
+        "linear",
+        """
+class Affine:
+    def __init__(self, W, b):
+        self.params, self.grads = [W, b], [np.zeros_like(W), np.zeros_like(b)]
+    def forward(self, x):
+        self.x = x
+        return x @ self.params[0] + self.params[1]
+    def backward(self, dout):
+        self.grads[0][...] = self.x.T @ dout
+        self.grads[1][...] = dout.sum(0)
+        return dout @ self.params[0].T
+""",
+        "dout.sum(0)",
+    ),
+    "lists that the constructor makes, gradients by name": (
+        "linear",
+        """
+class Affine:
+    def __init__(self, n_in, n_out):
+        self.params, self.grads = [np.zeros((n_in, n_out)), np.zeros(n_out)], {}
+    def forward(self, x):
+        self.x = x
+        return x @ self.params[0] + self.params[1]
+    def gradient(self, dout):
+        self.grads = {"W": self.x.T @ dout, "b": dout.sum(0)}
+        return dout @ self.params[0].T
+    def backward(self, lr):
+        self.params[0] -= lr * self.grads["W"]
+""",
+        "dout.sum(0)",
+    ),
+    "outputs and gradients in attributes": (
+        "linear",
+        """
+class Layer_Dense:
+    def __init__(self, n_inputs, n_neurons):
+        self.weights, self.biases = np.zeros((n_inputs, n_neurons)), np.zeros((1, n_neurons))
+    def forward(self, inputs):
+        self.inputs = inputs
+        self.output = inputs @ self.weights + self.biases
+    def backward(self, dvalues):
+        self.dweights = self.inputs.T @ dvalues
+        self.dbiases = dvalues.sum(axis=0, keepdims=True)
+        self.dinputs = dvalues @ self.weights.T
+""",
+        "dvalues.sum(axis=0, keepdims=True)",
+    ),
+    "two inputs": (
+        "rnn_step",
+        """
+class RNN:
+    def __init__(self, Wx, Wh, b):
+        self.params = [Wx, Wh, b]
+        self.grads = [np.zeros_like(p) for p in self.params]
+    def forward(self, x, h_prev):
+        self.x, self.h_prev = x, h_prev
+        self.h_next = np.tanh(x @ self.params[0] + h_prev @ self.params[1] + self.params[2])
+        return self.h_next
+    def backward(self, dh_next):
+        dt = dh_next * (1 - self.h_next ** 2)
+        self.grads[0][...], self.grads[1][...] = self.x.T @ dt, self.h_prev.T @ dt
+        self.grads[2][...] = dt.sum(0)
+        return dt @ self.params[0].T, dt @ self.params[1].T
+""",
+        "dt.sum(0)",
+    ),
+    "channels last, pairs, and the weight (kH, kW, C, F)": (
+        "conv2d",
+        """
+class Conv2D:
+    def __init__(self, in_channels, out_channels, k_size=(3, 3), stride=(1, 1)):
+        self.k, self.s = (k_size[0], k_size[1]), (stride[0], stride[1])
+        self.w, self.b = np.zeros((*self.k, in_channels, out_channels)), np.zeros(out_channels)
+        self.dw, self.db = np.zeros_like(self.w), np.zeros_like(self.b)
+    def places(self, x):
+        (kh, kw), (sh, sw) = self.k, self.s
+        self.h, self.v = (x.shape[1] - kh) // sh + 1, (x.shape[2] - kw) // sw + 1
+        for i in range(self.h):
+            for j in range(self.v):
+                yield i, j, slice(i * sh, i * sh + kh), slice(j * sw, j * sw + kw)
+    def forward(self, x):
+        self.x, y = x, []
+        for i, j, rows, columns in self.places(x):
+            y.append(np.tensordot(x[:, rows, columns], self.w, 3) + self.b)
+        return np.stack(y, 1).reshape(len(x), self.h, self.v, -1)
+    def backward(self, dy):
+        dx, self.dw = np.zeros_like(self.x), np.zeros_like(self.w)
+        for i, j, rows, columns in self.places(self.x):
+            self.dw += np.tensordot(self.x[:, rows, columns], dy[:, i, j], (0, 0))
+            dx[:, rows, columns] += np.tensordot(dy[:, i, j], self.w, (1, 3))
+        self.db = dy.sum((0, 1, 2))
+        return dx
+""",
+        "dy.sum((0, 1, 2))",
+    ),
+    "a loss of probabilities": (
+        "softmax_cross_entropy",
+        """
+class CrossEntropyLoss:
+    def forward(self, p, y):
+        self.p, self.y = p, y
+        return -np.log(p[np.arange(len(p)), y])
+    def backward(self):
+        d = self.p.copy()
+        d[np.arange(len(d)), self.y] -= 1
+        return d / len(d)
+""",
+        "",
+    ),
     "Python 2 in a class": (
         "relu",
         """
@@ -380,8 +491,12 @@ def test_layers_are_made_as_their_authors_would(kind, tmp_path):
     path = tmp_path / "homework.py"
     path.write_text("import numpy as np\n" + source)
     found = examined(path, name, operation, timeout=60)
-    assert found.verdict in ("right", ASKED) and found.backward == "right", str(found)
-    if gradient:
+    assert found.verdict in ("right", ASKED, CONVENTION) and found.backward == "right", str(found)
+    if operation == "softmax_cross_entropy":
+        path.write_text(path.read_text().replace("] -= 1", "] -= 2"))
+        found = examined(path, name, operation, timeout=60)
+        assert found.verdict == "can't tell" and "by the probabilities" in str(found)
+    elif gradient:
         path.write_text(path.read_text().replace(gradient, f"1.1 * {gradient}"))
         assert examined(path, name, operation, timeout=60).verdict == "wrong"
     else:

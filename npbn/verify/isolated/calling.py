@@ -550,7 +550,7 @@ class Code:
         parts = result if isinstance(result, (tuple, list)) else (result,)
         y = parts[0] if parts else None
         if y is None:  # It may keep the output in an attribute.
-            found = (v for name, v in vars(layer).items() if plain(name) in OUTPUT)
+            found = (v for name, v in vars(layer).items() if plain(name) in ("out", "output"))
             y = next((v for v in found if isinstance(v, np.ndarray)), None)
         if y is None:
             raise BadResultError("returned None from forward")
