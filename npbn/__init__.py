@@ -40,8 +40,19 @@ __version__ = "0.1.0"
 __all__ = ["load", "train"]
 
 _MODULES = (
-    *("backend", "checkpoint", "commands", "data", "engine", "errors", "experiment", "functional"),
-    *("inspection", "layers", "models", "optim", "plots", "runs", "training", "verify"),
+    *("backend", "checkpoint", "commands", "data", "distributed", "engine", "errors"),
+    *(
+        "experiment",
+        "functional",
+        "inspection",
+        "layers",
+        "models",
+        "optim",
+        "plots",
+        "runs",
+        "training",
+        "verify",
+    ),
 )
 
 
