@@ -61,6 +61,41 @@ change $y$. The component along $\hat{x}$ is subtracted because stretching all $
 $y$. Stretching changes $y$ only because of $\epsilon$, so the fraction $\epsilon / s^2$ of this
 component remains.
 
+**Several shards.** Several processes may train together (`npbn.distributed`). Each process, or
+rank, r then has its own shard of the batch, with $m_r$ of the m values of a feature, and all
+formulas above still hold for the whole batch. What a rank needs of the other ranks are sums.
+
+In the forward pass, rank r computes the mean $\mu_r$ and the sum of squares about it, $q_r$, of its
+own values, and tells the others these two numbers and $m_r$. The mean of the batch is the sum of
+all values, divided by their number, and the sum of values in shard r is $m_r \mu_r$:
+
+$$m = \sum_r m_r \qquad \mu = \frac{1}{m} \sum_r m_r \mu_r$$
+
+For the variance, write $x_i - \mu = (x_i - \mu_r) + (\mu_r - \mu)$ for the values of shard r. In
+the square of this sum, the mixed term adds up to $2 (\mu_r - \mu) \sum_i (x_i - \mu_r) = 0$. What
+remains are the squares within the shard, and one square between the shard and the batch for each
+value:
+
+$$v = \frac{1}{m} \sum_r \big( q_r + m_r (\mu_r - \mu)^2 \big)$$
+
+Without the second term, the variance would be too small by the variance of the shards' means.
+Without the weights $m_r$, both would be wrong whenever the shards differ in size.
+
+In the backward pass, $x_i$ influences the loss through the $y_k$ of *all* shards, because $\mu$ and
+$v$ are made of all shards. In the boxed formula, this is in three numbers only: m, $d\beta$ and
+$d\gamma$. Each is a sum over the batch, so it is the sum of what the ranks have found:
+
+$$d\beta = \sum_r d\beta_r \qquad d\beta_r = \sum_{k \in r} dy_k \qquad
+  d\gamma = \sum_r d\gamma_r \qquad d\gamma_r = \sum_{k \in r} dy_k \hat{x}_k$$
+
+The ranks tell each other $m_r$, $d\beta_r$ and $d\gamma_r$, and each computes dx of its own shard.
+So in the backward pass, too, three numbers a feature travel, however large the shards are. Every
+rank has a copy of $\gamma$ and $\beta$, and $d\gamma_r$ and $d\beta_r$ are the gradients with
+respect to its copy. `batch_norm_backward` returns these: like the gradients of all other
+parameters, they are added up over the ranks before a step of the optimizer. If dx were computed
+with them instead of their sums, dx would be the gradient of a batch norm that normalizes each shard
+by itself.
+
 **Rounding.** The variance is computed from $x - \mu$, after $\mu$. The formula $E[x^2] - E[x]^2$
 would lose most digits if the mean is large. $\mu$ itself is rounded, so in training the mean of
 $\bar{x}$ is subtracted from $\bar{x}$ once more. In exact arithmetic this mean is zero, so the
@@ -77,7 +112,8 @@ the infinite moving average when it saves its state.
 Reducing Internal Covariate Shift", ICML 2015 (arXiv:1502.03167). The forward pass is Algorithm 1.
 The gradients are those of section 3, derived with more intermediate nodes. The second subtraction
 is the idea of the corrected two-pass algorithm in T. Chan, G. Golub and R. LeVeque, "Algorithms for
-Computing the Sample Variance", The American Statistician 37(3), 1983.
+Computing the Sample Variance", The American Statistician 37(3), 1983. The merging of shards is
+(2.1b) in their "Updating Formulae and a Pairwise Algorithm for Computing Sample Variances", 1979.
 """
 
 from __future__ import annotations
