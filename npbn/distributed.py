@@ -36,12 +36,12 @@ Array = Any
 T = TypeVar("T")
 
 LAUNCHERS = {
-    "OMPI_COMM_WORLD_SIZE": "mpiexec",
-    "PMI_SIZE": "mpiexec",
-    "SLURM_STEP_NUM_TASKS": "srun",
-    "WORLD_SIZE": "torchrun",
+    "OMPI_COMM_WORLD_SIZE": ("mpiexec", "OMPI_COMM_WORLD_RANK"),
+    "PMI_SIZE": ("mpiexec", "PMI_RANK"),
+    "SLURM_STEP_NUM_TASKS": ("srun", "SLURM_PROCID"),
+    "WORLD_SIZE": ("torchrun", "RANK"),
 }
-"""The variables in which launchers say how many processes they have started."""
+"""The variables in which launchers say how many processes they have started, and which this is."""
 
 GRACE = 1.0
 """The time in seconds in which the other ranks may leave as well when a rank fails."""
@@ -145,7 +145,7 @@ class Mpi:
 
     def gather(self, own: Array) -> Array:
         self._watch()
-        sent = np.ascontiguousarray(to_numpy(own))
+        sent = np.asarray(to_numpy(own), order="C")
         found = np.empty((self.size, *sent.shape), sent.dtype)
         self._comm.Allgather(sent, found)
         return _like(found, own, found.shape)
@@ -241,39 +241,49 @@ def join(*, seconds: float | None = None) -> Group:
         seconds: see `Mpi`. By default, the number in the variable NPBN_WATCHDOG, or 60.
 
     Raises:
-        DistributedError: a launcher has started several processes that cannot work together.
+        DistributedError: the launcher has started several processes that cannot work together. Only
+            the first of them raises the error; the others exit without a word.
     """
-    for variable, launcher in LAUNCHERS.items():
+    for variable, (launcher, rank) in LAUNCHERS.items():
         count = os.environ.get(variable, "")
         if not count.isdecimal() or int(count) == 1:
             continue
-        started = f"{launcher} has started {count} copies of this program ({variable}={count})"
-        try:
-            with warnings.catch_warnings():  # mpi4py's about a wrong pair; it gets an error below.
-                warnings.simplefilter("ignore", RuntimeWarning)
-                from mpi4py import MPI
-        except (ImportError, RuntimeError) as error:
-            raise DistributedError(
-                f"{started}, which train together by mpi4py, and it cannot be used ({error}): "
-                "install mpi4py and mpich, or start one copy"
-            ) from None
-        if MPI.COMM_WORLD.size != int(count):
-            library = " ".join(MPI.Get_library_version().split()[:3])
-            raise DistributedError(
-                f"{started}, of which mpi4py's MPI sees {MPI.COMM_WORLD.size}: start them by the "
-                f"mpiexec that belongs to it, {library}"
-            )
-        return _mpi(float(os.environ.get("NPBN_WATCHDOG", 60)) if seconds is None else seconds)
+        reason = _why_not(int(count))
+        if not reason:
+            return _mpi(float(os.environ.get("NPBN_WATCHDOG", 60)) if seconds is None else seconds)
+        if os.environ.get(rank, "0") != "0":
+            sys.exit(2)
+        raise DistributedError(
+            f"{launcher} has started {count} copies of this program ({variable}={count}), {reason}"
+        )
     return ALONE
 
 
-_joined: list[Mpi] = []
+def _why_not(count: int) -> str:
+    """Return why so many processes cannot work together, or an empty text."""
+    try:
+        with (
+            warnings.catch_warnings()
+        ):  # mpi4py warns of a wrong pair, for which there is a reason.
+            warnings.simplefilter("ignore", RuntimeWarning)
+            from mpi4py import MPI
+    except (ImportError, RuntimeError) as error:
+        return (
+            f"which train together by mpi4py, and it cannot be used ({error}): install mpi4py and "
+            "mpich, or start one copy"
+        )
+    if MPI.COMM_WORLD.size == count:
+        return ""
+    library = " ".join(MPI.Get_library_version().split()[:3])
+    return (
+        f"of which mpi4py's MPI sees {MPI.COMM_WORLD.size}: start them by the mpiexec that belongs "
+        f"to it, {library}"
+    )
 
 
+@functools.cache
 def _mpi(seconds: float) -> Mpi:
-    if not _joined:
-        _joined.append(Mpi(seconds))
-    return _joined[0]
+    return Mpi(seconds)
 
 
 def agree(group: Group, facts: Callable[[], Mapping[str, str]]) -> None:

@@ -303,10 +303,10 @@ def test_quiet_pictures(trainer, tmp_path):
 
 def test_the_launchers_that_are_known():
     assert LAUNCHERS == {
-        "OMPI_COMM_WORLD_SIZE": "mpiexec",
-        "PMI_SIZE": "mpiexec",
-        "SLURM_STEP_NUM_TASKS": "srun",
-        "WORLD_SIZE": "torchrun",
+        "OMPI_COMM_WORLD_SIZE": ("mpiexec", "OMPI_COMM_WORLD_RANK"),
+        "PMI_SIZE": ("mpiexec", "PMI_RANK"),
+        "SLURM_STEP_NUM_TASKS": ("srun", "SLURM_PROCID"),
+        "WORLD_SIZE": ("torchrun", "RANK"),
     }
 
 
@@ -315,7 +315,7 @@ def test_a_launcher_of_copies_without_mpi_is_refused(variable, trainer, tmp_path
     """One copy, or another value, is none of our business."""
     prelude = "import os; os.environ[{!r}] = {!r}"
     process = trainer(*SHORT, cwd=tmp_path, prelude=prelude.format(variable, "2"))
-    expected = f"{LAUNCHERS[variable]} has started 2 copies of this program ({variable}=2)"
+    expected = f"{LAUNCHERS[variable][0]} has started 2 copies of this program ({variable}=2)"
     assert_refused(process, "train.py: error:", expected)
     assert not (tmp_path / "runs").exists()
     for value in ("1", "", "x"):

@@ -237,10 +237,9 @@ def parse_arguments(program: str, words: list[str]) -> argparse.Namespace:
 
 
 def main(program: str, words: list[str]) -> None:
-    arguments = parse_arguments(program, words)
     group = distributed.join()
     with group.together(), silence() if group.rank else contextlib.nullcontext():
-        run(group.broadcast(lambda: arguments), program, group)
+        run(group.broadcast(lambda: parse_arguments(program, words)), program, group)
 
 
 def run(arguments: argparse.Namespace, program: str, group: Group) -> None:
