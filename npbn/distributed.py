@@ -85,6 +85,9 @@ class Group(Protocol):
     def broadcast(self, do: Callable[[], T]) -> T:
         """Call ``do`` on rank 0 only. Return its result, or raise its error, on every rank."""
 
+    def rest(self) -> None:
+        """Say that this rank may do other things for a while than to wait for the others."""
+
     def together(self) -> contextlib.AbstractContextManager[None]:
         """Run the code inside; if an error ends this rank, no other rank goes on."""
 
@@ -110,6 +113,9 @@ class Alone:
     def broadcast(self, do: Callable[[], T]) -> T:
         return do()
 
+    def rest(self) -> None:
+        pass
+
     def together(self) -> contextlib.AbstractContextManager[None]:
         return contextlib.nullcontext()
 
@@ -124,8 +130,8 @@ class Mpi:
     group: a stopped process and a cut cable give no other sign.
 
     Args:
-        seconds: how long a rank waits for the others. (For rank 0's own work, `broadcast`, the
-            ranks wait without a limit.)
+        seconds: how long a rank waits for the others. For what rank 0 does by itself (`broadcast`),
+            the others wait ten times as long.
     """
 
     def __init__(self, seconds: float = 60.0) -> None:
@@ -175,8 +181,9 @@ class Mpi:
         return [_like(sum_, array, array.shape) for sum_, array in zip(sums, arrays, strict=True)]
 
     def broadcast(self, do: Callable[[], T]) -> T:
-        faulthandler.cancel_dump_traceback_later()
-        self._watched = -math.inf
+        self.rest()
+        if self.rank > 0:
+            faulthandler.dump_traceback_later(10 * self._seconds, exit=True)
         result: Any = None
         error: BaseException | None = None
         if self.rank == 0:
@@ -185,9 +192,14 @@ class Mpi:
             except BaseException as caught:
                 error = caught
         result, error = self._comm.bcast((result, error))
+        self.rest()
         if error is not None:
             raise error
         return result  # type: ignore[no-any-return]
+
+    def rest(self) -> None:
+        faulthandler.cancel_dump_traceback_later()
+        self._watched = -math.inf
 
     @contextlib.contextmanager
     def together(self) -> Iterator[None]:
@@ -202,7 +214,7 @@ class Mpi:
             raise
 
     def _watch(self) -> None:
-        """Be ended if this is not called again in time."""
+        """End this process unless this function or `rest` is called again in time."""
         now = time.monotonic()
         if now > self._watched + self._seconds / 10:
             faulthandler.dump_traceback_later(self._seconds, exit=True)
@@ -214,7 +226,7 @@ class Mpi:
 
     def _all_leave(self) -> bool:
         """Wait for the other ranks to leave, too; return whether they all do in time."""
-        faulthandler.cancel_dump_traceback_later()
+        self.rest()
         end = time.monotonic() + (GRACE if self._failed else self._seconds)
         request = self._exit.Ibarrier()
         while not self._left and time.monotonic() < end:
@@ -306,3 +318,4 @@ def agree(group: Group, facts: Callable[[], Mapping[str, str]]) -> None:
                 raise DistributedError(
                     f"rank {rank} has another {name} than rank 0: {text}, not {texts[0]}"
                 )
+    group.rest()

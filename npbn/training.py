@@ -302,6 +302,7 @@ class Training:
                     self.best = max(self.best, test.accuracy)
                 lr = self.optimizer.schedule(steps - 1)
                 skipped = left_out(len(self.train), self.batch_size)
+                self.group.rest()
                 if on_epoch is not None:
                     on_epoch(Epoch(self.epoch, steps, lr, train, test, skipped))
 

@@ -179,6 +179,7 @@ def main() -> None:
         if importlib.util.find_spec(module) is None:
             raise NpbnError(f"{module} is not installed: pip install {module}")
     kinds = {
+        "one": "1 process, 1 thread",
         "threads": f"1 process, {size} threads",
         "ranks": f"{size} processes, 1 thread each",
         "ddp": f"PyTorch DDP (gloo), {size} processes",

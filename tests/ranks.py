@@ -46,6 +46,9 @@ class Rank:
     def add(self, arrays: Sequence[Any]) -> Sequence[Any]:
         return self.exchange(arrays, lambda all_: [sum(each) for each in zip(*all_, strict=True)])
 
+    def rest(self) -> None:
+        pass
+
     def broadcast(self, do: Callable[[], Any]) -> Any:
         return self.exchange(do() if self.rank == 0 else None, lambda all_: all_[0])
 

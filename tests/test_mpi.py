@@ -15,6 +15,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -230,6 +231,60 @@ experiment.build_model = build""",
 def test_ranks_that_differ_are_refused(what, tmp_path):
     process = mpi(3, *TRAIN, "--run", "run", cwd=tmp_path, prelude=DIFFERENT[what])
     assert_refused(process, f"train.py: error: rank 1 has another {what} than rank 0: ")
+
+
+SSH = """#!/bin/sh
+# mpiexec calls it as ssh: [OPTION…] HOST COMMAND…
+while [ "${1#-}" != "$1" ]; do shift; done
+shift
+exec ip netns exec NAMESPACE unshare --uts sh -c "hostname other; $*"
+"""
+
+
+@pytest.fixture
+def two_machines(tmp_path) -> Iterator[tuple[str, ...]]:
+    """The words of an mpiexec on one of two network namespaces, with a cable between them."""
+    names = [f"npbn{os.getpid()}{end}" for end in "ab"]
+    here, there = names
+    script = f"""
+set -e
+ip netns add {here}; ip netns add {there}
+ip link add va netns {here} type veth peer name vb netns {there}
+ip -n {here} addr add 10.77.0.1/24 dev va; ip -n {there} addr add 10.77.0.2/24 dev vb
+ip -n {here} link set lo up; ip -n {here} link set va up
+ip -n {there} link set lo up; ip -n {there} link set vb up
+sleep 3  # MPICH takes no connection that has just come up.
+"""
+    made = subprocess.run(["sh", "-c", script], capture_output=True, text=True)
+    try:
+        if made.returncode or shutil.which("unshare") is None:
+            pytest.skip(f"needs root, ip and unshare: {made.stderr.strip()}")
+        (tmp_path / "ssh").write_text(SSH.replace("NAMESPACE", there))
+        (tmp_path / "ssh").chmod(0o755)
+        hosts = "-launcher", "ssh", "-launcher-exec", str(tmp_path / "ssh")
+        # MPICH would see that both share a memory, and would use that.
+        tcp = "-genv", "UCX_TLS", "tcp,self", "-genv", "FI_PROVIDER", "tcp"
+        yield "ip", "netns", "exec", here, MPIEXEC, *hosts, "-hosts", "10.77.0.1,10.77.0.2", *tcp
+    finally:
+        for name in names:
+            subprocess.run(["ip", "netns", "delete", name], capture_output=True)
+
+
+@needs_mpi
+@pytest.mark.skipif(
+    shutil.which("ip") is None or os.geteuid() != 0,
+    reason="needs root, to make two machines of one",
+)
+def test_two_machines_give_the_bits_of_one_process(two_machines, tmp_path):
+    options = (*TRAIN, "--epochs", "2")
+    command = [*two_machines, "-n", "2", sys.executable, str(SCRIPTS / "train.py"), *options]
+    process = subprocess.run(
+        [*command, "--run", "two"], cwd=tmp_path, capture_output=True, text=True, timeout=LIMIT
+    )
+    assert process.returncode == 0, process.stderr
+    assert ", 2 processes on 2 machines\n" in process.stdout
+    assert run("train.py", *options, "--run", "one", cwd=tmp_path).returncode == 0
+    assert arrays(tmp_path / "one") == arrays(tmp_path / "two")
 
 
 OTHER = """
