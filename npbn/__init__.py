@@ -18,14 +18,16 @@ $$dx_i = \frac{\gamma}{s} \Big( dy_i - \frac{d\beta}{m} - \hat{x}_i \frac{d\gamm
 2. `npbn.layers`, `npbn.models`, `npbn.optim`: the state around the operations, two networks, SGD
 3. `npbn.training`: the loop; `npbn.engine`: what computes in it
 4. `npbn.verify`: how every gradient is proved
-5. `npbn.data`, `npbn.experiment`, `npbn.runs`, `npbn.checkpoint`: data, configurations, runs, files
+5. `npbn.distributed`: several processes that train one model
+6. `npbn.data`, `npbn.experiment`, `npbn.runs`, `npbn.checkpoint`: data, configurations, runs, files
 
 `npbn.train` trains a model on data of yours; `npbn.load` loads the model of a run.
 
 **Lessons**: [batch norm by hand](lessons/1_batch_norm_by_hand.html),
 [what batch norm does to LeNet](lessons/2_what_batch_norm_does_to_lenet.html),
 [convolution as a matrix product](lessons/3_convolution_as_a_matrix_product.html),
-[npbn against PyTorch](lessons/4_npbn_against_pytorch.html).
+[npbn against PyTorch](lessons/4_npbn_against_pytorch.html),
+[batch norm over several machines](lessons/5_batch_norm_over_several_machines.html).
 """
 
 from __future__ import annotations
@@ -40,8 +42,19 @@ __version__ = "0.1.0"
 __all__ = ["load", "train"]
 
 _MODULES = (
-    *("backend", "checkpoint", "commands", "data", "engine", "errors", "experiment", "functional"),
-    *("inspection", "layers", "models", "optim", "plots", "runs", "training", "verify"),
+    *("backend", "checkpoint", "commands", "data", "distributed", "engine", "errors"),
+    *(
+        "experiment",
+        "functional",
+        "inspection",
+        "layers",
+        "models",
+        "optim",
+        "plots",
+        "runs",
+        "training",
+        "verify",
+    ),
 )
 
 

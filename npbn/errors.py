@@ -33,3 +33,7 @@ class NonFiniteError(NpbnError):
 
 class UnsupportedError(NpbnError):
     """A fused engine cannot train this model or cannot run on this machine. The layers can."""
+
+
+class DistributedError(NpbnError):
+    """The processes of a training cannot work together."""

@@ -13,7 +13,11 @@ A `Config` names the model, the data and the settings of a training. `build_trai
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import importlib.metadata
+import importlib.util
 import os
+import platform
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,9 +25,10 @@ from typing import Any
 
 import numpy as np
 
-from npbn import data, engine, inspection, layers, models, optim, runs
+from npbn import __version__, data, engine, inspection, layers, models, optim, runs
 from npbn.backend import NAMES, Backend, get_backend
 from npbn.data import Dataset
+from npbn.distributed import ALONE, Group, agree, join
 from npbn.errors import CheckpointError, DataError
 from npbn.training import Epoch, Training, steps_per_epoch
 
@@ -245,6 +250,7 @@ def build_training(
     model: layers.Sequential | None = None,
     report: Callable[[str], None] | None = None,
     fallback: bool = False,
+    group: Group = ALONE,
 ) -> Training:
     """Return a training at its start: model, optimizer, data and engine on ``device``.
 
@@ -258,11 +264,14 @@ def build_training(
         report: a function that is called with lines to show to the user while kernels are compiled.
         fallback: whether to train by layers if the configuration asks for the fused engine and the
             fused engine cannot train this model.
+        group: the processes that train together. By default, this process is alone.
 
     Raises:
         UnsupportedError: the configuration asks for the fused engine, which cannot train this
             model, and ``fallback`` is false.
+        DistributedError: the ranks of the group have different versions, configurations or data.
     """
+    agree(group, lambda: _facts(config, dataset))
     model = model or build_model(config, np.random.default_rng(config.seed))
     model.to(device, config.dtype)
     optimizer = optim.SGD(
@@ -272,10 +281,25 @@ def build_training(
         weight_decay=config.weight_decay,
     )
     what = model, optimizer, dataset.train.to(device), dataset.test.to(device)
-    how: dict[str, Any] = {"batch_size": config.batch_size, "backend": device}
+    how: dict[str, Any] = {"batch_size": config.batch_size, "backend": device, "group": group}
     kind = "auto" if fallback and config.engine == "fused" else config.engine
     chosen = engine.build(kind, *what, threads=config.threads, report=report, **how)
     return Training(*what, engine=chosen, seed=config.seed, precise_bn=config.precise_bn, **how)
+
+
+def _facts(config: Config, dataset: Dataset) -> dict[str, str]:
+    """Return what must be equal on all ranks: versions, and digests of configuration and data."""
+    modules = (name for name in ("numpy", "numba") if importlib.util.find_spec(name))
+    facts = {name: importlib.metadata.version(name) for name in modules}
+    shared = dataclasses.replace(config, data=None, threads=None).to_json()
+    facts["configuration"] = hashlib.sha256(repr(sorted(shared.items())).encode()).hexdigest()
+    digest = hashlib.sha256()
+    for split in (dataset.train, dataset.test):
+        for array in (split.images, split.labels):
+            digest.update(repr(array.shape).encode())
+            digest.update(np.ascontiguousarray(array).data)
+    versions = {"npbn": __version__, "Python": platform.python_version()}
+    return versions | facts | {"data": digest.hexdigest()}
 
 
 def train(
@@ -294,6 +318,7 @@ def train(
     engine: str = Config.engine,
     threads: int | None = Config.threads,
     on_epoch: Callable[[Epoch], None] | None = None,
+    group: Group | None = None,
 ) -> Training:
     """Train a model on a data set and return the finished training.
 
@@ -314,6 +339,9 @@ def train(
             CPUs that this process may use. For several trainings at the same time, use 1.
         on_epoch: a function that is called with the `npbn.training.Epoch` after each epoch, for
             instance ``print``.
+        group: the processes that train this model together. By default, these are all processes
+            that a launcher such as mpiexec has started (`npbn.distributed.join`). For a training of
+            its own in each process, this is `npbn.distributed.ALONE`.
 
     Returns:
         The training. Its attribute ``best`` is the best test accuracy. Its method ``run(n)``
@@ -337,7 +365,7 @@ def train(
         threads=threads,
     )
     device = get_backend(backend)
-    training = build_training(config, dataset, device, model=model)
+    training = build_training(config, dataset, device, model=model, group=group or join())
     training.run(epochs, on_epoch=on_epoch)
     return training
 
@@ -392,22 +420,25 @@ def load_training(
     device: Backend,
     *,
     report: Callable[[str], None] | None = None,
+    group: Group = ALONE,
 ) -> tuple[Training, dict[str, Any]]:
     """Return the training of a run at its last checkpoint, and the record of this checkpoint.
 
     Args:
         run: the run.
         config: the configuration of the run; the engine and the number of threads may differ.
-        dataset, device, report: as in `build_training`.
+        dataset, device, report, group: as in `build_training`. Rank 0 reads the checkpoint.
 
     Raises:
         CheckpointError: the checkpoint is damaged, or it does not fit the configuration.
     """
-    arrays, record = run.load()
+    arrays, record = group.broadcast(run.load)
     try:
         _check_numbers(arrays)
         check_images(config, dataset)
-        training = build_training(config, dataset, device, report=report, fallback=True)
+        training = build_training(
+            config, dataset, device, report=report, fallback=True, group=group
+        )
         training.load_state(arrays, record)
     except (ValueError, TypeError, KeyError) as error:
         raise _misfit(run, "last", error) from None

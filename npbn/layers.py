@@ -12,7 +12,7 @@ import contextlib
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import array_api_compat
 import numpy as np
@@ -21,6 +21,9 @@ from npbn import functional as F
 from npbn.backend import Backend, to_numpy
 from npbn.functional.arrays import Array, real_part
 from npbn.functional.windows import check_pooling_padding, pair
+
+if TYPE_CHECKING:
+    from npbn.distributed import Group
 
 
 class Buffer:
@@ -320,6 +323,10 @@ class BatchNorm(Layer):
             momentum is the fraction that is new.)
         initial_moving_var: the initial moving variance. With 0, a prediction before the first
             training step would multiply by 1/√eps.
+
+    Attributes:
+        group: the ranks that have the shards of a batch (`npbn.distributed.Group`), while they
+            train together; otherwise None.
     """
 
     def __init__(
@@ -347,6 +354,7 @@ class BatchNorm(Layer):
         self.eps = eps
         self.momentum = momentum
         self.initial_moving_var = initial_moving_var
+        self.group: Group | None = None
         self.gamma = Parameter("gamma", np.ones(shape, np.float32))
         self.beta = Parameter("beta", np.zeros(shape, np.float32))
         self.moving_mean = Buffer("moving_mean", np.zeros(shape, np.float32))
@@ -364,6 +372,7 @@ class BatchNorm(Layer):
             training=self.training,
             eps=self.eps,
             momentum=self.momentum,
+            group=self.group,
         )
         # Drop the imaginary part of a complex step, which belongs to this forward pass only.
         xp = array_api_compat.array_namespace(x)

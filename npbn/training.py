@@ -6,6 +6,7 @@ Nothing here prints or writes files: `npbn.commands.train` does.
 from __future__ import annotations
 
 import functools
+import hashlib
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -14,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from npbn import inspection
+from npbn import distributed, inspection
 from npbn.backend import Backend, to_numpy
 from npbn.data import Split
 from npbn.engine import Engine, Result
@@ -200,6 +201,8 @@ class Training:
         backend: the backend, from `npbn.backend.get_backend`.
         precise_bn: whether the moving averages of batch norm are replaced by the statistics of the
             training split before each evaluation (`npbn.inspection.precise_statistics`).
+        group: the processes that train together, which is that of the engine. By default, this
+            process is alone.
 
     Raises:
         ValueError: the batch size is less than 1, or a split has too few examples.
@@ -224,6 +227,7 @@ class Training:
         seed: int,
         backend: Backend,
         precise_bn: bool = False,
+        group: distributed.Group = distributed.ALONE,
     ) -> None:
         if batch_size < 1:
             raise ValueError(f"expected batch_size >= 1, got {batch_size}")
@@ -244,6 +248,7 @@ class Training:
         self.seed = seed
         self.backend = backend
         self.precise_bn = precise_bn
+        self.group = group
         self.epoch = 0
         self.batch = 0
         self.best = -1.0
@@ -277,6 +282,7 @@ class Training:
             NonFiniteError: the training loss or the test loss is NaN or infinite. The state of the
                 training cannot be used any more.
             BackendError: the device failed. The state of the training is lost.
+            DistributedError: the ranks of the group have different states.
         """
         with self.backend.explaining_failures():
             while (
@@ -284,6 +290,7 @@ class Training:
                 and self.optimizer.steps < max_steps
                 and self.best < target_accuracy
             ):
+                distributed.agree(self.group, self._digest)
                 train = self._train(max_steps, on_batch)
                 steps = self.optimizer.steps
                 test = None
@@ -295,6 +302,7 @@ class Training:
                     self.best = max(self.best, test.accuracy)
                 lr = self.optimizer.schedule(steps - 1)
                 skipped = left_out(len(self.train), self.batch_size)
+                self.group.rest()
                 if on_epoch is not None:
                     on_epoch(Epoch(self.epoch, steps, lr, train, test, skipped))
 
@@ -319,10 +327,23 @@ class Training:
 
     def _evaluate(self) -> Metrics:
         if self.precise_bn:
-            inspection.precise_statistics(
-                self.model, self.train, dtype=dtype_of(self.model), batch_size=self.batch_size
-            )
+            self.model.load_state_dict(self.group.broadcast(self._precise_state))
         return _metrics(self.engine.evaluate())
+
+    def _precise_state(self) -> dict[str, np.ndarray]:
+        inspection.precise_statistics(
+            self.model, self.train, dtype=dtype_of(self.model), batch_size=self.batch_size
+        )
+        return self.model.state_dict()
+
+    def _digest(self) -> dict[str, str]:
+        """Return a digest of the state, which is equal on all ranks."""
+        digest = hashlib.sha256(repr((self.epoch, self.batch, self.optimizer.steps)).encode())
+        for _, value in sorted(self.model.state_dict().items()):
+            digest.update(value.tobytes())
+        for _, velocity in sorted(self.optimizer.velocity.items()):
+            digest.update(to_numpy(velocity).tobytes())
+        return {"state": digest.hexdigest()}
 
     def _order(self) -> np.ndarray:
         """Return the examples of the current epoch's remaining batches, in their order."""

@@ -91,7 +91,7 @@ def operations(engine: CpuEngine, kernel: int, k: int, examples: int) -> int:
         kernel == launches.BACKWARD
     ):  # This is dx, except in the first stage, and the dW of a convolution.
         return products[k] * ((k > 0) + (not linear[k]))
-    if kernel == launches.UPDATE:  # This is the dW of the linear layers.
+    if kernel == launches.WEIGHTS:  # This is the dW of the linear layers.
         return sum(count for count, one in zip(products, linear, strict=True) if one)
     return sum(products) if kernel == launches.PREDICT else 0
 

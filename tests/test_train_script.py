@@ -24,7 +24,7 @@ import npbn
 from commands import CTRL_C, NO_NETWORK, SCRIPTS, after_step, assert_refused, run
 from npbn import backend, data, training
 from npbn.checkpoint import load_checkpoint, save_checkpoint
-from npbn.commands.train import LAUNCHERS
+from npbn.distributed import LAUNCHERS
 from npbn.engine.layers import LayersEngine
 from npbn.models import LeNet
 from npbn.optim import SGD
@@ -303,19 +303,19 @@ def test_quiet_pictures(trainer, tmp_path):
 
 def test_the_launchers_that_are_known():
     assert LAUNCHERS == {
-        "OMPI_COMM_WORLD_SIZE": "mpiexec",
-        "PMI_SIZE": "mpiexec",
-        "SLURM_STEP_NUM_TASKS": "srun",
-        "WORLD_SIZE": "torchrun",
+        "OMPI_COMM_WORLD_SIZE": ("mpiexec", "OMPI_COMM_WORLD_RANK"),
+        "PMI_SIZE": ("mpiexec", "PMI_RANK"),
+        "SLURM_STEP_NUM_TASKS": ("srun", "SLURM_PROCID"),
+        "WORLD_SIZE": ("torchrun", "RANK"),
     }
 
 
 @pytest.mark.parametrize("variable", LAUNCHERS)
-def test_a_launcher_of_copies_is_refused(variable, trainer, tmp_path):
+def test_a_launcher_of_copies_without_mpi_is_refused(variable, trainer, tmp_path):
     """One copy, or another value, is none of our business."""
     prelude = "import os; os.environ[{!r}] = {!r}"
     process = trainer(*SHORT, cwd=tmp_path, prelude=prelude.format(variable, "2"))
-    expected = f"{LAUNCHERS[variable]} has started 2 copies of this program ({variable}=2)"
+    expected = f"{LAUNCHERS[variable][0]} has started 2 copies of this program ({variable}=2)"
     assert_refused(process, "train.py: error:", expected)
     assert not (tmp_path / "runs").exists()
     for value in ("1", "", "x"):
@@ -326,7 +326,7 @@ def test_a_launcher_of_copies_is_refused(variable, trainer, tmp_path):
 def test_too_little_memory_is_said_in_one_line(tmp_path):
     if sys.platform != "linux":
         pytest.skip("no limit of memory")
-    limit = "import resource; resource.setrlimit(resource.RLIMIT_AS, (2**30, 2**30))"
+    limit = "import resource; resource.setrlimit(resource.RLIMIT_AS, (640 * 2**20,) * 2)"
     options = ("--dataset", "digits", "--engine", "layers", "--batch-size", "20000", "--model")
     process = run("train.py", *options, "blenet", "--threads", "1", cwd=tmp_path, prelude=limit)
     expected = ("out of memory: Unable to allocate", "a smaller --batch-size or --limit-train")
@@ -635,7 +635,7 @@ class FusedEngine:
         self.steps, self.evaluate = self.engine.steps, self.engine.evaluate
 
 def fused(*arguments):
-    *what, batch_size, device, _, _ = arguments
+    *what, batch_size, device, _, _, _ = arguments
     return FusedEngine(*what, batch_size=batch_size, device=device)
 
 engine._fused = fused

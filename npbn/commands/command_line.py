@@ -155,6 +155,13 @@ def quiet() -> Iterator[None]:
         _quiet = False
 
 
+@contextlib.contextmanager
+def silence() -> Iterator[None]:
+    """Run the code inside without what is printed to the standard output."""
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+        yield
+
+
 def say(line: str, *, always: bool = False) -> None:
     """Print a line and flush the output, so that the line appears at once.
 

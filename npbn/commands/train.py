@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 import npbn
-from npbn import backend, experiment, inspection, plots, runs, training, verify
+from npbn import backend, distributed, experiment, inspection, plots, runs, training, verify
 from npbn.checkpoint import write_file
 from npbn.commands.command_line import (
     STARTED,
@@ -33,6 +33,7 @@ from npbn.commands.command_line import (
     Stopped,
     quiet,
     say,
+    silence,
     typed,
     value,
 )
@@ -40,6 +41,7 @@ from npbn.commands.pictures import draw_run
 from npbn.commands.progress import Progress
 from npbn.commands.tensorboard import EventFile, check_tensorboard
 from npbn.data import YOURS, Dataset, Split
+from npbn.distributed import Group
 from npbn.errors import (
     BackendError,
     CheckpointError,
@@ -235,8 +237,13 @@ def parse_arguments(program: str, words: list[str]) -> argparse.Namespace:
 
 
 def main(program: str, words: list[str]) -> None:
-    arguments = parse_arguments(program, words)
-    refuse_launchers()
+    group = distributed.join()
+    with group.together(), silence() if group.rank else contextlib.nullcontext():
+        run(group.broadcast(lambda: parse_arguments(program, words)), program, group)
+
+
+def run(arguments: argparse.Namespace, program: str, group: Group) -> None:
+    """Train as the arguments say. Rank 0 alone prints, and touches the folder of the run."""
     backend.keep_freed_memory()
     if arguments.plots:
         plots.check_matplotlib()
@@ -244,9 +251,10 @@ def main(program: str, words: list[str]) -> None:
         check_tensorboard()
     with quiet() if arguments.quiet else contextlib.nullcontext():
         try:
-            session = start(arguments) if arguments.resume is None else resume(arguments)
+            begin = start if arguments.resume is None else resume
+            session = begin(arguments, group)
             if arguments.tensorboard:
-                session.events = EventFile(session.run.path, session.state.epoch)
+                group.broadcast(session.open_events)
             train(session, program, arguments.json)
         except MemoryError as error:
             raise NpbnError(
@@ -254,7 +262,7 @@ def main(program: str, words: list[str]) -> None:
                 "--limit-train needs less"
             ) from None
         if arguments.plots:
-            draw_run(experiment.load(session.run.path), session.dataset, session.run.path / "plots")
+            group.broadcast(session.draw)
 
 
 @dataclasses.dataclass
@@ -267,7 +275,16 @@ class Session:
     dataset: Dataset
     device: backend.Backend
     resumed: bool
+    group: Group
     events: EventFile | None = None
+
+    def open_events(self) -> None:
+        """Begin to write the metrics for TensorBoard."""
+        self.events = EventFile(self.run.path, self.state.epoch)
+
+    def draw(self) -> None:
+        """Draw the run."""
+        draw_run(experiment.load(self.run.path), self.dataset, self.run.path / "plots")
 
     def describe(self) -> None:
         """Print the description of data, model and training that stands above the table."""
@@ -280,6 +297,7 @@ class Session:
         say(
             f"model: {type(model).__name__} {'without' if config.no_batch_norm else 'with'} "
             f"batch norm, {count:,} parameters, {config.dtype}, {self.state.engine.description}"
+            f"{self.group.description}"
         )
         say(
             f"training: {config.epochs} epoch{'s' * (config.epochs > 1)}, "
@@ -317,29 +335,35 @@ class Session:
         """Save a checkpoint and, after an epoch, the metrics of the epoch."""
         # This comes before any writing, because `state` refuses a state that is not finite.
         arrays, record = self.state.state()
-        if epoch is not None:
-            metrics, layers = self.records(epoch)
-            self.run.append(metrics, layers)
-            if self.events is not None:
-                self.events.add(metrics, layers)
-        self.run.save(arrays, record, best=best)
+
+        def write() -> None:
+            if epoch is not None:
+                metrics, layers = self.records(epoch)
+                self.run.append(metrics, layers)
+                if self.events is not None:
+                    self.events.add(metrics, layers)
+            self.run.save(arrays, record, best=best)
+
+        self.group.broadcast(write)
 
 
-def start(arguments: argparse.Namespace) -> Session:
+def start(arguments: argparse.Namespace, group: Group) -> Session:
     """Create a new run and return its session."""
     names = [name for options in OPTIONS.values() for name in options]
     config = Config(**{name: getattr(arguments, name) for name in names})
     now = datetime.datetime.now()
     path = Path(now.strftime("runs/%Y-%m-%d-%H.%M.%S") if arguments.run is None else arguments.run)
     if arguments.run is not None:  # This check comes before steps that take long.
-        check_name(path, overwrite=arguments.overwrite)
-    source = None if arguments.source is None else experiment.load(arguments.source)
+        group.broadcast(lambda: check_name(path, overwrite=arguments.overwrite))
+    source = None
+    if arguments.source is not None:
+        source = group.broadcast(lambda: experiment.load(arguments.source))
     model = None if source is None else source.model
     if source is not None:
         of_weights = {name: getattr(source.config, name) for name in OF_THE_WEIGHTS}
         config = dataclasses.replace(config, **of_weights)
-    device = open_device(config.backend, config.threads)
-    dataset = load_data(config)
+    device = open_device(config.backend, config.threads, group)
+    dataset = load_data(config, group)
     for note in dataset.notes:
         say(f"note: {note}")
     if source is not None:
@@ -352,15 +376,17 @@ def start(arguments: argparse.Namespace) -> Session:
     config = dataclasses.replace(config.fitted(dataset), backend=device.name, data=data)
     with device.explaining_failures():
         try:
-            state = experiment.build_training(config, dataset, device, model=model, report=say)
+            state = experiment.build_training(
+                config, dataset, device, model=model, report=say, group=group
+            )
         except UnsupportedError as error:
             raise NpbnError(f"--engine fused: {error}; --engine layers can do it") from None
     # The configuration keeps the engine that was chosen, so that a resumed run uses it again.
     config = dataclasses.replace(config, engine=state.engine.kind)
-    session = Session(runs.Run(path, {}), config, state, dataset, device, resumed=False)
+    session = Session(runs.Run(path, {}), config, state, dataset, device, False, group)
     session.describe()
     if arguments.check_gradients:
-        check_gradients(session)
+        group.broadcast(lambda: check_gradients(session))
     environment = describe_environment(session) | {
         "command": shlex.join(sys.argv),
         "from": arguments.source,
@@ -368,17 +394,21 @@ def start(arguments: argparse.Namespace) -> Session:
     }
     with device.explaining_failures():
         first = (*session.records(None), *session.state.state())
-    paths = [path] if arguments.run is not None else unused(path)
-    for path in paths:
-        try:
-            session.run = runs.Run.create(
-                path, config.to_json(), environment, first, overwrite=arguments.overwrite
-            )
-            break
-        except RunExistsError:
-            if arguments.run is not None:
-                raise
-    say(f"run: {path}")
+
+    def create() -> Path:
+        for name in [path] if arguments.run is not None else unused(path):
+            try:
+                session.run = runs.Run.create(
+                    name, config.to_json(), environment, first, overwrite=arguments.overwrite
+                )
+                break
+            except RunExistsError:
+                if arguments.run is not None:
+                    raise
+        return session.run.path
+
+    session.run.path = group.broadcast(create)
+    say(f"run: {session.run.path}")
     return session
 
 
@@ -397,10 +427,15 @@ def check_name(path: Path, *, overwrite: bool) -> None:
         raise CheckpointError(f"{error}{advice}") from None
 
 
-def load_data(config: Config) -> Dataset:
-    """Return the data set; an error about the data names the option that may correct it."""
+def load_data(config: Config, group: Group) -> Dataset:
+    """Return the data set; an error about the data names the option that may correct it.
+
+    Rank 0 comes first, so that it alone downloads what the other ranks then find.
+    """
+    loaded: list[Dataset] = []
     try:
-        return experiment.load_data(config, on_download=say)
+        group.broadcast(lambda: loaded.append(experiment.load_data(config, on_download=say)))
+        return loaded[0] if loaded else experiment.load_data(config)
     except DataError as error:
         for words, option in ADVICE.items():
             if words in str(error):
@@ -408,12 +443,18 @@ def load_data(config: Config) -> Dataset:
         raise
 
 
-def resume(arguments: argparse.Namespace) -> Session:
+def resume(arguments: argparse.Namespace, group: Group) -> Session:
     """Return the session of a run that continues from its last checkpoint."""
-    run, config = experiment.open_run(arguments.resume)
-    run.lock()
-    there = run.environment()
-    arrays, record = run.load()  # This also verifies the configuration before it is used.
+    run = runs.Run(arguments.resume, {})
+
+    def read() -> tuple[Any, ...]:
+        nonlocal run
+        run, _ = experiment.open_run(arguments.resume)
+        run.lock()
+        # The checkpoint comes last: this also verifies the configuration before it is used.
+        return run.config, run.environment(), *run.load()
+
+    run.config, there, arrays, record = group.broadcast(read)
     before = Config.from_json(record["config"])
     config = dataclasses.replace(before, **arguments.limits)
     for name, done in (("epochs", record["epoch"]), ("max_steps", record["step"])):
@@ -425,16 +466,20 @@ def resume(arguments: argparse.Namespace) -> Session:
         raise NpbnError("--data: not allowed with this run of the digits, which need no files")
     name = config.backend if arguments.backend == "auto" else arguments.backend
     threads = arguments.threads or config.threads
-    device = open_device(name, threads)
-    dataset = load_data(dataclasses.replace(config, data=arguments.data or config.data))
+    device = open_device(name, threads, group)
+    dataset = load_data(dataclasses.replace(config, data=arguments.data or config.data), group)
     now = dataclasses.replace(config, threads=threads)
     with device.explaining_failures():
-        state, record = experiment.load_training(run, now, dataset, device, report=say)
-    session = Session(run, config, state, dataset, device, resumed=True)
+        state, record = experiment.load_training(run, now, dataset, device, report=say, group=group)
+    session = Session(run, config, state, dataset, device, True, group)
     session.describe()
-    run.rewind(record)
-    if config != before:
-        run.extend(config.to_json(), arrays, record)
+
+    def prepare() -> None:
+        run.rewind(record)
+        if config != before:
+            run.extend(config.to_json(), arrays, record)
+
+    group.broadcast(prepare)
     for name, here in describe_environment(session).items():
         if there.get(name, here) != here:
             say(
@@ -445,13 +490,13 @@ def resume(arguments: argparse.Namespace) -> Session:
     return session
 
 
-def open_device(name: str, threads: int | None) -> backend.Backend:
+def open_device(name: str, threads: int | None, group: Group) -> backend.Backend:
     """Return the backend, and limit the number of BLAS threads.
 
-    If ``threads`` is None, the limit is the number of CPUs that this process may use, or the
-    present number of BLAS threads if that is lower.
+    If ``threads`` is None, the limit is the number of CPUs for this process, or the present number
+    of BLAS threads if that is lower.
     """
-    usable = backend.usable_cpus()
+    usable = group.threads
     backend.limit_blas_threads(threads or min(usable, backend.blas_threads() or usable))
     device = backend.get_backend(name)
     say(f"npbn {npbn.__version__}, Python {platform.python_version()}, {device.description}")
@@ -498,28 +543,6 @@ def commit() -> str | None:
     return process.stdout.strip() or None
 
 
-LAUNCHERS = {
-    "OMPI_COMM_WORLD_SIZE": "mpiexec",
-    "PMI_SIZE": "mpiexec",
-    "SLURM_STEP_NUM_TASKS": "srun",
-    "WORLD_SIZE": "torchrun",
-}
-
-
-def refuse_launchers() -> None:
-    """Raise an error if a launcher has started this program several times.
-
-    Every copy would train the same network. (An array of jobs starts independent programs.)
-    """
-    for variable, launcher in LAUNCHERS.items():
-        count = os.environ.get(variable, "")
-        if count.isdecimal() and int(count) > 1:
-            raise NpbnError(
-                f"{launcher} has started {count} copies of this program ({variable}={count}), and "
-                "each would train the whole network; start one, or a job for each run of a sweep"
-            )
-
-
 def train(session: Session, program: str, json_file: str | None) -> None:
     """Train to the end and save after each epoch; print the table of epochs and a summary.
 
@@ -540,13 +563,15 @@ def train(session: Session, program: str, json_file: str | None) -> None:
 
     def on_batch(examples: int) -> None:
         progress.update(examples)
-        if postponed.signal is not None:
+        # A signal for one rank stops all of them after this batch.
+        stop = max(session.group.gather(np.array(postponed.signal or 0)))
+        if stop:
             session.save()
             progress.close()
             with contextlib.suppress(OutputError):  # After SIGHUP, the terminal may be gone.
                 steps = state.optimizer.steps
                 say(f"stopped after step {steps}; to go on: {resuming(program, run)}")
-            raise Stopped(postponed.signal)
+            raise Stopped(int(stop))
 
     def on_epoch(epoch: training.Epoch) -> None:
         nonlocal best
@@ -588,7 +613,7 @@ def train(session: Session, program: str, json_file: str | None) -> None:
         progress.close()
         if session.events is not None:
             session.events.close()
-        if json_file is not None:
+        if json_file is not None and session.group.rank == 0:
             write_result(json_file, session, status, epochs)
     conclude(session, epochs, program)
 
@@ -627,7 +652,7 @@ def resuming(program: str, run: runs.Run) -> str:
 def explain_non_finite(session: Session) -> str:
     """Train again from the last checkpoint; return where NaN or infinity began, and why."""
     state, run = session.state, session.run
-    state.load_state(*run.load())
+    state.load_state(*session.group.broadcast(run.load))
     with np.errstate(over="ignore", invalid="ignore"):
         where = state.locate_non_finite()
     cause = ""

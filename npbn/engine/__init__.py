@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
+from npbn.distributed import ALONE, Group
 from npbn.errors import UnsupportedError
 
 if TYPE_CHECKING:
@@ -90,6 +91,7 @@ def build(
     batch_size: int,
     backend: Backend,
     threads: int | None = None,
+    group: Group = ALONE,
     report: Callable[[str], None] | None = None,
 ) -> Engine:
     """Return an engine of the given kind for a model.
@@ -104,7 +106,8 @@ def build(
         batch_size: the number of examples in a training batch.
         backend: a backend from `npbn.backend.get_backend`.
         threads: the number of threads of the fused engine on the CPU. By default, the number of
-            CPUs that this process may use.
+            CPUs that this process may use, or its share of them (`npbn.distributed.Group`).
+        group: the processes that train together. By default, this process is alone.
         report: a function that is called with lines to show to the user while kernels are being
             compiled. The compilation happens once, because the compiled kernels are cached.
 
@@ -122,14 +125,18 @@ def build(
     fused, reason = None, ""
     if kind == "fused" or (kind == "auto" and backend.name in ("numpy", "cupy")):
         try:
-            fused = _fused(model, optimizer, train, test, batch_size, backend, threads, report)
+            fused = _fused(
+                model, optimizer, train, test, batch_size, backend, threads, group, report
+            )
         except UnsupportedError as error:
             if kind == "fused":
                 raise
             reason = str(error)
     if fused is not None and (kind == "fused" or backend.name == "numpy"):
         return fused
-    layers = LayersEngine(model, optimizer, train, test, batch_size=batch_size, backend=backend)
+    layers = LayersEngine(
+        model, optimizer, train, test, batch_size=batch_size, backend=backend, group=group
+    )
     if backend.name == "cupy":
         from npbn.engine.gpu.first_step import difference, first_step, saying_if_slow
 
@@ -154,13 +161,26 @@ def _fused(
     batch_size: int,
     backend: Backend,
     threads: int | None,
+    group: Group,
     report: Callable[[str], None] | None,
 ) -> Engine:
     if backend.name == "numpy":
         from npbn.engine.cpu import CpuEngine
 
         return CpuEngine(
-            model, optimizer, train, test, batch_size=batch_size, threads=threads, report=report
+            model,
+            optimizer,
+            train,
+            test,
+            batch_size=batch_size,
+            threads=threads,
+            group=group,
+            report=report,
+        )
+    if group.size > 1:
+        raise UnsupportedError(
+            "the fused engine on a GPU trains in one process: it captures a whole step, in which "
+            "several processes would have to meet ten times"
         )
     if backend.name == "cupy":
         from npbn.engine.gpu import GpuEngine

@@ -61,6 +61,41 @@ change $y$. The component along $\hat{x}$ is subtracted because stretching all $
 $y$. Stretching changes $y$ only because of $\epsilon$, so the fraction $\epsilon / s^2$ of this
 component remains.
 
+**Several shards.** Several processes may train together (`npbn.distributed`). Each process, or
+rank, r then has its own shard of the batch, with $m_r$ of the m values of a feature, and all
+formulas above still hold for the whole batch. What a rank needs of the other ranks are sums.
+
+In the forward pass, rank r computes the mean $\mu_r$ and the sum of squares about it, $q_r$, of its
+own values, and tells the others these two numbers and $m_r$. The mean of the batch is the sum of
+all values, divided by their number, and the sum of values in shard r is $m_r \mu_r$:
+
+$$m = \sum_r m_r \qquad \mu = \frac{1}{m} \sum_r m_r \mu_r$$
+
+For the variance, write $x_i - \mu = (x_i - \mu_r) + (\mu_r - \mu)$ for the values of shard r. In
+the square of this sum, the mixed term adds up to $2 (\mu_r - \mu) \sum_i (x_i - \mu_r) = 0$. What
+remains are the squares within the shard, and one square between the shard and the batch for each
+value:
+
+$$v = \frac{1}{m} \sum_r \big( q_r + m_r (\mu_r - \mu)^2 \big)$$
+
+Without the second term, the variance would be too small by the variance of the shards' means.
+Without the weights $m_r$, both would be wrong whenever the shards differ in size.
+
+In the backward pass, $x_i$ influences the loss through the $y_k$ of *all* shards, because $\mu$ and
+$v$ are made of all shards. In the boxed formula, this is in three numbers only: m, $d\beta$ and
+$d\gamma$. Each is a sum over the batch, so it is the sum of what the ranks have found:
+
+$$d\beta = \sum_r d\beta_r \qquad d\beta_r = \sum_{k \in r} dy_k \qquad
+  d\gamma = \sum_r d\gamma_r \qquad d\gamma_r = \sum_{k \in r} dy_k \hat{x}_k$$
+
+The ranks tell each other $m_r$, $d\beta_r$ and $d\gamma_r$, and each computes dx of its own shard.
+So in the backward pass, too, three numbers a feature travel, however large the shards are. Every
+rank has a copy of $\gamma$ and $\beta$, and $d\gamma_r$ and $d\beta_r$ are the gradients with
+respect to its copy. `batch_norm_backward` returns these: like the gradients of all other
+parameters, they are added up over the ranks before a step of the optimizer. If dx were computed
+with them instead of their sums, dx would be the gradient of a batch norm that normalizes each shard
+by itself.
+
 **Rounding.** The variance is computed from $x - \mu$, after $\mu$. The formula $E[x^2] - E[x]^2$
 would lose most digits if the mean is large. $\mu$ itself is rounded, so in training the mean of
 $\bar{x}$ is subtracted from $\bar{x}$ once more. In exact arithmetic this mean is zero, so the
@@ -77,26 +112,32 @@ the infinite moving average when it saves its state.
 Reducing Internal Covariate Shift", ICML 2015 (arXiv:1502.03167). The forward pass is Algorithm 1.
 The gradients are those of section 3, derived with more intermediate nodes. The second subtraction
 is the idea of the corrected two-pass algorithm in T. Chan, G. Golub and R. LeVeque, "Algorithms for
-Computing the Sample Variance", The American Statistician 37(3), 1983.
+Computing the Sample Variance", The American Statistician 37(3), 1983. The merging of shards is
+(2.1b) in their "Updating Formulae and a Pairwise Algorithm for Computing Sample Variances", 1979.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from npbn.functional.arrays import Array, check_shape, common_namespace, copy, mean_over, sum_over
+
+if TYPE_CHECKING:
+    from npbn.distributed import Group
 
 
 class BatchNormCache(NamedTuple):
     """The values that the backward pass needs: x̄ = x - μ, s = √(v + eps), γ, and the mode.
 
-    ``training`` is true if the forward pass was in training mode.
+    ``training`` is true if the forward pass was in training mode. ``group`` has the ranks that hold
+    the shards of the batch, and is None if this process has the whole batch.
     """
 
     x_centred: Array
     s: Array
     gamma: Array
     training: bool
+    group: Group | None = None
 
 
 def batch_norm(
@@ -109,6 +150,7 @@ def batch_norm(
     training: bool,
     eps: float = 1e-5,
     momentum: float = 0.9,
+    group: Group | None = None,
 ) -> tuple[Array, BatchNormCache, tuple[Array, Array]]:
     r"""Normalize each feature over the batch, then scale by γ and shift by β.
 
@@ -127,6 +169,9 @@ def batch_norm(
         momentum: the fraction of the moving averages that is *kept*:
             moving = momentum · moving + (1 - momentum) · batch. (PyTorch's ``momentum`` is the
             fraction that is new: 1 minus this momentum. PyTorch's moving variance is unbiased.)
+        group: the ranks (`npbn.distributed.Group`), each of which calls this function with its
+            shard of the batch. In training, the statistics are those of the whole batch. By
+            default, x is the whole batch.
 
     Returns:
         y, of the shape and dtype of x; the cache for the backward pass; and the new moving averages
@@ -159,8 +204,13 @@ def batch_norm(
     if training:
         mean = mean_over(x, axes)
         x_centred = x - mean
-        x_centred -= mean_over(x_centred, axes)  # This removes the rounding error of the mean.
+        rounding = mean_over(x_centred, axes)
+        x_centred -= rounding  # This removes the rounding error of the mean.
         var = mean_over(x_centred * x_centred, axes)
+        if group is not None and group.size > 1:
+            own_mean = mean + rounding
+            mean, var = _merge(group, x.size // gamma.size, own_mean, var)
+            x_centred += own_mean - mean
         moving_mean = momentum * moving_mean + (1 - momentum) * mean
         moving_var = momentum * moving_var + (1 - momentum) * var
     else:
@@ -170,7 +220,8 @@ def batch_norm(
 
     s = xp.sqrt(var + eps)
     y = x_centred * (gamma / s) + beta
-    return y, BatchNormCache(x_centred, s, copy(gamma, xp), training), (moving_mean, moving_var)
+    cache = BatchNormCache(x_centred, s, copy(gamma, xp), training, group)
+    return y, cache, (moving_mean, moving_var)
 
 
 def batch_norm_backward(dy: Array, cache: BatchNormCache) -> tuple[Array, Array, Array]:
@@ -187,20 +238,23 @@ def batch_norm_backward(dy: Array, cache: BatchNormCache) -> tuple[Array, Array,
         cache: the cache of `batch_norm`.
 
     Returns:
-        dx, which has the shape of x; dgamma and dbeta, which have the shape of gamma.
+        dx, which has the shape of x; dgamma and dbeta, which have the shape of gamma. If the batch
+        has several shards, dgamma and dbeta are this shard's, as the gradients of all other
+        parameters are: their sums over the shards are the gradients.
     """
-    x_centred, s, gamma, training = cache
+    x_centred, s, gamma, training, group = cache
     common_namespace(dy=dy, x_centred=x_centred)
     check_shape("dy", dy, tuple(x_centred.shape))
     axes = _statistics_axes(dy)
-    m = dy.size // gamma.size
 
     dbeta = sum_over(dy, axes)
     dgamma = sum_over(dy * x_centred, axes) / s
     if not training:
         return dy * (gamma / s), dgamma, dbeta
+    own = dgamma, dbeta
+    m, dgamma, dbeta = _over_shards(group, dy.size // gamma.size, dgamma, dbeta)
     dx = (gamma / s) * (dy - dbeta / m - x_centred * (dgamma / (s * m)))
-    return dx, dgamma, dbeta
+    return dx, *own
 
 
 def batch_norm_backward_staged(dy: Array, cache: BatchNormCache) -> tuple[Array, Array, Array]:
@@ -215,11 +269,10 @@ def batch_norm_backward_staged(dy: Array, cache: BatchNormCache) -> tuple[Array,
     In prediction, μ and v are constants, so the backward pass ends at x̄. The arguments and the
     results are those of `batch_norm_backward`.
     """
-    x_centred, s, gamma, training = cache
+    x_centred, s, gamma, training, group = cache
     common_namespace(dy=dy, x_centred=x_centred)
     check_shape("dy", dy, tuple(x_centred.shape))
     axes = _statistics_axes(dy)
-    m = dy.size // gamma.size
     r = 1 / s
     x_hat = x_centred * r
 
@@ -231,7 +284,7 @@ def batch_norm_backward_staged(dy: Array, cache: BatchNormCache) -> tuple[Array,
     dx_centred = dx_hat * r
     if not training:
         return dx_centred, dgamma, dbeta
-    dr = sum_over(dx_hat * x_centred, axes)
+    m, dr = _over_shards(group, dy.size // gamma.size, sum_over(dx_hat * x_centred, axes))
     # r = 1 / s
     ds = -dr / (s * s)
     # s = sqrt(v + eps)
@@ -241,10 +294,30 @@ def batch_norm_backward_staged(dy: Array, cache: BatchNormCache) -> tuple[Array,
     # q = x_centred²: the second path from x_centred to y
     dx_centred = dx_centred + 2 * x_centred * dq
     # x_centred = x - mu
-    dmu = -sum_over(dx_centred, axes)
+    _, dmu = _over_shards(group, 0, -sum_over(dx_centred, axes))
     # mu = mean(x): the second path from x to x_centred
     dx = dx_centred + dmu / m
     return dx, dgamma, dbeta
+
+
+def _merge(group: Group, m: int, mean: Array, var: Array) -> tuple[Array, Array]:
+    """Return mean and variance of the whole batch from those of this rank's shard of m values."""
+    xp = common_namespace(mean=mean, var=var)
+    found = group.gather(xp.stack([xp.full_like(mean, m), mean, m * var]))
+    counts, means, squares = (found[:, i, ...] for i in range(3))
+    m = xp.sum(counts, axis=0)
+    mean = xp.sum(counts * means, axis=0) / m
+    squares = xp.sum(squares + counts * (means - mean) * (means - mean), axis=0)
+    return mean, squares / m
+
+
+def _over_shards(group: Group | None, m: int, *sums: Array) -> list[Any]:
+    """Return the number of values of a feature, and sums, over all shards of the batch."""
+    if group is None or group.size == 1:
+        return [m, *sums]
+    xp = common_namespace(sum=sums[0])
+    found = xp.sum(group.gather(xp.stack([xp.full_like(sums[0], m), *sums])), axis=0)
+    return [found[i, ...] for i in range(1 + len(sums))]
 
 
 def _statistics_axes(x: Array) -> tuple[int, ...]:

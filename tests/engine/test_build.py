@@ -37,7 +37,7 @@ def cpu(monkeypatch):
     class CpuEngine:
         description = "by the fused engine on 2 threads"
 
-        def __init__(self, model, optimizer, train, test, *, batch_size, threads, report):
+        def __init__(self, model, optimizer, train, test, *, batch_size, threads, group, report):
             made.append((model, optimizer, len(train), len(test), batch_size, threads, report))
 
     module = types.ModuleType("npbn.engine.cpu")

@@ -11,10 +11,10 @@ from typing import Any
 import numba
 import numpy as np
 
-from npbn.backend import usable_cpus
 from npbn.data import Split
+from npbn.distributed import ALONE, Group
 from npbn.engine import Result
-from npbn.engine.cpu import launches, network
+from npbn.engine.cpu import launches, network, sharing
 from npbn.engine.cpu.compilation import LOCK, compile_kernels
 from npbn.engine.cpu.normalization import BATCH_NORM, FROZEN
 from npbn.engine.plan import plan
@@ -39,8 +39,10 @@ class CpuEngine:
         optimizer: the optimizer of the model's parameters.
         train, test: the training split and the test split, with images of the same size.
         batch_size: the number of examples in a training batch. The last batch may be smaller.
-        threads: the number of threads that compute. By default, the number of CPUs that this
-            process may use. No bit of a result depends on the number of threads.
+        threads: the number of threads that compute. By default, `Group.threads`. No bit of a result
+            depends on the number of threads.
+        group: the processes that train together. No bit of a result depends on their number. Every
+            rank needs the same model, optimizer, splits and orders.
         report: a function that is called with lines to show to the user while the kernels are
             compiled. The compilation happens once, because the compiled kernels are cached.
 
@@ -61,9 +63,11 @@ class CpuEngine:
         *,
         batch_size: int,
         threads: int | None = None,
+        group: Group = ALONE,
         report: Callable[[str], None] | None = None,
     ) -> None:
-        threads = usable_cpus() if threads is None else threads
+        self.group = group
+        threads = self.group.threads if threads is None else threads
         if threads < 1:
             raise ValueError(f"expected at least 1 thread, got {threads}")
         # Numba cannot start more threads. A batch of 256 examples has 16 chunks in float32.
@@ -77,7 +81,10 @@ class CpuEngine:
             batch=self.batch_size,
             test=min(EVALUATED_AT_ONCE, len(test)),
             threads=self.threads,
+            rank=self.group.rank,
+            ranks=self.group.size,
         )
+        self._sections: dict[tuple[int, int], Any] = {}
         self._views = self._find_views()
         settings = int(self.net.stages[0]["settings"])
         self._settings = self.net.values[settings : settings + 3]
@@ -125,8 +132,14 @@ class CpuEngine:
             correctly.
         """
         self._adopt()
-        with _computing(self.threads):
-            loss, correct = launches.execute(*self._arguments(program, split, order))
+        key = id(program), len(order)
+        if key not in self._sections:
+            self._sections[key] = program, sharing.sections(self.net, program, len(order))
+        for section, shared in self._sections[key][1]:
+            with _computing(self.threads):
+                loss, correct = launches.execute(*self._arguments(section, split, order))
+            for rows, ends in shared:
+                self.group.share(rows, ends)
         return loss, correct
 
     def _arguments(self, program: Any, split: Split, order: Any) -> tuple[Any, ...]:

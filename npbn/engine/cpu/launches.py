@@ -1,10 +1,12 @@
 """Run a training step or an evaluation as a sequence of launches.
 
 A launch is a loop over threads that run in parallel: of n threads, each takes every n-th part of
-the batch. Between two launches, only one thread works. A part is one chunk or several chunks.
+the batch. Between two launches, only one thread works. A part is one chunk or several chunks. If
+several processes (ranks) train together, each has a range of the parts, and after a launch the
+ranks share what they have found (`npbn.engine.cpu.sharing`).
 
-No bit of a result depends on the number of threads: the division of a batch into parts depends only
-on the size of the batch, and sums over parts are computed in the order of the parts.
+No bit of a result depends on the number of threads or ranks: the division of a batch into parts
+depends only on the size of the batch, and sums over parts are computed in the order of the parts.
 """
 
 from __future__ import annotations
@@ -38,8 +40,8 @@ from npbn.engine.cpu.vector import BYTES, at, full, load, put, store, where_grea
 
 MOST_PARTS = 32
 
-KERNELS = "PACK", "FORWARD", "LOSS", "BACKWARD", "UPDATE", "PREDICT"
-PACK, FORWARD, LOSS, BACKWARD, UPDATE, PREDICT = range(6)
+KERNELS = "PACK", "FORWARD", "LOSS", "BACKWARD", "WEIGHTS", "UPDATE", "PREDICT"
+PACK, FORWARD, LOSS, BACKWARD, WEIGHTS, UPDATE, PREDICT = range(7)
 
 # Numba's option `parallel` turns on several passes, but only prange is needed here. The other
 # passes would search every function for loops to fuse.
@@ -55,7 +57,7 @@ def training_program(stages: int) -> np.ndarray:
     """Return the launches of a training step: an array with a row (kernel, stage) for each."""
     forward = [(FORWARD, k) for k in range(stages)]
     backward = [(BACKWARD, k) for k in reversed(range(stages))]
-    return np.array([(PACK, 0), *forward, (LOSS, stages), *backward, (UPDATE, 0)])
+    return np.array([(PACK, 0), *forward, (LOSS, stages), *backward, (WEIGHTS, 0), (UPDATE, 0)])
 
 
 def prediction_program() -> np.ndarray:
@@ -75,18 +77,17 @@ def execute(program: Any, net: Any, images: Any, labels: Any, order: Any, thread
         prepare(net, kernel, k, len(order))
         for thread in prange(threads):
             run(net, kernel, k, images, labels, order, np.int64(thread), threads)
-        if (
-            kernel == FORWARD
-        ):  # Numba compiles a function again for each literal, so the last argument is a variable.
-            merge(net, k, len(order), kernel == FORWARD)
     return summed_up(net, len(order))
 
 
 @njit(**OPTIONS)
 def prepare(net: Any, kernel: int, k: int, batch: int) -> None:
     """Do the part of a launch that one thread does before all threads start."""
+    # Numba compiles a function again for each literal, so the last argument of merge is a variable.
     if kernel == PACK:
         set_masks(net, batch)
+    elif kernel in (FORWARD, LOSS) and k > 0:
+        merge(net, k - 1, batch, kernel != PREDICT)
     elif kernel == BACKWARD:
         merge_backward(net, k, batch)
     elif kernel == PREDICT:
@@ -108,24 +109,30 @@ def run(
     """Do the work of one thread in a launch.
 
     For the kernels PACK and UPDATE, a thread takes every n-th group of six maps, where n is the
-    number of threads; for PREDICT, every n-th chunk; for all other kernels, every n-th part of the
-    batch.
+    number of threads; for WEIGHTS, every n-th of the rank's groups; for PREDICT, every n-th of the
+    rank's chunks; for all other kernels, every n-th of the rank's parts of the batch.
     """
     stages, batch, last = net.stages, len(order), len(net.stages) - 2
     lanes = BYTES // net.values.itemsize
     chunks = (batch + lanes - 1) // lanes
-    if kernel in (PACK, UPDATE):
-        for task in range(thread, net.tasks.size // 2, threads):
+    if kernel in (PACK, WEIGHTS, UPDATE):
+        begin, end = 0, net.tasks.size // 2
+        if kernel == WEIGHTS:
+            begin, end = stages[0].first_task, stages[0].last_task
+        for task in range(begin + thread, end, threads):
             k, first = net.tasks[2 * task], net.tasks[2 * task + 1]
             if kernel == PACK:
                 pack(net, k, first)
+            elif kernel == WEIGHTS:
+                sum_up(net, k, first, chunks)
             else:
-                update(net, k, first, chunks)
+                update(net, k, first)
         return
     scratch = stages[0].dx + thread * stages[0].dx_size
     whole = load(net.values, stages[0].masks)
     if kernel == PREDICT:
-        for m in range(thread, chunks, threads):
+        begin, end = own(net, chunks)
+        for m in range(begin + thread, end, threads):
             examples = min(lanes, batch - m * lanes)
             gather(net, thread, images, order, m * lanes, examples)
             for stage in range(last + 1):
@@ -134,11 +141,12 @@ def run(
             cross_entropy(net, thread, m, labels, order, m * lanes, examples, whole, scratch)
         return
     size, parts = cut(chunks)
-    own = (parts - thread + threads - 1) // threads
-    for i in range(own):
+    begin, end = own(net, parts)
+    count = (end - begin - thread + threads - 1) // threads
+    for i in range(count):
         # Go through the parts forwards in one stage and backwards in the next stage, because the
         # chunks that were written last are still in the cache.
-        part = thread + threads * (own - 1 - i if k % 2 else i)
+        part = begin + thread + threads * (count - 1 - i if k % 2 else i)
         if kernel == BACKWARD and not stages[k].linear:
             clear_part(net, k, part)
         for m in range(part * size, min(chunks, part * size + size)):
@@ -172,6 +180,13 @@ def cut(chunks: int) -> tuple[int, int]:
     """Return the number of chunks in a part of the batch, and the number of parts."""
     size = (chunks + MOST_PARTS - 1) // MOST_PARTS
     return size, (chunks + size - 1) // size
+
+
+@njit(**OPTIONS)
+def own(net: Any, count: int) -> tuple[int, int]:
+    """Return where this rank's share of the parts or chunks begins, and where it ends."""
+    rank, ranks = net.stages[0].rank, net.stages[0].ranks
+    return count * rank // ranks, count * (rank + 1) // ranks
 
 
 @njit(**OPTIONS)
@@ -260,8 +275,8 @@ def clear_part(net: Any, k: int, part: int) -> None:
 
 
 @njit(**OPTIONS)
-def update(net: Any, k: int, first: int, chunks: int) -> None:
-    """Sum dW over the batch, and take a step of the optimizer, for six maps from ``first`` on."""
+def sum_up(net: Any, k: int, first: int, chunks: int) -> None:
+    """Sum dW over the batch, for six maps from ``first`` on."""
     stage, values = net.stages[k], net.values
     last, row = min(first + SIX, stage.maps), stage.padded_taps
     _, parts = cut(chunks)
@@ -279,7 +294,14 @@ def update(net: Any, k: int, first: int, chunks: int) -> None:
                 put(values, place + r, at(values, place + r) + at(values, other + r))
         for r in range(stage.taps):
             put(values, to + stage.gradient + r, at(values, place + r))
-        move(net, to, stage.taps, True)
+
+
+@njit(**OPTIONS)
+def update(net: Any, k: int, first: int) -> None:
+    """Take a step of the optimizer, for six maps from ``first`` on."""
+    stage = net.stages[k]
+    last = min(first + SIX, stage.maps)
+    move(net, stage.weight + first * stage.taps, (last - first) * stage.taps, True)
     if stage.bias >= 0:
         move(net, stage.bias + first, last - first, False)
     if stage.norm != NO_NORM:

@@ -43,6 +43,7 @@ STAGE = np.dtype(
         *_integers("norm activation maximum window_h window_w constants found"),
         *(("eps", np.float64), ("momentum", np.float64)),
         *_integers("dx dx_size masks table"),
+        *_integers("rank ranks first_task last_task"),
     ]
 )
 """The dtype of a stage's record, which the kernels read.
@@ -107,6 +108,8 @@ Equal in all stages:
 - ``masks``: the place of two vectors. The first vector is 1 for every example, as in a full chunk.
   The second vector is 1 for each example that the last chunk has, if the last chunk is not full.
 - ``table``: the place of 256 numbers: for each value of a pixel's byte, the number from 0 to 1.
+- ``rank``, ``ranks``: the number of this process, and the number of processes that train together.
+- ``first_task``, ``last_task``: the range in ``Net.tasks`` of which this rank computes dW.
 """
 
 
@@ -144,7 +147,16 @@ class _Sizes:
         return self.vectors(-(-count // self.lanes)) * self.lanes
 
 
-def build(plan: Sequence[StagePlan], dtype: Any, *, batch: int, test: int, threads: int) -> Net:
+def build(
+    plan: Sequence[StagePlan],
+    dtype: Any,
+    *,
+    batch: int,
+    test: int,
+    threads: int,
+    rank: int = 0,
+    ranks: int = 1,
+) -> Net:
     """Return the arrays that the kernels work on.
 
     Args:
@@ -153,6 +165,7 @@ def build(plan: Sequence[StagePlan], dtype: Any, *, batch: int, test: int, threa
         batch: the largest number of examples in a training batch.
         test: the largest number of examples in a call that evaluates.
         threads: the largest number of threads.
+        rank, ranks: the number of this process, and the number of processes.
     """
     dtype = np.dtype(dtype)
     lanes = BYTES // dtype.itemsize
@@ -247,6 +260,8 @@ def build(plan: Sequence[StagePlan], dtype: Any, *, batch: int, test: int, threa
     table = int(stages["table"][0])
     values[table : table + 256] = np.arange(256) / 255
     columns = max(chunks, -(-test // lanes))
+    stages["rank"], stages["ranks"] = rank, ranks
+    stages["first_task"], stages["last_task"] = divided(stages, tasks, ranks)[rank : rank + 2]
     return Net(
         stages,
         values,
@@ -254,6 +269,15 @@ def build(plan: Sequence[StagePlan], dtype: Any, *, batch: int, test: int, threa
         np.array(tasks, np.int64),
         np.zeros((found + 2, columns)),
     )
+
+
+def divided(stages: Array, tasks: Sequence[int], ranks: int) -> list[int]:
+    """Return where the tasks of each rank begin, and at last where they end.
+
+    The ranks get about the same number of weights.
+    """
+    weights = np.cumsum([0, *stages["taps"][tasks[::2]]])
+    return [int(np.searchsorted(weights, weights[-1] * r / ranks)) for r in range(ranks + 1)]
 
 
 def places(stage: StagePlan, record: Any) -> Iterator[tuple[str, int]]:

@@ -53,7 +53,8 @@ CONSTANTS = 7
 MEAN, REST, SCALE, SHIFT, INVERSE, SLOPE, OFFSET = range(CONSTANTS)
 
 # The results for a chunk that are stored for each map in these rows of net.found: the mean of y,
-# the sum of squares about that mean, and the sums from which dβ and dγ are computed.
+# the sum of squares about that mean, and the sums from which dβ and dγ are computed. The means of
+# all maps come first, then their sums of squares, and so on.
 FOUND = 4
 MEANS, SQUARES, DBETA, DGAMMA = range(FOUND)
 
@@ -268,8 +269,8 @@ def activate_backward(net: Any, k: int, slot: int, scratch: int) -> None:
                 row_dgamma = fma(dz, load(values, y + i) - mean, row_dgamma)
             dbeta = dbeta + row_dbeta
             dgamma = dgamma + row_dgamma
-        net.found[stage.found + FOUND * o + DBETA, slot] = total(dbeta)
-        net.found[stage.found + FOUND * o + DGAMMA, slot] = total(dgamma)
+        net.found[stage.found + DBETA * stage.maps + o, slot] = total(dbeta)
+        net.found[stage.found + DGAMMA * stage.maps + o, slot] = total(dgamma)
 
 
 @njit(**OPTIONS)
@@ -318,9 +319,9 @@ def statistics(net: Any, k: int, slot: int, mask: Any, examples: int) -> None:
             s = s + row_s
             q = q + row_q
         correction = np.float64(total(s * mask)) / count
-        one = stage.found + FOUND * o
-        net.found[one + MEANS, slot] = mean + correction
-        net.found[one + SQUARES, slot] = total(q * mask) - count * correction * correction
+        squares = total(q * mask) - count * correction * correction
+        net.found[stage.found + MEANS * stage.maps + o, slot] = mean + correction
+        net.found[stage.found + SQUARES * stage.maps + o, slot] = squares
 
 
 # The functions below run between two launches: from the results of the chunks in net.found, they
@@ -347,8 +348,8 @@ def merge(net: Any, k: int, examples: int, training: bool) -> None:
         if stage.norm != NO_NORM:
             moving = stage.moving + o
             if training and stage.norm == BATCH_NORM:
-                one = stage.found + FOUND * o
-                means, squares = found[one + MEANS], found[one + SQUARES]
+                means = found[stage.found + MEANS * stage.maps + o]
+                squares = found[stage.found + SQUARES * stage.maps + o]
                 chunks = (examples + lanes - 1) // lanes
                 s = q = 0.0
                 for m in range(chunks):
@@ -387,11 +388,10 @@ def merge_backward(net: Any, k: int, examples: int) -> None:
     lanes = BYTES // values.itemsize
     m = examples * stage.rows * stage.columns
     for o in range(stage.maps):
-        one = stage.found + FOUND * o
         dbeta = q = 0.0
         for chunk in range((examples + lanes - 1) // lanes):
-            dbeta += found[one + DBETA, chunk]
-            q += found[one + DGAMMA, chunk]
+            dbeta += found[stage.found + DBETA * stage.maps + o, chunk]
+            q += found[stage.found + DGAMMA * stage.maps + o, chunk]
         inverse = np.float64(constant(net, k, INVERSE, o))
         scale = np.float64(constant(net, k, SCALE, o))
         rest = np.float64(constant(net, k, REST, o))

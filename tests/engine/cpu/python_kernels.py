@@ -32,7 +32,7 @@ from npbn.engine.layers import LayersEngine
 from npbn.optim import SGD
 
 FOLDER = Path(npbn.engine.__file__).parent / "cpu"
-MODULES = ("products", "normalization", "launches", "network", "engine")
+MODULES = ("products", "normalization", "launches", "network", "sharing", "engine")
 BYTES = 64
 GAP = 3
 """Vectors between two regions."""
