@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
 import textwrap
+import types
 
 import pytest
 
 from npbn.errors import SubmissionError
-from npbn.verify import examine_file
+from npbn.verify import examine_file, submission
 from npbn.verify.examination import ASKED, CONVENTION, UNDECIDED, UNLOADED, UNWRITTEN
 from npbn.verify.isolated import calling
 from npbn.verify.mutants import BATCH_NORM, CONV2D, operation_source, source_of
+from npbn.verify.session import Session
+from npbn.verify.submission import examine_in
 
 COURSE = """
 import numpy as np
@@ -687,3 +691,20 @@ def test_course_signatures(operation, names, tmp_path):
         source = source.replace("max_pool_backward = max_pool2d_backward", "")
     result = examined(tmp_path, source, names, operation)
     assert result.verdict == "right", str(result)
+
+
+def test_the_comparison_with_differences_has_a_time_limit(tmp_path, monkeypatch):
+    """Slow code would be called hundreds of times. Then nothing is said of its own gradient."""
+    path = tmp_path / "homework.py"
+    path.write_text(
+        "import numpy as np\ndef f(x): return 2 * np.maximum(x, 0), x\n"
+        "def b(dy, x): return 2 * dy * (x > 0)\n"
+    )
+    with Session(path, 60) as session:
+        found = examine_in(session, "f", "b", "relu", seed=1)
+        assert (found.forward, found.backward) == ("wrong", "right")
+        clock = itertools.count(0, 61)  # seconds
+        fake = types.SimpleNamespace(monotonic=lambda: next(clock))
+        monkeypatch.setattr(submission, "time", fake)
+        found = examine_in(session, "f", "b", "relu", seed=1)
+    assert (found.forward, found.backward) == ("wrong", "wrong")
