@@ -318,6 +318,8 @@ STRUCTURE = {
 """Demands where right outputs with wrong gradients mean that the gradients are wrong.
 
 With the other demands, the numbers are extreme."""
+KINKS = "ties", "zeros"
+"""The names of the probes at which some functions have no derivative."""
 NOT_SQUARE = "kernels that are not square"
 PAIRS = "stride and padding that differ by axis"
 CONV_LAYOUTS = (

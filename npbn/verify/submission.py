@@ -34,7 +34,7 @@ from npbn.verify.examination import (
     upstream,
 )
 from npbn.verify.isolated.edits import Change
-from npbn.verify.operations import NOT_SQUARE, OPERATIONS, Layout, Operation, Probe, probes
+from npbn.verify.operations import KINKS, NOT_SQUARE, OPERATIONS, Layout, Operation, Probe, probes
 from npbn.verify.session import EndedError, Session, printable
 
 _ARGUMENT = {"y": "dy", "moving_mean": "moving_mean", "moving_var": "moving_var"}
@@ -598,7 +598,8 @@ class Conversation:
         end = time.monotonic() + self.session.timeout
         generator = np.random.default_rng(self.seed)
         for probe in probes(self.operation, self.seed):
-            if probe.beyond or probe.arguments.get("training") is False:
+            edge = probe.beyond or probe.name in KINKS
+            if edge or probe.arguments.get("training") is False:
                 continue
             layout = self.layout(probe)
             try:
