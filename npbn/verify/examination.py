@@ -1,17 +1,17 @@
 """Judge the results of a forward and a backward pass, and find the mistake in them.
 
 The code under examination runs on a few probes, which are small random inputs. The probes are
-chosen so that every mistake of the catalogue changes some result: there are odd sizes, a large eps,
-training and prediction, overlapping and uneven windows, and ties. Two questions are answered:
+chosen so that every mistake of the catalogue changes some result: some have odd sizes, a large eps,
+overlapping or uneven windows, or ties. Two questions are answered:
 
 1. Is the backward pass the gradient of its own forward pass?
 2. Is the forward pass the operation, and by which convention?
 
-The results are compared with those of `npbn.functional`, and with those of the conventions in
-`npbn.verify.mutants.CONVENTIONS`, which are as good. Wrong results are also compared with the
-results of the mutants of `npbn.verify.mutants`, one at a time and in pairs. If a mutant gives the
-same wrong numbers on every probe, the code has the mistake of this mutant, or a mistake with the
-same effect.
+The results are compared with those of `npbn.functional`, and with those of other conventions that
+are also right (`npbn.verify.mutants.CONVENTIONS`). Wrong results are then compared with the results
+of code that has a known mistake (a mutant, `npbn.verify.mutants.MUTANTS`), or two of them. If a
+mutant gives the same wrong results on every probe, the examined code has the mistake of this
+mutant, or a mistake with the same effect.
 """
 
 from __future__ import annotations
@@ -49,28 +49,31 @@ FIXED = {
     "momentum": (0.9, 0.99, 0.999, 0.1, 0.95, 0.5),
     "slope": (0.01, 0.1, 0.2, 0.3),
 }
-"""Values that people write in their code in place of an argument."""
+"""For each argument, the values that people write into their code in place of the argument."""
 
 
 Outputs = dict[str, np.ndarray]
 Given = Mapping[str, Outputs]
-"""Outputs by probe."""
+"""The outputs by name for each probe, by the name of the probe."""
 
 
 @dataclass
 class Ran:
-    """The result of some code on a probe.
+    """The result of running the examined code on one probe, a small random input.
 
     Attributes:
-        outputs: the outputs by name, as npbn keeps them.
+        outputs: the outputs and gradients by name, converted to npbn's layout of arrays.
         failure: how the code failed, such as "raised KeyError: 'eps'", or an empty text.
-        refusal: whether the code raised an AssertionError or a NotImplementedError itself.
+        refusal: whether a statement of the code itself raised an AssertionError or a
+            NotImplementedError.
         unwritten: whether the failure means that the code is not written yet.
         needs: whether the failure means that something is not installed here.
-        uncalled: whether the failure may be due to how the code was called.
-        ended: whether the process ended or was too slow.
-        skipped: why the code, or its backward pass, was not run, or an empty text.
-        layout: the name of the layout in which the code keeps its arrays.
+        uncalled: whether the failure may be due to the grader, which calls the code with arguments
+            that it has guessed.
+        ended: whether the process of the code ended, or did not answer in time.
+        skipped: why the code, or only its backward pass, was not run, or an empty text.
+        layout: the name of the layout of arrays that the code uses; see
+            `npbn.verify.operations.Layout`.
     """
 
     outputs: Outputs = field(default_factory=dict)
@@ -86,20 +89,23 @@ class Ran:
 
 @dataclass
 class Facts:
-    """What was observed while the code ran.
+    """What was observed of the examined code on all probes together.
 
     Attributes:
-        taken: the roles of the arguments that the code takes.
+        taken: the arguments that the code takes, by npbn's names for them.
         changed: the arguments that the code changes in place.
         missing: the gradients that the code returns as None.
         unknown: the arguments whose meaning is not known, so that the code got None for them.
-        order: the gradients in the order of the forward pass's arguments, if they are returned so.
-        state: how the results of one call depend on other calls, or an empty text.
-        own_gradient: for each gradient whether it is that of the code's own forward pass, as far
-            as this was examined.
+        order: the names of the gradients in the order in which the code returns them, if this is
+            not npbn's order.
+        state: a sentence that says how the results of a call depend on earlier calls, or an empty
+            text.
+        own_gradient: for each gradient, whether it is the gradient of the code's own forward pass.
+            This is empty if it was not examined.
         is_class: whether the code is a class.
         without_dy: whether the backward pass takes no upstream gradient.
-        base, fixed: the conventions of the code, and the values that are fixed in it.
+        base: the conventions that the code follows, where they are not npbn's.
+        fixed: the arguments whose values are written in the code, with these values.
         notes: further remarks.
     """
 
@@ -125,7 +131,7 @@ def upstream(seed: int, shape: tuple[int, ...]) -> np.ndarray:
 def outputs(
     operation: str, pair: tuple[Callable[..., Any], Callable[..., Any]], probe: Probe, seed: int
 ) -> Outputs:
-    """Return all outputs of a forward and a backward pass with npbn's signature on a probe."""
+    """Return the outputs and gradients on a probe of two functions that have npbn's arguments."""
     forward, backward = pair
     result = forward(**probe.arguments)
     found = {"y": np.asarray(result[0])}
@@ -144,17 +150,19 @@ def outputs(
 def given(
     operation: str, mistakes: tuple[Mutant, ...], seed: int, fixed: tuple[Any, ...] = ()
 ) -> Given:
-    """Return the outputs of an operation with these mistakes, for each probe where it can run.
+    """Return the outputs of an operation that has these mistakes, on all probes.
+
+    A probe on which this code raises an error is left out.
 
     Args:
         operation: the name of the operation.
-        mistakes: mutants and conventions.
+        mistakes: mutants and conventions; the outputs are right if there are none.
         seed: the seed of the probes.
         fixed: arguments that have another value than in the probes, as pairs (name, value).
     """
     found: dict[str, Outputs] = {}
     try:
-        # The plain code is faster; a test compares it with the true functions.
+        # npbn.verify.plain is faster than npbn.functional. A test shows that they agree.
         plain = bool(mistakes or fixed)
         pair = functions_of(operation, mistakes) if plain else true_functions(operation)
     except ValueError:  # The mistakes change the same line, so they cannot be combined.
@@ -173,11 +181,14 @@ SAID = {
     for layout in (*operation.layouts, *operation.map_layouts)
     if layout.said
 }
-"""The layouts that are conventions of which the report tells."""
+"""The names of the layouts that the report mentions as conventions."""
 
 
 def difference(found: np.ndarray, expected: np.ndarray) -> float:
-    """Return the relative error; infinite for a wrong shape, a dtype without numbers, or NaN."""
+    """Return the largest error of an element, divided by the largest expected element.
+
+    The result is infinite for a wrong shape, for a dtype without real numbers, and for NaN.
+    """
     if found.shape != expected.shape or found.dtype.kind not in "fiub":
         return math.inf
     with np.errstate(all="ignore"):
@@ -199,13 +210,14 @@ class Examination:
         forward, backward: "right", "wrong", "not written yet" or "not examined". Backward is right
             if it is the gradient of its own forward pass.
         complaints: sentences that say what is wrong, one for each wrong output or failure.
-        mistakes: alternative explanations. Each is a combination of one or more mutants.
-        conventions: in which the code differs from npbn without being wrong.
-        beyond: demands that the code does not meet, but that the assignment does not make.
+        mistakes: explanations of wrong outputs, of which any one may be true. Each explanation is a
+            combination of one or more mutants.
+        conventions: in what the code differs from npbn without being wrong.
+        beyond: what the code cannot do and the assignment does not ask for, such as "padding".
         right, wrong: the names of the outputs that are right, and of those that are wrong.
         notes: further remarks: which arguments the code changes, and what was not examined.
-        changes: the changes of the code that together make it right.
-        hint: how much of the changes is told; see `Change.shown`.
+        changes: changes of the code which, all together, make it right.
+        hint: how much the report shows of each change; see `Change.shown`.
     """
 
     operation: str
@@ -303,7 +315,8 @@ def examine(
         results: the result on each probe.
         facts: what was observed while the code ran.
         seed: the seed of the probes.
-        beyond: the probes that the code need not be right on, with what they demand.
+        beyond: the names of the probes on which the code need not be right, and for each what makes
+            it harder than usual, such as "padding".
     """
     results = meant_results(operation, results, facts, seed)
     ran = {name: result.outputs for name, result in results.items() if result.outputs}
@@ -313,7 +326,7 @@ def examine(
     if not ran:
         return _without_outputs(operation, results, tuple(notes))
 
-    if all(name in beyond for name in ran):  # Code for a stride of 1, for instance.
+    if all(name in beyond for name in ran):  # For instance, code that has only a stride of 1.
         beyond = {name: text for name, text in beyond.items() if name not in ran or text == "ties"}
     core = {name: found for name, found in ran.items() if name not in beyond}
     layouts = [
@@ -419,7 +432,7 @@ def examine(
     if verdict == "wrong" and not gradients and not wrong and all(raised):
         verdict = "could not be run"
     if verdict in ("right", CONVENTION, ASKED) and not gradients:
-        # The outputs alone are half of what was asked for.
+        # Right outputs without any gradient are only half of the homework.
         verdict = UNDECIDED
         complaints["no gradient"] = "no gradient was examined"
     right = tuple(name for name in names if name not in wrong)
@@ -463,11 +476,11 @@ UNITS = {"float32": 2.0**-24, "float16": 2.0**-11}
 
 
 def _tolerance(operation: str, ran: Given, seed: int, fixed: tuple[Any, ...]) -> tuple[float, str]:
-    """Return the largest relative error of right code of this precision, and its name.
+    """Return the largest relative error that right code may have, and the name of its dtype.
 
-    For float64, the name is empty. For a lower precision, the error of npbn's own operation in
-    float32 is measured, which shows how the rounding of the inputs and of the terms of the sums
-    grows, and 16 times as much is allowed.
+    The dtype is the least precise one of the outputs; for float64, its name is empty. For float32
+    and float16, 16 times the error of npbn's own code in float32 is allowed, in units of rounding
+    of the dtype. So inputs that are sensitive to rounding get a larger bound.
     """
     sizes = [
         value.dtype.itemsize
@@ -484,7 +497,7 @@ def _tolerance(operation: str, ran: Given, seed: int, fixed: tuple[Any, ...]) ->
 
 @functools.lru_cache(1000)
 def _growth(operation: str, seed: int, fixed: tuple[Any, ...]) -> float:
-    """Return the error of the operation in float32, in units of rounding."""
+    """Return the largest relative error of npbn's operation in float32, in units of 2⁻²⁴."""
     truth = given(operation, (), seed, fixed)
     worst = 0.0
     for probe in probes(operation, seed):
@@ -508,7 +521,10 @@ def _growth(operation: str, seed: int, fixed: tuple[Any, ...]) -> float:
 def _of_its_kind(
     operation: str, results: Mapping[str, Ran], facts: Facts, seed: int
 ) -> dict[str, Ran]:
-    """Return the results; code that is only for (N, D) or for (N, C, H, W) skips the other."""
+    """Return the results of code for one kind of input, (N, D) or (N, C, H, W), without the other.
+
+    If the code seems to be for both kinds, all results are returned.
+    """
     found = dict(results)
     if not OPERATIONS[operation].map_layouts:
         return found
@@ -524,13 +540,13 @@ def _of_its_kind(
         fails = all(not results[n].outputs for n in names)
 
         def close(name: str) -> bool:
-            # The code may have another eps, which matters where the variance is small. That of
-            # few examples may be so by chance.
+            # The code may have another eps, which matters if the variance is small. With few
+            # examples, the variance may be small by chance.
             y = results[name].outputs.get("y", np.empty(0))
             bound = 0.1 if right[name]["y"].ndim == 4 else 0.5
             return "small" in name or difference(y, right[name]["y"]) < bound
 
-        # Code for (N, D) that gets maps may also compute something by broadcasting.
+        # If code for (N, D) gets (N, C, H, W), broadcasting may give wrong numbers, not an error.
         vectors = facts.is_class or any(results[n].layout == "gamma (D,)" for n in others)
         odd = vectors and any(results[n].failure or not close(n) for n in names)
         works = any(results[n].outputs and not results[n].failure for n in others)
@@ -592,16 +608,17 @@ def _without_outputs(
 def _conventions(
     operation: str, ran: Given, facts: Facts, seed: int, columns: bool, beyond: Collection[str]
 ) -> tuple[tuple[tuple[str, float], ...], tuple[Mutant, ...]]:
-    """Return the values that are fixed in the code, and the conventions, that explain most outputs.
+    """Return the fixed values and the conventions of the code.
 
-    The fewest conventions that do so are chosen.
+    They are those with which npbn's outputs agree with most outputs of the code. Of several
+    combinations that agree equally well, the one with the fewest conventions is returned.
     """
     first = probes(operation, seed)[0].arguments
     fixed: tuple[tuple[str, float], ...] = ()
     known = [m for m in CONVENTIONS if m.operation == plain_name(operation)]
 
     def distance(output: str, values: tuple[tuple[str, float], ...]) -> float:
-        """Return how far an output is from the right one, by the nearest convention."""
+        """Return the error of an output, summed over the probes, by the best convention."""
         return min(
             sum(
                 min(1.0, difference(found[output], right[probe][output]))
@@ -630,7 +647,8 @@ def _conventions(
 
     def wrong(base: tuple[Mutant, ...]) -> float:
         right = given(operation, base, seed, fixed)
-        if not ran.keys() <= right.keys():  # It cannot run where the code can.
+        if not ran.keys() <= right.keys():
+            # npbn's code with these conventions fails on a probe on which the examined code runs.
             return math.inf
         return sum(
             3 if name == "y" else 1  # The forward pass decides what the backward pass should be.
@@ -640,7 +658,7 @@ def _conventions(
         )
 
     def close(base: tuple[Mutant, ...]) -> int:
-        """Return how many outputs are right to all digits."""
+        """Return how many outputs have an error of at most `RIGHT`."""
         right = given(operation, base, seed, fixed)
         return sum(
             name in right.get(probe, {}) and difference(value, right[probe][name]) <= RIGHT
@@ -667,9 +685,9 @@ def _broken(
     errors: Mapping[tuple[str, str], float],
     beyond: Mapping[str, str],
 ) -> dict[str, bool]:
-    """Return the demands beyond the usual ones that the code does not meet.
+    """Return what the code cannot do, of what goes beyond the usual, such as "padding".
 
-    The value says whether the outputs are right there, and only the gradients are wrong.
+    The value is true if the outputs are right there, so that only the gradients are wrong.
     """
     found: dict[str, bool] = {}
     for probe, demand in beyond.items():
@@ -691,7 +709,10 @@ def _right_under(
     failures: Mapping[str, Ran],
     seed: int,
 ) -> list[str]:
-    """Return a sentence for each promise about the inputs under which the code is right."""
+    """Return a sentence for each promise (`PROMISES`) that makes the code right.
+
+    With such a promise, an assignment restricts its inputs, for example to a padding of at least 1.
+    """
     bad = {probe for (probe, _), error in errors.items() if error > WRONG} | set(failures)
     good = {probe for probe, _ in errors} - bad
     found = []
@@ -756,13 +777,13 @@ def _complaint(name: str, probe: str, found: np.ndarray, expected: np.ndarray) -
 Place = tuple[str, str]
 """The name of a probe and the name of an output."""
 Variant = Callable[[tuple[Mutant, ...]], Given]
-"""A function that returns the outputs of the operation with these mistakes."""
+"""A function that returns the outputs of the operation, by probe, if it had these mistakes."""
 
 
 def _other_order(
     operation: str, ran: Given, truth: Given, errors: Mapping[Place, float]
 ) -> list[str]:
-    """Return a sentence if the gradients are right, but in another order, or have another sign."""
+    """Return sentences if the gradients are right except for their order, signs or shapes."""
     gradients = OPERATIONS[operation].gradients
     places = [probe for probe, found in ran.items() if all(g in found for g in gradients)]
     if not places:
@@ -810,7 +831,7 @@ def _fully(
     base: tuple[Mutant, ...],
     variant: Variant,
 ) -> tuple[tuple[Mutant, ...], ...]:
-    """Return the single mutants, or else the pairs, that give the same results as the code."""
+    """Return the single mutants that give the same results as the code, or else such pairs."""
     for conventions in dict.fromkeys((base, ())):
         matching = _matching(operation, ran, errors, conventions, variant)
         if matching:
@@ -825,16 +846,17 @@ def _in_part(
     base: tuple[Mutant, ...],
     variant: Variant,
 ) -> tuple[tuple[Mutant, ...], ...]:
-    """Return an explanation of wrong results that no mutant and no pair explains.
+    """Return an explanation of wrong results that no single mutant and no pair explains.
 
-    A combination of mutants is chosen for each wrong output. The explanation is their union.
+    For each wrong output, a mutant or pair is chosen that gives this output. The explanation is all
+    mutants chosen.
     """
     truth = variant(base)
     chosen: dict[Mutant, None] = {}
     for name in dict.fromkeys(name for (_, name), error in errors.items() if error > WRONG):
         places = [place for place, error in errors.items() if place[1] == name and error > WRONG]
         matching = _matching(operation, ran, places, base, variant)
-        if matching:  # Choose the combination that makes the fewest other outputs wrong.
+        if matching:  # Choose the mutants that make the fewest other outputs wrong.
             elsewhere = [
                 sum(
                     difference(value, truth[probe][other]) > WRONG
@@ -855,7 +877,7 @@ def _matching(
     base: tuple[Mutant, ...],
     variant: Variant,
 ) -> list[tuple[Mutant, ...]]:
-    """Return the mutants, or else the pairs of mutants, that agree with the code in some places."""
+    """Return the mutants, or else the pairs, that agree with the code on the outputs ``places``."""
     places = list(places)
     candidates = [m for m in MUTANTS if m.operation == plain_name(operation)]
     matching: list[tuple[Mutant, ...]] = []

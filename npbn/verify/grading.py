@@ -1,4 +1,4 @@
-"""Grade the homework of a class: which functions, by which students, and what each is worth.
+"""Grade the homework of a class by an assignment, which says what each function is worth.
 
 A file in TOML describes the assignment::
 
@@ -17,8 +17,9 @@ A file in TOML describes the assignment::
     points = 6
     promises = ["padding at least 1", "the stride divides"]
 
-Code that is right under the promises is right where the assignment asks. Without such a file, the
-functions and classes are guessed from their names.
+Code that is right for all inputs that keep the promises gets the verdict "right where the
+assignment asks". Without an assignment, the operations of functions and classes are guessed from
+their names.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ NOT_FOUND = "not found"
 """The verdict on a function that no file of the student has."""
 
 KNOWN = {demand for name in OPERATIONS for demand in (p.beyond for p in probes(name)) if demand}
-"""The demands beyond the usual ones that an assignment may make (``asks``)."""
+"""What an assignment may ask (``asks``) beyond the usual, such as "padding" or "large logits"."""
 
 
 @dataclass(frozen=True)
@@ -65,10 +66,13 @@ class Task:
     """A function or class that the assignment asks for.
 
     Attributes:
-        operation: what it should compute.
-        forward, backward: the names. They are equal for a class and for a loss with its gradient.
-        points: what it is worth.
-        promises, asks: see `npbn.verify.operations.PROMISES` and `KNOWN`.
+        operation: the name of the operation that it should compute.
+        forward, backward: the names of the functions. The two names are equal for a class, and for
+            a loss function that also returns its gradient.
+        points: the number of points for right code.
+        promises: what the assignment promises of its inputs; see
+            `npbn.verify.operations.PROMISES`.
+        asks: what the assignment asks beyond the usual; see `KNOWN`.
     """
 
     operation: str
@@ -80,13 +84,13 @@ class Task:
 
     @property
     def name(self) -> str:
-        """Return the name for a table."""
+        """Return the title of the task's column in a table."""
         return self.forward
 
 
 @dataclass(frozen=True)
 class Assignment:
-    """The tasks, or none if they are to be guessed; and its title."""
+    """An assignment: its title and its tasks. Without tasks, they are guessed for each file."""
 
     title: str = "homework"
     tasks: tuple[Task, ...] = ()
@@ -98,11 +102,11 @@ class Grade:
 
     Attributes:
         student: the name of the student's file or folder.
-        task: the task. For a guessed function, it is made of the guess.
+        task: the task, from the assignment or guessed.
         file: the path of the file, or an empty text if no file has the function.
         verdict: the verdict, or `NOT_FOUND`.
-        examination: the examination, or None if there is none.
-        text: the report in words.
+        examination: the examination, or None if the code was not examined.
+        text: the report for the student.
     """
 
     student: str
@@ -114,12 +118,12 @@ class Grade:
 
     @property
     def points(self) -> float:
-        """Return the points: all for right code, else none."""
+        """Return all points of the task if the code is right, else 0."""
         return self.task.points if self.verdict in ("right", CONVENTION, ASKED) else 0.0
 
     @property
     def open(self) -> bool:
-        """Return whether a person has to decide."""
+        """Return whether the verdict is open, so that a person has to decide."""
         return self.verdict in (UNDECIDED, UNLOADED, "could not be run")
 
     def record(self) -> dict[str, Any]:
@@ -164,8 +168,8 @@ def read_assignment(path: str | os.PathLike[str]) -> Assignment:
     """Return the assignment in a TOML file.
 
     Raises:
-        SubmissionError: the file cannot be read, or it says something that is not known. The
-            message names the entry.
+        SubmissionError: the file cannot be read, or an entry is unknown or wrong. The message
+            names the entry.
     """
     if sys.version_info >= (3, 11):
         import tomllib
@@ -308,9 +312,10 @@ def syntax_tree(source: str) -> ast.Module | None:
 
 
 def defined(path: Path) -> dict[str, set[str]]:
-    """Return the functions and classes of a file by name, each with the names of its methods.
+    """Return the names of the functions and classes of a file, each with the names of its methods.
 
-    The file is only parsed. If it cannot be parsed, a regular expression finds the functions.
+    The file is parsed, not executed. If it cannot be parsed, a regular expression finds the
+    functions.
     """
     source = source_of(path)
     tree = syntax_tree(source)
@@ -345,7 +350,10 @@ GUESSES = (
     (r"embedding", "embedding"),
     (r"rnn_?step", "rnn_step"),
 )
-"""What a function or class of a name computes. None means that it is not examined."""
+"""Regular expressions for names, with the operation that a function of this name computes.
+
+The first expression that is found in a name decides. None means that the function is not graded.
+"""
 
 
 def guess(name: str) -> str | None:
@@ -355,7 +363,7 @@ def guess(name: str) -> str | None:
 
 
 def guessed(names: Mapping[str, set[str]]) -> list[Task]:
-    """Return the tasks that the functions and classes of a file seem to solve."""
+    """Return a task for each function or class of a file whose name tells an operation."""
     tasks = []
     for name, methods in names.items():
         operation = guess(name)
@@ -372,7 +380,7 @@ def guessed(names: Mapping[str, set[str]]) -> list[Task]:
 
 
 def _partners(name: str) -> list[str]:
-    """Return the names that the backward pass of a forward pass may have."""
+    """Return names that the backward function may have if this is the forward function's name."""
     words = (("forward", "backward"), ("Forward", "Backward"), ("fwd", "bwd"), ("forward", "back"))
     found = [name.replace(old, new) for old, new in words if old in name]
     if "backward" not in name:
@@ -392,7 +400,7 @@ def grade(
     timeout: float,
     edit_seconds: tuple[float, float] = (0.0, 0.0),
 ) -> list[Grade]:
-    """Grade one student: every task in the first file that has its functions.
+    """Grade one student. For each task, the first file that has the functions is examined.
 
     Args:
         name: the name of the student.
@@ -400,7 +408,7 @@ def grade(
         assignment: the assignment.
         seed: the seed of the inputs, the same for all students.
         timeout: the time limit for each call, in seconds.
-        edit_seconds: the time for the search for edits; see `npbn.verify.isolated.edits`.
+        edit_seconds: as in `npbn.verify.submission.examine_file`.
     """
     return _graded(
         name,
@@ -416,7 +424,7 @@ def _graded(
     assignment: Assignment,
     grade_file: Callable[[Path, list[Task]], Iterable[Grade]],
 ) -> list[Grade]:
-    """Return the grades of one student, of whom each file is graded by a function."""
+    """Return the grades of one student. The function ``grade_file`` grades the tasks of a file."""
     names = {file: defined(file) for file in files}
     work: dict[Path, list[Task]] = {}
     grades: list[Grade] = []
@@ -464,7 +472,7 @@ def _grade_file(
                     )
                 except SubmissionError as error:
                     yield Grade(name, task, str(file), UNLOADED, None, str(error))
-                except Exception as error:  # One function must not cost the class its marks.
+                except Exception as error:  # The other functions are still graded.
                     yield from _failed(name, file, [task], error)
                 else:
                     yield Grade(name, task, str(file), found.verdict, found, str(found))
@@ -474,7 +482,7 @@ def _grade_file(
 
 
 def _failed(name: str, file: Path, tasks: Sequence[Task], error: Exception) -> Iterator[Grade]:
-    """Yield the grades for functions whose examination failed."""
+    """Yield grades that a person has to decide, because the examination raised an error."""
     text = f"the examination itself failed: {type(error).__name__}: {printable(error)}"
     for task in tasks:
         yield Grade(name, task, str(file), "could not be run", None, text)
@@ -524,7 +532,7 @@ def grade_all(
 
 @dataclass
 class Report:
-    """The grades of a class in the forms that people and other programs read."""
+    """The grades of a class, as tables and files for people and for other programs."""
 
     assignment: Assignment
     grades: Mapping[str, Sequence[Grade]]
@@ -538,7 +546,7 @@ class Report:
             self.columns = [name for name in OPERATIONS if name in every]
 
     def cells(self, student: str) -> list[list[Grade]]:
-        """Return the grades of a student for each column."""
+        """Return, for each column of the table, the grades of a student."""
         by_task = bool(self.assignment.tasks)
         return [
             [g for g in self.grades[student] if (g.task.name if by_task else g.task.operation) == c]
@@ -603,6 +611,6 @@ class Report:
 
 
 def spreadsheet_cell(text: str) -> str:
-    """Return a text of somebody else so that a spreadsheet does not take it for a formula."""
+    """Return a text for a cell of a spreadsheet, such that it is not taken for a formula."""
     text = printable(text)
     return f"'{text}" if text.startswith(("=", "+", "-", "@")) else text

@@ -1,8 +1,8 @@
 """Define a table of the operations that other people's code may compute.
 
-Adding an operation is one entry of `OPERATIONS`, and its forward and backward pass in
+To add an operation, add an entry to `OPERATIONS`, and its forward and backward pass to
 `npbn.verify.plain`. An entry has the names of the gradients, the inputs on which code is examined
-(the probes), and the layouts in which people keep the arrays.
+(the probes), and the layouts of arrays that people use.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from npbn.verify.isolated.calling import NotExaminedError as NotExaminedError
 from npbn.verify.mutants import plain_name
 
 Pair = tuple[Callable[..., Any], Callable[..., Any]]
-"""A forward and a backward pass."""
+"""A forward and a backward function."""
 
 Change = Callable[[np.ndarray], np.ndarray]
 
@@ -32,11 +32,12 @@ class Probe:
 
     Attributes:
         name: a description of the input, for the messages.
-        arguments: the arguments of the forward pass in `npbn.verify.plain`, by name.
-        beyond: what the input demands beyond what courses ask, such as "large logits", or an empty
-            text.
-        optional: whether code whose output is wrong here is not meant for this input.
-        hard: whether also right code has a large relative error here.
+        arguments: the arguments of the forward function in `npbn.verify.plain`, by name.
+        beyond: what makes the input harder than what courses ask, such as "logits of 1000", or an
+            empty text.
+        optional: whether the result is ignored if the output is wrong, because the code is then not
+            meant for this input.
+        hard: whether right code may have a large relative error on this input.
     """
 
     name: str
@@ -48,17 +49,17 @@ class Probe:
 
 @dataclass(frozen=True)
 class Layout:
-    """The way in which code keeps its arrays, if it differs from npbn's way.
+    """A layout of arrays that other people's code may use.
 
     Attributes:
-        name: what differs, such as "examples in columns", or an empty text if nothing does.
-        arguments: for each argument (and "dy") that differs, a function that returns the array as
-            the code keeps it.
-        outputs: for each output that differs, a function that returns the array as npbn keeps it.
-            An array of an unexpected shape is returned as it is.
+        name: the difference from npbn's layout, such as "examples in columns", or an empty text.
+        arguments: functions that convert npbn's arguments (and "dy") to this layout, by name.
+            Arguments that are not listed are equal in both layouts.
+        outputs: functions that convert outputs and gradients of this layout to npbn's, by name.
+            They return an array of an unexpected shape unchanged.
         kinds: the kinds of code that may have this layout: "function", "course" (a function with a
             dictionary of options) or "class".
-        said: whether the layout is a convention that the report mentions.
+        said: whether the report mentions the layout as a convention.
     """
 
     name: str = ""
@@ -74,13 +75,13 @@ class Operation:
 
     Attributes:
         gradients: the names of the gradients, in the order in which the backward pass returns them.
-        draw: a function that returns the probes, drawn from a generator. Two sizes of an input are
-            different if equal sizes could hide that the code confuses the two.
+        draw: a function that draws the probes from a generator. Sizes that code may confuse, such
+            as N and D, are different.
         layouts: the layouts that are tried, in this order.
-        map_layouts: the layouts for x of shape (N, C, H, W), if they are others.
-        loss: whether the output is a number and the backward pass gets no upstream gradient.
-        roles: for arguments whose role in other people's code has another name, this name.
-        constants: arguments that code may expect in addition, by role.
+        map_layouts: the layouts for x of shape (N, C, H, W), if they are not ``layouts``.
+        loss: whether the output is a number, so that the backward pass gets no upstream gradient.
+        roles: other names under which `npbn.verify.isolated.calling.NAMES` knows an argument.
+        constants: arguments that only other people's code may have, by name, with their values.
     """
 
     gradients: tuple[str, ...]
@@ -161,7 +162,7 @@ def one_hot(a: np.ndarray) -> np.ndarray:
 
 
 def _norm_layout(name: str, change: Change, back: Change, **more: Any) -> Layout:
-    """Return a layout of gamma, beta and the moving averages of batch norm."""
+    """Return a layout in which batch norm's gamma, beta and moving averages are converted."""
     parameters = ("gamma", "beta", "moving_mean", "moving_var")
     results = ("dgamma", "dbeta", "moving_mean", "moving_var")
     arguments = dict.fromkeys(parameters, change) | more.pop("arguments", {})
@@ -170,7 +171,7 @@ def _norm_layout(name: str, change: Change, back: Change, **more: Any) -> Layout
 
 
 def as_parameter(a: np.ndarray) -> np.ndarray:
-    """Return a vector as (1, D). Any other array gets a shape that no parameter has."""
+    """Return a vector as (1, D), and any other array in a shape that no parameter has."""
     return a[None]
 
 
@@ -315,9 +316,10 @@ STRUCTURE = {
     *("kernels that are not square", "a stride that does not divide", "padding", "a stride of 3"),
     *("stride and padding that differ by axis", "a stride of 1", "feature maps"),
 }
-"""Demands where right outputs with wrong gradients mean that the gradients are wrong.
+"""Values of `Probe.beyond` for which right outputs with wrong gradients make the code wrong.
 
-With the other demands, the numbers are extreme."""
+For the other values, the numbers are extreme, and wrong gradients are only reported.
+"""
 KINKS = "ties", "zeros"
 """The names of the probes at which some functions have no derivative."""
 NOT_SQUARE = "kernels that are not square"
@@ -365,7 +367,7 @@ def draw_pooling(rng: np.random.Generator) -> list[Probe]:
         return Probe(name, {"x": x, **options}, beyond, optional)
 
     def apart(*shape: int) -> np.ndarray:
-        """Return numbers so far apart that the step of a numeric derivative changes no maximum."""
+        """Return numbers whose differences are large, so that small steps change no maximum."""
         return rng.permutation(np.linspace(-4, 4, math.prod(shape))).reshape(shape)
 
     fitting = apart(2, 3, 5, 7)
@@ -557,7 +559,7 @@ PROMISES: dict[str, Callable[[Probe], bool]] = {
     ),
     "only training": lambda probe: probe.arguments.get("training", True) is True,
 }
-"""What an assignment may promise of its inputs, and whether a probe keeps the promise."""
+"""For each promise that an assignment may make about its inputs, whether a probe keeps it."""
 
 NORM_GRADIENTS = ("dx", "dgamma", "dbeta")
 LINEAR_GRADIENTS = ("dx", "dweight", "dbias")

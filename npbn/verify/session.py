@@ -1,8 +1,8 @@
-"""Run a file of other people's code in a process of its own, with limits, and talk to it.
+"""Run a file of other people's code in a separate process with limits, and send it requests.
 
-The process starts in a new folder, without the environment of this process. It has limits on time,
-memory, the size of files and the number of processes. On Linux, where the system allows it, the
-process has no network, and all processes that it started end with it.
+The process starts in an empty folder, without this process's environment variables. It has limits
+on time, memory, the size of files and the number of processes. On Linux, if the system allows it,
+the process has no network, and all processes that it has started end when it ends.
 
 This is not a sandbox: the code runs as the same user, and can read and write this user's files.
 """
@@ -37,13 +37,16 @@ for name in ("npbn", "npbn.verify"):
 from npbn.verify.isolated.worker import main
 main()
 """
-"""Start the worker without running the ``__init__`` of npbn, so that the reference is not there."""
+"""A program that starts the worker without running ``npbn/__init__.py``.
+
+So the right functions of npbn are not in the process.
+"""
 
 
 class EndedError(Exception):
     """The error that is raised if the process ended or did not answer in time.
 
-    The message is a predicate such as "was not done after 60 seconds"; the subject is "it".
+    The message is the rest of a sentence that begins with "it": "was not done after 60 seconds".
     """
 
 
@@ -51,12 +54,13 @@ class Session:
     """A process that has loaded a file of homework.
 
     Args:
-        path: the path of the file. Its content is read here, and only here.
+        path: the path of the file. The file is read once, when the session is made.
         timeout: the time limit for each request, in seconds.
 
     Attributes:
-        names: the functions and classes of the file: "function" or "class" by name.
-        notes: what was changed or left out when the file was loaded.
+        names: the names of the functions and classes of the file; the values are "function" or
+            "class".
+        notes: sentences about statements that were changed or left out while loading.
         failure: why the file cannot be loaded, or an empty text.
         has_gaps: whether the file seems to be a template with gaps to fill in.
     """
@@ -153,8 +157,8 @@ class Session:
         """Send a request and return the answer: values by name, and arrays.
 
         Raises:
-            EndedError: the process has ended, did not answer in time, or gave no valid answer. It
-                has to be started again (`start`), and has forgotten all requests then.
+            EndedError: the process has ended, did not answer in time, or gave no valid answer.
+                Before the next request, it must be started again by `start`.
         """
         if self._process is None:
             raise EndedError(self.failure or "has ended")
@@ -184,6 +188,6 @@ class Session:
 
 
 def printable(text: Any) -> str:
-    """Return a text of somebody else in one line, without characters that a terminal obeys."""
+    """Return a text in one line, without control characters, to print texts of unknown origin."""
     words = " ".join(str(text).split())[:500]
     return "".join(c if c.isprintable() else "�" for c in words)

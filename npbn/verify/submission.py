@@ -1,8 +1,8 @@
 """Examine a file of other people's code in a separate process.
 
-The code may crash, hang, print or exit, and this must not harm the process of the examiner. The
-inputs of the probes are drawn after the file has been loaded, and the process that runs the file
-gets only these inputs. It sends the outputs back, which are judged here.
+The code may crash, hang, print or exit without harm to the examiner's process. The process of the
+code gets inputs, which are drawn after it has loaded the file, and sends outputs back. They are
+judged here, so the process does not have the right outputs before the verdict.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ from npbn.verify.operations import KINKS, NOT_SQUARE, OPERATIONS, Layout, Operat
 from npbn.verify.session import EndedError, Session, printable
 
 _ARGUMENT = {"y": "dy", "moving_mean": "moving_mean", "moving_var": "moving_var"}
-"""The arguments that are kept in the layout of an output, for outputs that are no gradients."""
+"""For outputs that are no gradients, the argument that has the same layout of arrays."""
 DIRECTIONS = 2
-"""Along how many directions each gradient is compared with differences of the forward pass."""
+"""The number of random directions in which each gradient is compared with a numeric derivative."""
 
 
 def examine_file(
@@ -62,17 +62,17 @@ def examine_file(
             also returns the gradient (softmax_loss), or if the code is a class.
         operation: the operation that the code should compute, a name in
             `npbn.verify.operations.OPERATIONS`.
-        adapter: "FILE:FUNCTION", the place of a function that gets forward and backward and returns
-            a pair in npbn's signature, for code whose arguments are not recognized; see
-            `npbn.verify.isolated.calling`.
+        adapter: "FILE:FUNCTION", for code whose arguments are not recognized. The function gets
+            the forward and the backward function, and returns two functions with npbn's arguments;
+            see `npbn.verify.isolated.calling`.
         timeout: the time limit for each call, in seconds.
         seed: the seed of the inputs. By default, they differ each time.
-        edit_seconds: the time for the search for single edits, and for pairs of edits, that make
-            wrong code right.
+        edit_seconds: how many seconds to search for an edit that makes wrong code right, and how
+            many seconds to search for two such edits.
 
     Raises:
-        SubmissionError: the code cannot be examined, but its author did not make a mistake: the
-            file or a function does not exist, or the adapter does not work.
+        SubmissionError: the code cannot be examined because the file or a function does not exist,
+            or because the adapter does not work.
         ValueError: the operation is unknown.
     """
     if operation not in OPERATIONS:
@@ -112,10 +112,10 @@ def examine_in(
     Args:
         session: the session.
         forward, backward, operation, adapter, seed: as in `examine_file`.
-        asks: demands beyond the usual ones that the assignment makes; see `Probe.beyond`.
-        promised: functions that say whether a probe keeps what the assignment promises.
-        edit_seconds: the time for the search for single edits and for pairs of edits that make
-            wrong code right; see `npbn.verify.isolated.edits`.
+        asks: what the assignment asks beyond the usual; see `Probe.beyond`.
+        promised: functions that say whether a probe is among the inputs that the assignment
+            promises; see `npbn.verify.operations.PROMISES`.
+        edit_seconds: as in `examine_file`.
     """
     seed = secrets.randbelow(2**32) if seed is None else seed
     try:
@@ -142,7 +142,7 @@ def _examine(
         return Examination(operation, "could not be loaded", complaints=(f"it {session.failure}",))
     for name in (forward, backward):
         if name not in session.names:
-            # Often, what it is made of could not be executed.
+            # Often, the statement that defines it could not be executed.
             why = f" ({'; '.join(session.notes[:3])})" if session.notes else ""
             raise SubmissionError(f"{session.path.name} has no function {name}{why}")
     beyond = {
@@ -169,7 +169,7 @@ def _examine(
     if found.verdict == "wrong" and "y" in found.wrong:
         conversation.compare_with_differences()
         found = examine(operation, results, conversation.facts, seed, beyond)
-    depends = bool(conversation.facts.state)  # No single call shows what is wrong then.
+    depends = bool(conversation.facts.state)  # The search for edits looks at single calls.
     if found.verdict == "wrong" and edit_seconds[0] > 0 and not depends:
         changes = conversation.search_edits(results, set(beyond), edit_seconds)
         found = dataclasses.replace(found, changes=changes)
@@ -177,7 +177,7 @@ def _examine(
 
 
 class _FailedError(Exception):
-    """The error that is raised if the code failed on a probe. It has the result of the probe."""
+    """The error that is raised if the code fails on a probe, with the `Ran` of this probe."""
 
     def __init__(self, result: Ran) -> None:
         super().__init__()
@@ -186,7 +186,7 @@ class _FailedError(Exception):
 
 @dataclass
 class Call:
-    """A call of the forward pass: its outputs as npbn keeps them, and how it was called."""
+    """A call of the forward pass: its outputs in npbn's layout, and how it was called."""
 
     outputs: Outputs
     number: int
@@ -197,7 +197,7 @@ class Call:
 
 @dataclass
 class Conversation:
-    """The requests by which one operation of a file is examined.
+    """The examination of one operation in a file: the requests to the process that runs the file.
 
     Args:
         session: the process that has loaded the file.
@@ -227,7 +227,7 @@ class Conversation:
         self.select()
 
     def select(self) -> None:
-        """Choose the functions in the process, which starts again if it has ended."""
+        """Tell the process which functions are examined. It starts again if it has ended."""
         self.session.ensure_started()
         request: dict[str, Any] = {
             "do": "select",
@@ -258,9 +258,9 @@ class Conversation:
         return f"d{self.record.roles[name]}" if name in self.record.roles else output
 
     def looks_old(self) -> bool:
-        """Return whether the code failed as code for old versions of Python and NumPy does.
+        """Return whether the code raised errors as code for old versions of Python and NumPy does.
 
-        It got a float for an index or a size, or took an array of one element for a number.
+        Examples are a float as an index or as a size, and an array of one element as a number.
         """
         words = [
             *("as an integer", "must be integers", "slice indices", "sequence of integers"),
@@ -272,7 +272,7 @@ class Conversation:
     # Requests.
 
     def _understood(self, answer: dict[str, Any]) -> dict[str, Any]:
-        """Return an answer that says that all went well; else raise an error that says what."""
+        """Return the answer of a process, or raise an error if the answer tells of a failure."""
         if "adapter" in answer:
             raise SubmissionError(f"the adapter raised {printable(answer['adapter'])}")
         if "not examined" in answer:
@@ -295,12 +295,15 @@ class Conversation:
         return answer
 
     def _ask(self, request: dict[str, Any], arrays: Outputs) -> tuple[dict[str, Any], Outputs]:
-        """Return the values and the arrays of an answer; real numbers are of a float dtype."""
+        """Send a request, and return the values and arrays of the answer.
+
+        Arrays of integers and booleans are converted to float64.
+        """
         answer, found = self.session.ask(request, arrays)
         return self._understood(answer), {name: _floating(a) for name, a in found.items()}
 
     def _arguments(self, probe: Probe, layout: Layout) -> tuple[dict[str, Any], Outputs]:
-        """Return the arguments of a probe by role: the numbers and texts, and the arrays."""
+        """Return the arguments of a probe: numbers and texts by name, and arrays by name."""
         values: dict[str, Any] = dict(self.record.constants)
         arrays = {}
         for name, value in probe.arguments.items():
@@ -322,7 +325,7 @@ class Conversation:
             if name in found and (name == "y" or name in probe.arguments)
         }
         for name in outputs.keys() & {"moving_mean", "moving_var"}:
-            shape = probe.arguments[name].shape  # Any shape will do for what only the code reads.
+            shape = probe.arguments[name].shape  # The code may keep moving averages in any shape.
             if outputs[name].size == math.prod(shape):
                 outputs[name] = outputs[name].reshape(shape)
         number = answer.get("call")
@@ -348,7 +351,7 @@ class Conversation:
         return given(self.operation, (), self.seed)[probe.name]["y"].shape
 
     def gradients(self, probe: Probe, layout: Layout, call: Call) -> Outputs:
-        """Call the backward pass with the upstream gradient that belongs to the outputs."""
+        """Call the backward pass for a call of the forward pass; return the gradients by name."""
         arrays = {}
         if not self.record.loss:
             dy = upstream(self.seed, call.outputs["y"].shape)
@@ -377,7 +380,7 @@ class Conversation:
     def _in_order(
         self, probe: Probe, layout: Layout, found: Outputs, order: list[str], count: Any
     ) -> Outputs:
-        """Return gradients that have no names, by their names."""
+        """Return gradients by name, of code that returns them in some order."""
         names = list(self.record.gradients)
         if count != len(names):
             text = f"expected {len(names)} gradients ({', '.join(names)})"
@@ -402,7 +405,7 @@ class Conversation:
     # Probes.
 
     def layout(self, probe: Probe) -> Layout:
-        """Return the layout in which the code keeps its arrays, found by trying."""
+        """Return the layout of the code's arrays. It is found by trying the known layouts."""
         x = probe.arguments[next(iter(probe.arguments))]
         group = x.ndim if self.record.map_layouts else 0
         if group in self.layouts:
@@ -411,13 +414,14 @@ class Conversation:
         if self.adapter:
             layouts = (Layout(),)
         right = given(self.operation, (), self.seed)[probe.name]
-        facts, self.facts = self.facts, Facts()  # What is observed while trying does not count.
+        facts, self.facts = self.facts, Facts()  # Observations with a wrong layout do not count.
         tried: list[tuple[float, int, int, Layout]] = []
         unasked = False  # A probe that the code is not meant for says nothing about its layout.
         for k, layout in enumerate(layouts):
             if self.kind not in layout.kinds:
                 continue
-            # The error of the output decides; of layouts with equal outputs, the gradients.
+            # The best layout has the smallest error of the output, then the fewest gradients of a
+            # wrong shape.
             error, misfits = 4.0, 0
             try:
                 call = self.call(probe, layout)
@@ -460,7 +464,7 @@ class Conversation:
                 result = Ran(failure=str(error), ended=True)
             results[probe.name] = result
             if result.ended:
-                if not result.outputs:  # Forward failed: the other probes would take as long.
+                if not result.outputs:  # The other probes would probably end in the same way.
                     break
                 self.session.start()
                 if self.session.failure:
@@ -496,7 +500,7 @@ class Conversation:
         return result
 
     def _check_state(self, probe: Probe, layout: Layout, call: Call, gradients: Outputs) -> None:
-        """Call again, and note what differs from the first time."""
+        """Call forward and backward again in several ways, and note which results then differ."""
         second = self.call(probe, layout)
         if not _equal(second.outputs, call.outputs):
             self.facts.state = "two calls of forward with equal inputs give different outputs"
@@ -532,9 +536,9 @@ class Conversation:
     def search_edits(
         self, results: Mapping[str, Ran], beyond: Set[str], seconds: tuple[float, float]
     ) -> tuple[Change, ...]:
-        """Return the changes that make the code right on all probes, or nothing.
+        """Return changes that make the code right on all probes, or an empty tuple.
 
-        They are searched in the process, and confirmed there by probes of another seed.
+        The process of the code searches for them. It also confirms them on probes of another seed.
         """
         results = meant_results(self.operation, results, self.facts, self.seed)
         arrays: dict[str, Any] = {}
@@ -590,9 +594,10 @@ class Conversation:
     # Question 1: is the backward pass the gradient of its own forward pass?
 
     def compare_with_differences(self) -> None:
-        """Note whether the gradients are those of the code's own forward pass.
+        """Compare the gradients with numeric derivatives of the code's own forward pass.
 
-        Nothing is noted if this takes longer than a call may take.
+        The result is ``facts.own_gradient``. Nothing is noted if all calls together take longer
+        than the time limit for one call.
         """
         verdicts: dict[str, bool] = {}
         end = time.monotonic() + self.session.timeout
@@ -647,18 +652,18 @@ def _same(a: np.ndarray) -> np.ndarray:
 
 
 def _floating(a: np.ndarray) -> np.ndarray:
-    """Return integers, booleans and long floats in float64, and other numbers as they are."""
+    """Return arrays of integers, booleans and long floats in float64, and others unchanged."""
     long = a.dtype.kind == "f" and a.dtype.itemsize > 8
     return a.astype(np.float64) if a.dtype.kind in "biu" or long else a
 
 
 def _of_a_gap(text: str) -> bool:
-    """Return whether an error is one that a gap in a template gives: ``x = None``."""
+    """Return whether an error is typical of a template with gaps such as ``x = None``."""
     return "NoneType" in text or text.startswith("NameError")
 
 
 def _names(value: Any) -> list[str]:
-    """Return a list of somebody else as a list of short texts."""
+    """Return a value from the process as a list of at most 20 short texts."""
     return [printable(name)[:40] for name in value[:20]] if isinstance(value, list) else []
 
 
@@ -667,18 +672,18 @@ def _equal(a: Outputs, b: Outputs) -> bool:
 
 
 def _same_kind(a: Probe, b: Probe) -> bool:
-    """Return whether two probes have the same number of dimensions and the same mode."""
+    """Return whether the inputs of two probes have the same rank, and the same mode of training."""
     first, second = (next(iter(p.arguments.values())) for p in (a, b))
     same = a.arguments.get("training") == b.arguments.get("training")
     return bool(first.ndim == second.ndim) and same and not a.beyond
 
 
 def _unasked(probe: Probe, taken: set[str], shape: tuple[int, ...], right: tuple[int, ...]) -> str:
-    """Return why code that does not take some arguments is not meant for a probe, if it is not.
+    """Return why code is not meant for a probe because it lacks an argument, or an empty text.
 
     Args:
         probe: the probe.
-        taken: the roles of the arguments that the code takes.
+        taken: the arguments that the code takes, by npbn's names.
         shape: the shape of the output.
         right: the shape of the right output.
     """
