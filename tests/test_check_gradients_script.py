@@ -108,7 +108,7 @@ def test_trouble_that_is_not_the_author_s(tmp_path):
 def test_the_help_says_what_an_adapter_is_and_how_a_loss_is_given(tmp_path):
     text = run("check_gradients.py", "--help", cwd=tmp_path).stdout
     assert "softmax_loss,softmax_loss" in text and "NotExaminedError" in text
-    assert "returns two in npbn's signature" in text
+    assert "returns two functions with npbn's arguments" in text
     assert "gamma is (1, D)" in text
 
 

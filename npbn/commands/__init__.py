@@ -1,4 +1,7 @@
-"""Define the command ``npbn``; the module of each subcommand prints ``npbn COMMAND --help``."""
+"""Define the command ``npbn``.
+
+Each subcommand has a module, which also has the help text of ``npbn COMMAND --help``.
+"""
 
 from __future__ import annotations
 

@@ -449,7 +449,10 @@ def agree(first: Array, second: Array, precision: float = 0.0) -> bool:
 
 
 def unit_of_rounding(*arrays: Array) -> float:
-    """Return u of the least precise dtype of the arrays, or of float64 if that is larger."""
+    """Return the machine epsilon of the least precise dtype of the arrays, at least float64's.
+
+    Arrays of integers do not count.
+    """
     dtypes = [to_numpy(array).dtype for array in arrays]
     return max(float(np.finfo(d).eps) for d in (*dtypes, np.dtype(np.float64)) if d.kind in "fc")
 
@@ -529,20 +532,21 @@ def _bends(
 ) -> bool:
     """Return whether a function, whose value at x is y, has a kink at x along a short move.
 
-    At a kink, the difference of the slopes is proportional to the move. In a smooth function, this
-    difference is curvature, which is proportional to the square of the move. So a move that is 4
-    times shorter makes it 4 or 16 times smaller. In between, 8 tells the two apart.
+    Let the bend be |(f(x + move) - y) - (y - f(x - move))|. At a kink, the bend is proportional to
+    the move. In a smooth function, the bend is proportional to the square of the move. So if the
+    move is 4 times shorter, the bend is 4 times smaller at a kink, and 16 times smaller in a smooth
+    function. The limit of 8 is between these two factors.
     """
-    bends, slopes = [], []
+    bends, changes = [], []
     for part in (1, 1 / 4):
         right, left = (
             to_numpy(function(x + like(x, step * move))).astype(np.float64)
             for step in (part, -part)
         )
         bends.append(np.abs((right - y) - (y - left)))
-        slopes.append(np.abs(right - y) + np.abs(y - left))
-    rounding = 100 * u * (1 + np.abs(y)) + 10 * math.sqrt(u) * np.max(slopes[1])
-    return not np.all(bends[1] <= np.maximum(bends[0] / 8, 0.05 * slopes[1]) + rounding)
+        changes.append(np.abs(right - y) + np.abs(y - left))
+    rounding = 100 * u * (1 + np.abs(y)) + 10 * math.sqrt(u) * np.max(changes[1])
+    return not np.all(bends[1] <= np.maximum(bends[0] / 8, 0.05 * changes[1]) + rounding)
 
 
 TRIES = 20

@@ -54,16 +54,16 @@ def check_torch(function: Any, /, *arguments: Any, **named: Any) -> Report:
             buffers (moving averages).
         arguments, named: the arguments of the function. If some tensors require grad, the gradients
             of these tensors are checked. If no tensor requires grad, the gradients of all tensors
-            and NumPy arrays of floating-point numbers are checked. The function gets copies of
-            tensors, with their dtype, device and memory order, and tensors for NumPy arrays. The
-            function gets all other arguments as they are.
+            and NumPy arrays of floating-point numbers are checked. The function gets a copy of each
+            tensor, with the same dtype, device and memory order. NumPy arrays are converted to
+            tensors. The function gets all other arguments unchanged.
 
     Returns:
         A report, which can be printed. A note says which gradients are not checked.
 
     Raises:
-        ValueError: no output has a gradient, or a reason of `npbn.verify.check_gradients`, for
-            example that the function is random.
+        ValueError: no output has a gradient, or `npbn.verify.check_gradients` raises a ValueError,
+            for example because the function is random.
         TypeError: no output is a tensor of floating-point numbers, or an argument is complex.
         Exception: the function, or PyTorch, raises this error.
     """
@@ -79,7 +79,7 @@ def check_torch(function: Any, /, *arguments: Any, **named: Any) -> Report:
         if kernel.setup_context is torch.autograd.Function.setup_context:
             signature = signature.replace(parameters=list(signature.parameters.values())[1:])
         bound = signature.bind(*arguments, **named)
-        if bound.kwargs:  # An argument before them was left out.
+        if bound.kwargs:  # An argument that comes before them was left out.
             bound.apply_defaults()
         arguments, named = bound.args, {}
     else:
@@ -229,7 +229,7 @@ def _arithmetic(generator: np.random.Generator | None) -> Any:
             return results
 
     def _unit(value: Any) -> float:
-        """Return the unit of rounding of a tensor, or 0 for what does not round."""
+        """Return the unit of rounding of a tensor, or 0 if its dtype is not floating-point."""
         floating = torch.is_tensor(value) and value.is_floating_point()
         return float(torch.finfo(value.dtype).eps) if floating else 0.0
 
@@ -253,13 +253,13 @@ def check_jax(function: Callable[..., Any], /, *arguments: Any, **named: Any) ->
         function: a function of arrays, or of dicts, lists and tuples of arrays.
         arguments, named: the arguments of the function. The gradients of all JAX and NumPy arrays
             of floating-point numbers in the arguments are checked. The function gets all other
-            arguments as they are.
+            arguments unchanged.
 
     Returns:
         A report, which can be printed.
 
     Raises:
-        ValueError: a reason of `npbn.verify.check_gradients`.
+        ValueError: `npbn.verify.check_gradients` raises a ValueError.
         TypeError: no output is an array of floating-point numbers, or an array is complex.
         Exception: the function, or JAX, raises this error.
     """
@@ -407,6 +407,6 @@ def _no_outputs(wanted: str, outputs: Sequence[Any]) -> str:
 
 
 def _note(notes: list[str], text: str, applies: bool = True) -> None:
-    """Add a note that applies, once."""
+    """Add a note to the report if a condition holds, but not twice."""
     if applies and text not in notes:
         notes.append(text)

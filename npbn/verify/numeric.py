@@ -151,7 +151,7 @@ def extrapolated(
                     best, error, reach = row[-1], change, np.abs(row[0] - row[-1])
         totals.append(float(np.sum(error)))
         if len(totals) > 3 and totals[-4] == totals[-1] < np.inf:
-            break  # Three smaller steps have neither improved nor contradicted the entry.
+            break  # With the last three steps, no smaller estimate of the error was found.
     return best, error
 
 

@@ -1,27 +1,28 @@
-"""Call other people's forward and backward passes, whatever their arguments are called.
+"""Call other people's forward and backward passes, whatever the names of their arguments are.
 
-An argument has a *role*: the role of ``W``, ``weights`` and ``kernel`` is "weight". The roles are
-guessed from the names (`NAMES`), and so are the layouts of the arrays (`npbn.verify.operations`).
+Each argument has a *role*. For example, ``W``, ``weights`` and ``kernel`` have the role "weight".
+Roles are guessed from the names (`NAMES`). Layouts of arrays are found by trying those that are
+known (`npbn.verify.operations`).
 
-- *functions*: ``forward(x, …) -> y, cache`` and ``backward(dy, cache) -> gradients``, in the order
-  of the operation or of the arguments of forward, or as a dict. Options are arguments
-  (``stride``, ``padding``, ``eps``, ``training``, …) or in a dict, as in courses:
+- *functions*: ``forward(x, …) -> y, cache`` and ``backward(dy, cache) -> gradients``. The gradients
+  are a dict, or a tuple in the order of the operation or of the arguments of forward. Options are
+  arguments (``stride``, ``padding``, ``eps``, ``training``, …) or the entries of a dict, as in
   ``batchnorm_forward(x, gamma, beta, bn_param)``, ``conv_forward(x, w, b, conv_param)``,
-  ``max_pool_forward(x, pool_param)``, ``conv_forward(A_prev, W, b, hparameters)``.
+  ``max_pool_forward(x, pool_param)`` and ``conv_forward(A_prev, W, b, hparameters)``.
   gamma is (1, D) or (D,), and for feature maps (1, C, 1, 1) or (C,); the weight of a linear layer
-  is (out, in) or (in, out); examples may be in columns, channels last.
-- *a loss with its gradient*: ``softmax_loss(x, y) -> loss, dx``, as ``softmax_loss,softmax_loss``.
+  is (out, in) or (in, out); examples may be columns, and channels may be the last axis.
+- *a loss with its gradient*: ``softmax_loss(x, y) -> loss, dx``, given as
+  ``softmax_loss,softmax_loss``.
 - *classes*: ``BatchNormalization(gamma, beta, momentum).forward(x, train_flg)`` and
   ``.backward(dout)``, with gradients in attributes such as ``dgamma``, ``dW``, ``dLdW`` and
-  ``grad_W``. Parameters are arguments of the constructor, or attributes that are set after it.
+  ``grad_W``. Parameters are arguments of the constructor or attributes, which are then set.
 
-Code is examined only with the arguments that it takes: without ``training``, in training only;
-without ``padding``, without padding. Where the gradient in prediction is not asked for, it is not
-examined.
+Code is examined only with the arguments that it takes. Code without ``training`` is examined in
+training only, and code without ``padding`` with a padding of 0.
 
-- *any other*, by an adapter of yours: ``adapt(forward, backward)`` gets the two functions, or
-  classes, and returns two in npbn's signature, with the arguments it can use. Where it raises
-  `npbn.verify.NotExaminedError`, nothing is examined. For a class whose parameters are in a list::
+- *any other code*, by an adapter that you write: ``adapt(forward, backward)`` gets two functions,
+  or a class twice, and returns two functions with npbn's arguments, or some of them. If these raise
+  `npbn.verify.NotExaminedError`, the input is left out. For a class with a list of parameters::
 
       from npbn.verify import NotExaminedError
 
@@ -53,7 +54,7 @@ from typing import Any
 import numpy as np
 
 Values = dict[str, Any]
-"""Values by role."""
+"""Arguments by role, such as "weight"."""
 
 NAMES: dict[str, list[str]] = {
     role: names.split()
@@ -127,7 +128,11 @@ NAMES: dict[str, list[str]] = {
         "groups": "g groups numgroups ngroups",
     }.items()
 }
-"""For each role the names that people give it, in lower case and without underscores."""
+"""For each role, the names that arguments of this role have in other people's code.
+
+They are in lower case, without underscores. Of several roles, the one in whose list a name comes
+first is taken.
+"""
 
 FORWARD_METHODS = (
     *("forward", "__call__", "forward_propagate", "forward_propagation", "forward_pass"),
@@ -140,13 +145,13 @@ BACKWARD_METHODS = (
     *("backward_prop", "back_prop", "bprop", "derivative", "gradient", "grad"),
     *("calc_gradient", "calculate_gradient", "compute_gradient", "cal_gradient"),
 )
-"""The names of the methods of a class, in the order in which they are looked for."""
+"""The names that the backward method of a class may have. The first one that exists is called."""
 BUILDERS = ("build", "init_params", "initialize", "init_weights", "initialize_weights", "init")
 """The names of methods that make the parameters of a layer."""
 CONTENTS = ("data", "value", "val")
-"""The names of the attributes in which an object keeps the array of a parameter."""
+"""If a parameter is an object, the names of the attribute that may hold its array."""
 OUTPUT = ("a", "y", "out", "output", "outputs", "yout", "activation", "s", "h", "result")
-"""Names of the output in a backward pass that gets no cache."""
+"""The names that an argument of a backward function may have if it is the forward output."""
 LEARNING_RATE = ("learningrate", "lr", "rate", "alpha", "eta", "learnrate")
 
 PARAMETERS = (
@@ -158,16 +163,16 @@ DICTIONARY = re.compile(r"param(eter)?s?$|hyper|^config$|^options?$|^hp$")
 class BadResultError(Exception):
     """The error that is raised if the code returns an unusable result.
 
-    The message is a predicate such as "returned None from backward"; the subject is "it".
+    The message is the rest of a sentence that begins with "it": "returned None from backward".
     """
 
 
 class NotExaminedError(Exception):
-    """The error that is raised if code is not meant for a probe. The message says why."""
+    """The error that is raised if code is not meant for an input. The message says why."""
 
 
 class MisfitError(NotExaminedError):
-    """The error that is raised if a layer has made a weight in another layout."""
+    """The error that is raised if the weight of a layer has another shape than the given one."""
 
 
 class UnknownError(NotExaminedError):
@@ -187,7 +192,7 @@ class UnknownError(NotExaminedError):
 
 
 class RaisedError(Exception):
-    """The error that is raised if the code raised one, which is the cause."""
+    """The error that is raised if the code raises an error, which is the ``__cause__``."""
 
 
 def plain(name: str) -> str:
@@ -196,17 +201,23 @@ def plain(name: str) -> str:
 
 
 def role_of(name: str, roles: Mapping[str, Any]) -> str | None:
-    """Return the role that a name has among these roles, or None."""
+    """Return which of these roles an argument of this name has, or None."""
     name = plain(name)
     found = [(NAMES[role].index(name), role) for role in roles if name in NAMES.get(role, ())]
     return min(found)[1] if found else None
 
 
 def called(function: Callable[..., Any], *values: Any, **arguments: Any) -> Any:
-    """Call other people's code; whatever it raises becomes the cause of a RaisedError."""
+    """Call other people's code.
+
+    Raises:
+        RaisedError: the code raised an error, which is the ``__cause__``.
+    """
     try:
         found = function(*values, **arguments)
-        return None if found is NotImplemented else found  # Templates return it.
+        return (
+            None if found is NotImplemented else found
+        )  # Templates of homework return NotImplemented.
     except NotExaminedError:
         raise
     except (Exception, SystemExit) as error:
@@ -214,7 +225,13 @@ def called(function: Callable[..., Any], *values: Any, **arguments: Any) -> Any:
 
 
 class Asked(dict[str, Any]):
-    """A dictionary that notes which of its roles are read."""
+    """A dictionary of options that notes which of them the code reads.
+
+    Args:
+        values: the options by key.
+        roles: the role of each key.
+        taken: a set, to which the role of a key is added when the code reads the key.
+    """
 
     def __init__(
         self, values: Mapping[str, Any], roles: Mapping[str, str], taken: set[str]
@@ -264,9 +281,14 @@ DICTIONARY_NAMES = {
 
 
 def dictionary(values: Values, taken: set[str]) -> Asked:
-    """Return the values of roles as a dictionary with the keys that homework uses."""
+    """Return options as a dictionary such as ``bn_param``, with the keys that homework uses.
+
+    Args:
+        values: the options by role.
+        taken: a set, to which the roles of the keys are added that the code reads.
+    """
     sizes = values.get("kernel_size")
-    if isinstance(sizes, tuple) and sizes[0] != sizes[1]:  # The dictionary has both of them.
+    if isinstance(sizes, tuple) and sizes[0] != sizes[1]:  # There are keys for both lengths.
         values = {role: value for role, value in values.items() if role != "kernel_size"}
     values = numbers(values)
     keys = {
@@ -276,7 +298,7 @@ def dictionary(values: Values, taken: set[str]) -> Asked:
 
 
 def derived(values: Values) -> Values:
-    """Return the values, and more roles that follow from them."""
+    """Return arguments, together with others that follow from them, such as "kernel_height"."""
     found = dict(values)
     if "training" in found:
         found["prediction"] = not found["training"]
@@ -293,7 +315,11 @@ def derived(values: Values) -> Values:
 
 
 def lengths(values: Values) -> list[Values]:
-    """Return what may be the numbers of inputs and outputs, and the kernel's size, of a layer."""
+    """Return the arguments of constructors that follow from the shapes of arrays.
+
+    They are the numbers of inputs and outputs, the kernel's size and the number of classes. If the
+    layout of the weight is not clear, there are several results.
+    """
     x, weight = np.shape(values["x"]), np.shape(values.get("weight", ()))
     if len(weight) == 2:
         transposed = x[-1] == weight[0]
@@ -320,7 +346,11 @@ def lengths(values: Values) -> list[Values]:
 
 
 def numbers(values: Values) -> Values:
-    """Return the values with one number in place of each pair of equal numbers."""
+    """Return the arguments with a number, such as 2, in place of a pair, such as (2, 2).
+
+    Raises:
+        NotExaminedError: the numbers of a pair are not equal.
+    """
     pairs = {
         k: v
         for k, v in values.items()
@@ -333,10 +363,11 @@ def numbers(values: Values) -> Values:
 
 
 class Code:
-    """A forward and a backward pass that can be called with values by role.
+    """Other people's forward and backward pass, to be called with arguments by role.
 
     Args:
-        forward, backward: the functions, or one class twice, or one function twice.
+        forward, backward: two functions, a class twice, or twice a function that returns the loss
+            and its gradient.
         gradients: the names of the gradients, such as "dx", in the usual order.
         by_name: whether the forward pass has npbn's arguments, which are passed by their names.
     """
@@ -358,7 +389,10 @@ class Code:
         self.single = forward is backward and not inspect.isclass(forward)
 
     def has_dictionary(self) -> bool:
-        """Return whether the forward function gets options in a dictionary, as in courses."""
+        """Return whether the forward function has an argument for a dictionary of options.
+
+        The dictionary is recognized by the name of the argument, such as ``bn_param``.
+        """
         if inspect.isclass(self.function) or self.by_name:
             return False
         names = inspect.signature(self.function).parameters
@@ -393,7 +427,11 @@ class Code:
         return self._outputs(called(self.function, **arguments), asked)
 
     def arguments(self, function: Callable[..., Any], values: Values) -> tuple[Values, Values]:
-        """Return the arguments of a function by name, and the dictionary among them if any."""
+        """Return the arguments of a function by name, and the dictionary of options among them.
+
+        Raises:
+            UnknownError: the role of an argument cannot be guessed from its name.
+        """
         parameters = inspect.signature(function).parameters
         given: Values = {}
         asked: Values = {}
@@ -406,13 +444,13 @@ class Code:
             if role is None and DICTIONARY.search(plain(name)):
                 asked = given[name] = dictionary(values, self.taken)
             elif role in PARAMETERS and isinstance(parameter.default, bool):
-                continue  # It says whether there is a bias.
+                continue  # It is a flag, such as bias=True, not an array.
             elif role is not None:
                 given[name] = free.pop(role)
                 self.taken.add(role)
             elif parameter.default is parameter.empty:
                 unknown.append(name)
-        if unknown and len(unknown) == len(parameters):  # All names are strange: by position.
+        if unknown and len(unknown) == len(parameters):  # No name is known: take the order of npbn.
             for name, role in zip(unknown, values, strict=False):
                 given[name] = values[role]
                 self.taken.add(role)
@@ -433,7 +471,7 @@ class Code:
         return given, asked
 
     def _outputs(self, result: Any, asked: Values) -> tuple[dict[str, Any], Any]:
-        """Return the outputs in the result of a forward function, and the cache."""
+        """Return the outputs by name, and the cache, from what a forward function returned."""
         parts = result if isinstance(result, (tuple, list)) else (result, None)
         if parts[0] is None:
             raise BadResultError("returned None from forward")
@@ -452,7 +490,7 @@ class Code:
     # Classes.
 
     def make(self, values: Values) -> Any:
-        """Return an instance of the class, with the parameters among the values."""
+        """Return an instance of the class, whose parameters are set to those among the values."""
         options = dict(values)
         options.pop("x", None)
         arguments = self._constructor_arguments(options)
@@ -464,7 +502,7 @@ class Code:
         return layer
 
     def _constructor_arguments(self, options: Values) -> Values:
-        """Return the arguments of the constructor; those that are not known are None."""
+        """Return the arguments of the constructor by name, with None for those that are unknown."""
         try:
             return self.arguments(self.function, options)[0]
         except UnknownError as error:
@@ -472,7 +510,11 @@ class Code:
             return error.given | dict.fromkeys(error.names)
 
     def _set(self, layer: Any, values: Values) -> list[str]:
-        """Set the parameters of a layer among the values; return those that it does not have."""
+        """Set the parameters of a layer to those among the values.
+
+        Returns:
+            The roles of the parameters that the layer does not have.
+        """
         missing = []
         for role in (role for role in PARAMETERS if role in values):
             places = list(self._attributes(layer, role))
@@ -486,7 +528,7 @@ class Code:
         return missing
 
     def _prepare(self, layer: Any, options: Values) -> None:
-        """Have a layer make its parameters, by a method of its own or by a first forward pass."""
+        """Call the method in which a layer makes its parameters: ``build``, or else ``forward``."""
         shape = np.shape(options["x"])
         methods = [getattr(layer, name, None) for name in (*BUILDERS, *FORWARD_METHODS)]
         for method, sizes in itertools.product(filter(callable, methods), (shape[1:], shape)):
@@ -495,8 +537,8 @@ class Code:
                 return
 
     def _options(self, values: Values) -> Iterator[Values]:
-        """Yield the values in the forms that the arguments of a constructor may expect."""
-        sizes = []  # numbers, numbers and a pair for the kernel, and pairs
+        """Yield arguments for a constructor: numbers or pairs, and several shapes of the input."""
+        sizes = []  # numbers; numbers, but a pair for the kernel; pairs
         for whole in (values | found for found in lengths(values)):
             kernel = {k: v for k, v in whole.items() if k == "kernel_size"}
             with contextlib.suppress(NotExaminedError):
@@ -507,7 +549,7 @@ class Code:
         shapes: list[tuple[int, ...]] = [()]
         if any(role_of(n, {"input_shape": 0}) for n in inspect.signature(self.function).parameters):
             shape = np.shape(values["x"])
-            shapes = [shape[1:], shape, ()]  # of an example, of the batch, and only its length
+            shapes = [shape[1:], shape, ()]  # of an example, of the batch, or none
         # An argument "filters" may be an array of weights, or a number.
         words = ("filters", "filter", "kernels", "kernel", "k", "f")
         numeric = any(plain(n) in words for n in inspect.signature(self.function).parameters)
@@ -549,7 +591,7 @@ class Code:
         result = called(method, **arguments)
         parts = result if isinstance(result, (tuple, list)) else (result,)
         y = parts[0] if parts else None
-        if y is None:  # It may keep the output in an attribute.
+        if y is None:  # The method may store the output in an attribute.
             found = (v for name, v in vars(layer).items() if plain(name) in ("out", "output"))
             y = next((v for v in found if isinstance(v, np.ndarray)), None)
         if y is None:
@@ -563,10 +605,10 @@ class Code:
 
     @staticmethod
     def _method(layer: Any, names: tuple[str, ...]) -> Callable[..., Any]:
-        """Return the first method of these names.
+        """Return the method that has the first of these names that the layer knows.
 
         Raises:
-            NotExaminedError: the class has none of them.
+            NotExaminedError: the layer has no method of these names.
         """
         for name in names:
             method: Callable[..., Any] | None = getattr(layer, name, None)
@@ -575,7 +617,11 @@ class Code:
         raise NotExaminedError(f"the class has no method {names[0]}")
 
     def _backward_method(self, layer: Any) -> Callable[..., Any]:
-        """Return the method that computes gradients: one that only updates is not meant."""
+        """Return the method that computes gradients.
+
+        A method whose first argument is a learning rate only updates the parameters. It is returned
+        if there is no other.
+        """
         for name in BACKWARD_METHODS:
             method: Callable[..., Any] | None = getattr(layer, name, None)
             if callable(method):
@@ -597,10 +643,10 @@ class Code:
             self.taken.add("training")
 
     def _attributes(self, layer: Any, role: str) -> Iterator[tuple[Any, Any]]:
-        """Yield the places of values that have a role: the dictionary or list, and the key in it.
+        """Yield where a layer stores the parameter of a role: a dictionary or list, and the key.
 
-        The places are attributes of the layer, of its parts, and entries of its dictionaries and of
-        the list ``params``.
+        These are attributes of the layer or of its parts, entries of dictionaries, and the elements
+        of a list ``params``.
         """
         known = {r: 0 for r in PARAMETERS if f"d{r}" in self.gradients or "moving" in r}
         for holder in _holders(layer):
@@ -620,7 +666,7 @@ class Code:
     # Backward.
 
     def backward(self, dy: Any, cache: Any) -> dict[str, Any] | list[Any]:
-        """Return the gradients, by name if the code names them, else in its order."""
+        """Return the gradients: a dict if the code names them, else a list in the code's order."""
         if self.single:
             return [cache]
         if inspect.isclass(self.function):
@@ -630,7 +676,7 @@ class Code:
         values: list[Any] = [1.0 if dy is None else dy, cache]
         if dy is None and len(names) == 1:
             values = [cache]
-        elif cache is None and len(names) > 1:  # It gets the arguments of the forward pass.
+        elif cache is None and len(names) > 1:  # It gets arguments of forward.
             roles = [
                 "y" if plain(name) in OUTPUT else role_of(name, self.values) for name in names[1:]
             ]
@@ -675,7 +721,7 @@ class Code:
         else:
             result = called(method, **rates)
         if not takes_dy and dy is not None and len(self.gradients) == 1 and result is not None:
-            # The method returns the derivative, and others multiply it by the upstream gradient.
+            # The method returns the derivative, to be multiplied by the upstream gradient.
             self.without_dy = True
             return [result * dy]
         self.without_dy = not takes_dy
@@ -699,7 +745,7 @@ class Code:
         return found
 
     def _gradient(self, layer: Any, role: str) -> Any:
-        """Return the gradient of a parameter of a layer from the layer's attributes, or None."""
+        """Return the gradient of a parameter, which a layer stores in an attribute, or None."""
         prefixes, suffixes = (
             ("dld", "d", "grad", "gradient", "delta", "g"),
             ("grad", "gradient", "g"),
@@ -747,7 +793,10 @@ def _is_list(value: Any) -> bool:
 
 
 def _holders(layer: Any) -> list[dict[Any, Any]]:
-    """Return the attributes of a layer, those of its parts, and its dictionaries."""
+    """Return the dictionaries in which a layer may store arrays.
+
+    These are the attributes of the layer, the attributes of its parts, and its own dictionaries.
+    """
     others = np.ndarray | type | types.ModuleType | types.FunctionType
     values = list(vars(layer).values())
     parts = [vars(v) for v in values if hasattr(v, "__dict__") and not isinstance(v, others)]
@@ -755,7 +804,7 @@ def _holders(layer: Any) -> list[dict[Any, Any]]:
 
 
 def _positional(function: Callable[..., Any]) -> list[str]:
-    """Return the names of the arguments that a function needs, in their order."""
+    """Return the names of the positional arguments without a default, in their order."""
     return [
         p.name
         for p in inspect.signature(function).parameters.values()

@@ -1,14 +1,14 @@
-"""Find a small change of wrong code that makes it right: the change says where the mistake is.
+"""Find a small change of wrong code that makes it right. The change shows where the mistake is.
 
-The code is changed in its syntax tree, one place after another, compiled, run on the probes, and
-changed back. A change is found only if all outputs on all probes are right, and also on further
-probes of other numbers (the confirming probes). Nothing else is said, because a wrong hint is worse
-than none.
+The syntax tree of the code is changed at one place, compiled, run on the probes (small random
+inputs), and changed back. Then the next change is tried. A change is reported only if it makes all
+outputs right on all probes, and also on other random inputs (the confirming probes). No other hint
+is given, because a wrong hint is worse than none.
 
-The changes are those that repair what people write most often (`Changes`): a sum in place of an
-assignment, a factor or a sign too many or too few, eps in the root, the other order of a cache or
-of a result, a stride at both ends of a slice, a slice ``[p:-p]`` that is empty if p is 0. Changes
-that alter the length of the text least are tried first.
+The changes (`Changes`) repair common mistakes: ``=`` where ``+=`` is needed, a wrong sign, a factor
+too many or too few, eps outside of the root, a wrong order of the cache or of the results, a window
+whose ends lack the stride, a slice ``[p:-p]``, which is empty if p is 0. Changes that alter the
+length of the text least are tried first.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ from npbn.verify.isolated.loading import time_limit
 RIGHT = 1e-6
 """The largest error of a right output, relative to its largest element."""
 SECONDS_OF_A_RUN = 1.0
-"""How long the changed code may run on a probe."""
+"""How long the changed code may run on a probe, in seconds."""
 MOST_CANDIDATES = 20_000
-"""How many changes of one function are tried."""
+"""The largest number of changes of one function that are tried."""
 BEAM = 8
-"""How many partial repairs are combined with every other change."""
+"""The number of changes that repair a part, and that are combined with every other change."""
 
 Outputs = Mapping[str, np.ndarray]
 Run = Callable[[int], Outputs]
@@ -43,7 +43,7 @@ Run = Callable[[int], Outputs]
 
 @dataclass(frozen=True)
 class Change:
-    """A change of a line that, perhaps with others, makes wrong code right.
+    """A change of a statement. By itself or with other changes, it makes wrong code right.
 
     Attributes:
         line: the number of the line.
@@ -79,12 +79,12 @@ class Candidate:
     """A change of the syntax tree.
 
     Attributes:
-        places: for each place, the node, the name of its field, the index in the field or None, and
-            the new value.
-        statements: the statements that contain the places, each with the statement that takes its
-            place, or None if only a part of it changes.
-        tier: the rank of the operator: lower is tried earlier among changes of equal length.
-        reason: the reason in words, or an empty text.
+        places: for each change of a node: the node, the name of the field that changes, the index
+            in this field (None if the field is no list), and the new value.
+        statements: the statements that change, each with the statement that replaces it, or None if
+            only a part of the statement changes.
+        tier: the rank of the kind of change. Of changes of equal length, a lower tier comes first.
+        reason: what the change does, or an empty text.
     """
 
     places: list[tuple[Any, str, int | None, Any]]
@@ -96,7 +96,7 @@ class Candidate:
 
     @contextlib.contextmanager
     def applied(self) -> Iterator[None]:
-        """Change the tree for the code inside."""
+        """Change the syntax tree while the code inside runs, then change it back."""
         before = []
         for node, name, index, new in self.places:
             if index is None:
@@ -117,7 +117,7 @@ class Candidate:
                     getattr(node, name)[index] = old
 
     def measure(self) -> None:
-        """Write down the statements before and after, and the change of their length."""
+        """Set ``texts``, the statements before and after, and ``length``, how much they differ."""
         if not self.texts:
             old = [_text(statement) for statement, _ in self.statements]
             with self.applied():
@@ -135,7 +135,7 @@ class Candidate:
 
 
 def _text(statement: ast.stmt) -> str:
-    """Return a statement as text; of a loop or a condition, the first line."""
+    """Return the source of a statement, or only its first line if it has a body."""
     return ast.unparse(statement).split("\n")[0]
 
 
@@ -148,7 +148,7 @@ class Unit:
     owner: ast.ClassDef | None
 
     def compiled(self, path: str) -> types.CodeType | None:
-        """Return the code of the present tree, or None if it cannot take the function's place."""
+        """Return the compiled code of the present syntax tree, or None if it cannot be compiled."""
         whole: ast.stmt = self.node
         if self.owner is not None:
             whole = ast.ClassDef(self.owner.name, [], [], [self.node], [])
@@ -161,7 +161,7 @@ class Unit:
 
 
 def _inner(code: types.CodeType, name: str) -> types.CodeType | None:
-    """Return the code of a function of this name inside another code."""
+    """Return the code object of a function of this name that is inside another code object."""
     for constant in code.co_consts:
         if isinstance(constant, types.CodeType):
             if constant.co_name == name:
@@ -187,11 +187,11 @@ def search(
     Args:
         module: the module of the code.
         source: its source.
-        run: a function that runs a probe with the present code and returns the outputs.
-        truth: the right outputs of each probe.
-        confirming: how many of the last probes confirm a change.
-        seconds: the time for single changes.
-        pair_seconds: the time for pairs of changes after that.
+        run: a function that runs the present code on the probe of a number and returns the outputs.
+        truth: for each probe, the right outputs.
+        confirming: the number of confirming probes, which are the last ones.
+        seconds: the time limit for single changes.
+        pair_seconds: the time limit for pairs of changes, which are tried after single ones.
     """
     with np.errstate(all="ignore"):
         found = Search(module, source, run, truth, confirming, seconds)
@@ -199,7 +199,7 @@ def search(
 
 
 class Search:
-    """The search for changes of one module. Its preparation takes at most some more ``seconds``."""
+    """The search for changes in a module. To prepare it takes up to ``seconds`` in addition."""
 
     def __init__(
         self,
@@ -217,7 +217,7 @@ class Search:
         units = _units(module, ast.parse(source))
         self.lines: set[int] = set()
         self.scores = [self._traced(k) for k in range(self.last)]
-        # The probes on which the code is wrong come first: they refuse most candidates.
+        # Probes on which the code is wrong come first, because most changes fail there.
         self.order = sorted(range(self.last), key=lambda k: self.scores[k] == 0)
         self.wrong = any(score > 0 for score in self.scores)
         self.units = [u for u in units if self.lines & set(_lines(u.node))]
@@ -233,13 +233,13 @@ class Search:
         end = time.monotonic() + seconds
         for _, candidate in self.candidates:
             if time.monotonic() > end:
-                break  # The others have no texts, and are not tried.
+                break  # Candidates without texts are not tried.
             candidate.measure()
         self.candidates = [pair for pair in self.candidates if pair[1].texts]
         self.candidates.sort(key=lambda pair: (pair[1].tier // 10, pair[1].length, pair[1].tier))
 
     def _traced(self, k: int) -> float:
-        """Run a probe, note the lines that are executed, and return its score."""
+        """Run the code on a probe, note which lines are executed, and return the score."""
 
         def trace(frame: types.FrameType, event: str, _: Any) -> Any:
             if frame.f_code.co_filename != self.path:
@@ -255,7 +255,7 @@ class Search:
             sys.settrace(before)
 
     def score(self, k: int) -> float:
-        """Return how wrong the present code is on a probe: 0 if it is right."""
+        """Return how wrong the present code is on a probe. The score of right code is 0."""
         try:
             with time_limit(SECONDS_OF_A_RUN):
                 found = self.run(k)
@@ -270,7 +270,10 @@ class Search:
 
     @contextlib.contextmanager
     def _with(self, unit: Unit, candidate: Candidate) -> Iterator[bool]:
-        """Change a function for the code inside; yield whether this is a new function."""
+        """Change a function while the code inside runs.
+
+        Yields whether the changed function is new: neither tried before nor impossible to compile.
+        """
         with candidate.applied():
             code = unit.compiled(self.path)
         fits = code is not None and code.co_freevars == unit.function.__code__.co_freevars
@@ -313,7 +316,7 @@ class Search:
     def pairs(self, seconds: float) -> Edit | None:
         """Return the first pair of changes that makes the code right.
 
-        The first change of a pair is a partial repair: something is better, and nothing is worse.
+        The first change of a pair must improve some score and worsen none.
         """
         end = time.monotonic() + seconds
         partial: list[tuple[float, int, Unit, Candidate]] = []
@@ -348,7 +351,7 @@ class Search:
 
 
 def _wrong(found: Any, right: np.ndarray) -> float:
-    """Return the share of wrong elements, or more for a wrong shape or a missing output."""
+    """Return the fraction of wrong elements, or a large number if the shape is wrong."""
     if found is None:
         return 1e8
     found = np.asarray(found)
@@ -385,16 +388,16 @@ def _lines(node: ast.FunctionDef) -> range:
 
 
 Parent = tuple[ast.AST, str, int | None]
-"""The place of a node: the node above it, the name of the field, and the index in it or None."""
+"""The parent of a node, the name of the parent's field, and the index in the field or None."""
 
 
 class Changes:
-    """All changes that are tried in a function.
+    """All changes that are tried in one function.
 
     Args:
         function: the function.
         functions: all functions of the file.
-        lines: the lines that were executed.
+        lines: the numbers of the lines that were executed. Other lines are not changed.
     """
 
     def __init__(
@@ -447,7 +450,7 @@ class Changes:
                     self._walk(child, child if isinstance(child, ast.stmt) else statement)
 
     def all(self) -> Iterator[Candidate]:
-        """Yield all changes, and those of equal places together."""
+        """Yield all changes, each of one node, and the changes of several equal nodes at once."""
         together: dict[tuple[str, str], list[Candidate]] = {}
         for node in self.nodes:
             for new, tier, reason in self._replacements(node):
@@ -479,7 +482,7 @@ class Changes:
         return Candidate(places, list(statements.values()), tier, reason)
 
     def _replacements(self, node: ast.AST) -> Iterator[tuple[Any, int, str]]:
-        """Yield the nodes that may take the place of a node, with their tiers and reasons."""
+        """Yield the nodes that may replace a node, each with its tier and reason."""
         if isinstance(node, ast.BinOp):
             yield from self._operations(node)
         elif isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
@@ -509,7 +512,7 @@ class Changes:
             yield from self._values(node)
 
     def _is_value(self, node: ast.expr) -> bool:
-        """Return whether an expression is what a statement assigns or returns, or a part of it."""
+        """Return whether a statement assigns or returns an expression, by itself or in a tuple."""
         parent, name, _ = self.parents[id(node)]
         if isinstance(parent, ast.Tuple):
             above = self.parents.get(id(parent))
@@ -653,7 +656,7 @@ class Changes:
         return ast.AugAssign(target, ast.Add(), node.value)
 
     def _packed(self, names: set[str]) -> list[str]:
-        """Return these names in the order in which another function packs them, or nothing."""
+        """Return these names in the order of a tuple in another function, or an empty list."""
         for function in self.functions:
             for node in ast.walk(function):
                 if function is not self.function and isinstance(node, ast.Tuple):
@@ -690,7 +693,7 @@ class Changes:
                 yield ast.Name(other, ast.Load()), 30, ""
 
     def _values(self, node: ast.expr) -> Iterator[tuple[Any, int, str]]:
-        """Yield changes of a whole value: a sign, a factor, a shape."""
+        """Yield changes of an assigned or returned value: its sign, a factor, its shape."""
         yield ast.UnaryOp(ast.USub(), node), 2, "the wrong sign"
         values: list[ast.expr] = [ast.Name(name, ast.Load()) for name in self.names]
         for name in self.attributes:
@@ -714,7 +717,7 @@ class Changes:
             yield ast.Attribute(node, "T", ast.Load()), 11, "not transposed"
 
     def _assignments_together(self) -> Iterator[Candidate]:
-        """Yield the change of all assignments in loops to sums."""
+        """Yield the change of all assignments ``a[i] = b`` in loops to ``a[i] += b``."""
         found = [
             node
             for node in self.nodes
@@ -728,7 +731,7 @@ class Changes:
             yield self._candidate(pairs, 1, reason)
 
     def _axes_together(self) -> Iterator[Candidate]:
-        """Yield the change that gives all sums and means of a function the same axis."""
+        """Yield the change that adds the same axis to all sums and means of a function."""
         found = [
             node
             for node in self.nodes
@@ -745,7 +748,7 @@ class Changes:
                 yield self._candidate(pairs, 3, "the axis is missing")
 
     def _loops_together(self) -> Iterator[Candidate]:
-        """Yield the changes of two loops to the height and the width of an argument."""
+        """Yield changes that make two nested loops run over the height and width of an array."""
         loops = [
             node.iter.args[0]
             for node in self.nodes
@@ -797,7 +800,7 @@ def _tuple(values: Sequence[int]) -> ast.Tuple:
 
 
 def _joined(index: ast.expr, parts: list[ast.expr]) -> ast.expr:
-    """Return an index that has these parts and the form of another index."""
+    """Return an index of these parts: a tuple if another index is a tuple, else the only part."""
     return ast.Tuple(parts, ast.Load()) if isinstance(index, ast.Tuple) else parts[0]
 
 

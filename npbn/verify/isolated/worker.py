@@ -159,7 +159,8 @@ class Worker:
         if adapter:
             file, _, name = adapter.rpartition(":")
             self.adapter_path = file
-            # An adapter may raise `npbn.verify.NotExaminedError`, which must be there for it.
+            # An adapter may import `npbn.verify.NotExaminedError`. So while it is loaded, modules
+            # that have only this error stand in for npbn, which is not in this process.
             package, verify = types.ModuleType("npbn"), types.ModuleType("npbn.verify")
             verify.__dict__["NotExaminedError"] = NotExaminedError
             package.__dict__["verify"] = verify
