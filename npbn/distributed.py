@@ -86,7 +86,7 @@ class Group(Protocol):
         """Call ``do`` on rank 0 only. Return its result, or raise its error, on every rank."""
 
     def rest(self) -> None:
-        """Say that this rank may do other things for a while than to wait for the others."""
+        """Say that this rank need not answer the others until it calls another method."""
 
     def together(self) -> contextlib.AbstractContextManager[None]:
         """Run the code inside; if an error ends this rank, no other rank goes on."""
@@ -262,7 +262,7 @@ def join(*, seconds: float | None = None) -> Group:
             continue
         reason = _why_not(int(count))
         if not reason:
-            return _mpi(float(os.environ.get("NPBN_WATCHDOG", 60)) if seconds is None else seconds)
+            return _mpi(_watchdog() if seconds is None else seconds)
         if os.environ.get(rank, "0") != "0":
             sys.exit(2)
         raise DistributedError(
@@ -274,9 +274,8 @@ def join(*, seconds: float | None = None) -> Group:
 def _why_not(count: int) -> str:
     """Return why so many processes cannot work together, or an empty text."""
     try:
-        with (
-            warnings.catch_warnings()
-        ):  # mpi4py warns of a wrong pair, for which there is a reason.
+        with warnings.catch_warnings():
+            # mpi4py warns of an mpiexec of another MPI, for which there is a reason below.
             warnings.simplefilter("ignore", RuntimeWarning)
             from mpi4py import MPI
     except (ImportError, RuntimeError) as error:
@@ -291,6 +290,16 @@ def _why_not(count: int) -> str:
         f"of which mpi4py's MPI sees {MPI.COMM_WORLD.size}: start them by the mpiexec that belongs "
         f"to it, {library}"
     )
+
+
+def _watchdog() -> float:
+    text = os.environ.get("NPBN_WATCHDOG", "60")
+    try:
+        if 0 < float(text) < 1e6:
+            return float(text)
+    except ValueError:
+        pass
+    raise DistributedError(f"NPBN_WATCHDOG: expected a number of seconds > 0, got {text!r}")
 
 
 @functools.cache

@@ -11,6 +11,7 @@ from commands import ROOT
 
 HEAVY = (
     "cupy",
+    "mpi4py",
     "numba",
     "torch",
     "torchvision",

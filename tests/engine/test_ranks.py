@@ -148,3 +148,12 @@ def test_what_is_not_shared_is_missed(name, monkeypatch):
         or any(v.tobytes() != arrays[n].tobytes() for n, v in right.items())
         for results, arrays in found
     )
+
+
+def test_the_fused_engine_on_a_gpu_is_refused_in_words():
+    backend = types.SimpleNamespace(name="cupy")
+    split, model = a_split((1, 6, 6), 8, 1), a_tiny_model()
+    what = model, SGD(model.parameters(), 0.1), split, split
+    group: object = ranks.Rank(0, 2, None, [])
+    with pytest.raises(UnsupportedError, match="on a GPU trains in one process: it captures"):
+        build("fused", *what, batch_size=4, backend=backend, group=group)
