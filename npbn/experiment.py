@@ -145,8 +145,8 @@ class Config:
         """Return the configuration that `to_json` has written.
 
         Raises:
-            ValueError: the format has another number, a field is missing or unknown, or the value
-                of a field is not allowed.
+            ValueError: the format number is not `FORMAT` (another version of npbn wrote the
+                configuration), a field is missing or unknown, or a value is not allowed.
         """
         if values.get("format") != FORMAT:
             raise ValueError(

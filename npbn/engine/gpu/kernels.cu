@@ -24,8 +24,9 @@
 // previous stage. If S is the first stage, P is the images: a stage without any operation.
 //
 // Kernels. A block has THREADS threads, in one dimension. A part is a range of consecutive examples
-// of the batch. For arrays, the comments name the indices in their order: in an array (example,
-// channel, row, column), numbers of neighbouring columns are neighbours in memory.
+// of the batch. The comments give the indices of an array in parentheses, from the slowest to the
+// fastest: in an array (example, channel, row, column), elements of neighbouring columns are
+// adjacent in memory.
 //
 //   conv_forward          computes the end of P and the convolution of S
 //                         grid: (parts)
@@ -94,9 +95,9 @@ constexpr int SIGMOID = 1, RELU = 2;  // the values of `activation`; 0 means non
 
 // The examples of a batch. Example e of the batch is example order[*step · stride + e] of the data
 // set. If `order` is null, example e of the batch is example *step · stride + e of the data set.
-// The array `images` contains the pixels of the data set, 0 to 255: (example, channel, row,
-// column). The array `labels` contains the class of each example of the data set: (example). The
-// array `order` contains indices of examples, batch after batch: (place in the epoch).
+// The array `images` (example, channel, row, column) contains the pixels of the data set, 0 to 255.
+// The array `labels` contains the class of each example of the data set. The array `order` contains
+// the indices of the epoch's examples, batch after batch.
 struct Batch {
     const unsigned char* images;
     const int *labels, *order, *step;
@@ -113,7 +114,7 @@ struct alignas(2 * sizeof(real)) Mean {
 };
 
 // The batch norm of a stage. The pointer `gamma` is null if the stage has no batch norm. All arrays
-// except `means` and `squares` have the shape (channels): one number for each channel.
+// except `means` and `squares` have one element for each channel.
 //
 // Statistics of the batch exist in two forms. The kernel that computes y divides the batch into
 // parts and writes the statistics of each part: means[o, part] is the mean of channel o over the
@@ -139,7 +140,7 @@ struct Norm {
 // (kind, channel, part): for each channel o and each part of the batch, sums[0, o, part] = Σ dz and
 // sums[1, o, part] = Σ dz (y - μ), where μ is the channel's mean. The total of sums[0, o] over all
 // parts is dβ, and the total of sums[1, o] is s·dγ, where s is the standard deviation. The arrays
-// `dgamma` and `dbeta` contain the gradients dγ and dβ: (channel).
+// `dgamma` and `dbeta` contain the gradients dγ and dβ, with one element for each channel.
 template <typename real>
 struct Sums {
     real* sums;
@@ -147,11 +148,11 @@ struct Sums {
     real *dgamma, *dbeta;
 };
 
-// An entry of the table of parameter tensors, for `sgd`. The numbers `offset` and `size` are the
-// place of the tensor in the array of all parameters. The gradient of the tensor is the sum of
-// `partials` partial sums, which begin at `partial_offset` of the array of partial sums: (partial
-// sum, parameter). If `partials` is 0, the gradient is complete already. The number `decays` is 1
-// if weight decay applies to the tensor, else 0.
+// An entry of the table of parameter tensors, for `sgd`. In the array of all parameters, the tensor
+// begins at `offset` and has `size` elements. The gradient of the tensor is the sum of `partials`
+// partial sums. They are in the array `partials` of `sgd`, from the element `partial_offset` on,
+// with the indices (partial sum, parameter). If `partials` is 0, the gradient is complete already.
+// `decays` is 1 if weight decay applies to the tensor, else 0.
 struct Tensor {
     int offset, size, partial_offset, partials, decays;
 };
@@ -241,8 +242,9 @@ __device__ Mean<real> exact_sum(real a, real b) {
     return {sum, (a - (sum - b_in_sum)) + (b - b_in_sum)};
 }
 
-// Returns a - b. If the difference is small compared with a and b, the first subtraction is exact
-// (Sterbenz's lemma), so the result always has the relative accuracy of `real`.
+// Returns a - b. If a.mean and b.mean are close, their subtraction is exact (Sterbenz's lemma). If
+// they are not close, no digits cancel. So the error is about the rounding error of the result,
+// except where the two differences nearly cancel each other.
 template <typename real>
 __device__ real difference(Mean<real> a, Mean<real> b) {
     return (a.mean - b.mean) + (a.rest - b.rest);
@@ -267,7 +269,7 @@ __device__ real activation_derivative(int activation, real a) {
 
 // The batch norm of a stage, as a function of the channel o and of y. The function call operator
 // returns z = (y - mean - rest) · scale + beta. If the stage has no batch norm, z = y. The arrays
-// are in shared memory and contain one number for each channel: (channel).
+// are in shared memory and have one element for each channel.
 template <typename real>
 struct Normalization {
     real *mean, *rest, *scale, *beta;
@@ -447,9 +449,10 @@ __device__ void input_backward(P p, const Normalization<real>& normalized, const
 }
 
 // The gradient dy of the loss with respect to y, as a function: dy(o, at) is the gradient with
-// respect to y[at], a number of channel o. The function computes dy from dz by the backward pass of
-// batch norm (`functional.batch_norm_backward`). The arrays y and dz have the indices (example,
-// channel, row, column). A channel has m values in the batch, with mean μ and standard deviation s:
+// respect to the element y[at], which belongs to channel o. The function computes dy from dz by the
+// backward pass of batch norm (`functional.batch_norm_backward`). The arrays y and dz have the
+// indices (example, channel, row, column). A channel has m values in the batch, with mean μ and
+// standard deviation s:
 //   dy = γ/s (dz - dβ/m - (y - μ) dγ/(s m)),   dβ = Σ dz,   dγ = Σ dz (y - μ) / s
 // If the stage has no batch norm, dy = dz.
 template <typename real>
@@ -467,8 +470,10 @@ struct Gradient {
     }
 };
 
-// Returns the gradient with respect to the y of stage S, as a function. Only the first block writes
-// dβ and dγ. The caller must call __syncthreads before it uses the returned function.
+// Returns a `Gradient` object, which computes the gradient of the loss with respect to single
+// elements of the y of stage S. This function also adds up dβ and dγ. Every block computes them,
+// but only the first block writes them to `sums`. The caller must call __syncthreads before it uses
+// the returned object.
 template <typename real, typename S>
 __device__ Gradient<real> gradient_of(S s, int n, const Norm<real>& norm, const Sums<real>& sums,
                                       const real* y, const real* dz, Memory<real>& memory) {
@@ -527,14 +532,13 @@ __device__ void merge(int had, int count, real mean, const real (&sums)[2], Mean
 // beginning of the tile to the edges of the matrices.
 //
 // The block loads TILE_K terms of both matrices into shared memory at a time: left (row, k) and
-// right (column, k). TILE threads read each number of the shared memory. Beyond the edges of the
-// matrices, the numbers in shared memory are 0.
+// right (column, k). Each element in shared memory is read by TILE threads. Elements beyond the
+// edges of the matrices are 0.
 //
-// If `left_along_k` is true, numbers of `left` with neighbouring k are neighbours in global memory.
-// If it is false, numbers of `left` in neighbouring rows are neighbours in global memory. The
-// argument `right_along_k` says the same about `right` and its columns. With these arguments,
-// neighbouring threads load neighbouring numbers. The function calls on_loaded(row, k, number) once
-// for each number of `left`.
+// If `left_along_k` is true, elements of `left` with neighbouring k are adjacent in global memory.
+// If it is false, elements of `left` in neighbouring rows are adjacent. The argument
+// `right_along_k` says the same about `right` and its columns. So neighbouring threads load
+// adjacent elements. The function calls on_loaded(row, k, element) once for each element of `left`.
 template <typename real, typename Left, typename Right, typename OnLoaded>
 __device__ real tile_of_product(int rows, int columns, int begin, int end, Left left,
                                 bool left_along_k, Right right, bool right_along_k, real* tiles,
@@ -545,7 +549,7 @@ __device__ real tile_of_product(int rows, int columns, int begin, int end, Left 
     real sums[VECTOR] = {};
     for (int start = begin; start < end; start += TILE_K) {
         const int depth = min(TILE_K, end - start);
-        // A load beyond the edge reads a number at the edge, but 0 is stored in its place.
+        // A load beyond the edge reads an element at the edge, but 0 is stored instead.
         const auto load_tile = [&](int count, auto matrix, bool along_k, real* tile,
                                    auto on_loaded) {
             batched_load_store<TILE * TILE_K / THREADS, real>(
@@ -683,7 +687,8 @@ __global__ void linear_backward(P p, S s, int n, int input_blocks, int examples_
         if (norm_before.gamma != nullptr) {
             group_sums(result, TILE);
             if (row == 0 && k < inputs) {
-                // Each of the `area` inputs in a channel of P has its own element in the sums.
+                // Here the index `part` of `sums_before` is (block, position in the channel): each
+                // block writes one partial sum for each of the `area` inputs of a channel of P.
                 const int area = inputs / p.maps;
                 const int at = k / area * sums_before.parts + part * area + k % area;
                 sums_before.sums[at] = result[0];
@@ -717,9 +722,9 @@ __global__ void linear_backward(P p, S s, int n, int input_blocks, int examples_
 // ---------------------------------------------------------------------------------- convolutions
 
 // The layout of the maps of one example in shared memory: (map, row, column). Each map is stored as
-// a plane of `area` numbers. A plane has `height` rows of `pitch` numbers, of which `width` numbers
-// are used. The values of `pitch` and `area` are chosen so that numbers which neighbouring threads
-// read at the same time lie in different banks where possible.
+// a plane of `area` elements. A plane has `height` rows of `pitch` elements, of which `width` are
+// used. The values of `pitch` and `area` are chosen such that neighbouring threads, which read at
+// the same time, read from different banks where possible.
 struct Planes {
     int height, width, pitch, area;
 };
@@ -730,10 +735,10 @@ __device__ constexpr int raised(int number, int like, int divisor) {
     return number + ((like - number) & (divisor - 1));
 }
 
-// Returns the layout of the padded input of a convolution whose output has rows × columns numbers.
-// The height is sufficient for whole groups of ROWS_PER_THREAD rows of the output, because a thread
-// computes such a group. The pitch is chosen so that the threads of one group of rows read from
-// other banks than the threads of the next group.
+// Returns the layout of the padded input of a convolution whose output maps have rows × columns
+// elements. The height is sufficient for whole groups of ROWS_PER_THREAD rows of the output,
+// because a thread computes such a group. The pitch is chosen so that the threads of one group of
+// rows read from other banks than the threads of the next group.
 __device__ constexpr Planes planes_read(int rows, int columns, int kernel_h, int kernel_w,
                                         int stride_h, int stride_w) {
     const int height =
@@ -762,8 +767,8 @@ __device__ constexpr Planes planes_of_maps(int rows, int columns) {
     return {rows, columns, columns | 1, rows * (columns | 1)};
 }
 
-// Sets the `count` numbers of all planes to 0. The padding is not written afterwards, so the
-// padding stays 0. The function ends with a barrier.
+// Sets the `count` elements of all planes to 0. The padding is not written afterwards, so it stays
+// 0. The function ends with a barrier.
 template <typename real>
 __device__ void clear(real* planes, int count) {
     for (int t = threadIdx.x; t < count; t += THREADS) {
@@ -772,11 +777,11 @@ __device__ void clear(real* planes, int count) {
     __syncthreads();
 }
 
-// Stores the maps of an example in `planes`: (map, row, column), as `layout` describes. The number
-// with the index t in the example (map, row, column) is load(t). A number at row i and column j of
-// its map is stored in row `i * stride_h + above` and in column `j * stride_w + left` of its plane.
-// A number whose place is outside of the plane is not stored. For each number, the function also
-// calls on_loaded(t, load(t)).
+// Stores the maps of an example in the array `planes` (map, row, column), in the layout `layout`.
+// Element t of the example, in the order (map, row, column), is load(t). An element at row i and
+// column j of its map is stored in row `i * stride_h + above` and column `j * stride_w + left` of
+// its plane. If this place is outside of the plane, the element is not stored. For each element,
+// the function also calls on_loaded(t, load(t)).
 template <int IN_FLIGHT, typename real, typename Load, typename OnLoaded>
 __device__ __forceinline__ void scatter(int maps, int rows, int columns, Planes layout,
                                         int stride_h, int stride_w, int above, int left,
@@ -791,11 +796,11 @@ __device__ __forceinline__ void scatter(int maps, int rows, int columns, Planes 
     });
 }
 
-// Computes the output of a convolution from its padded input. The gradient with respect to the
-// input of a convolution has the same form, so it is computed by this function, too:
+// Computes the output of a convolution from its padded input. This function also computes the
+// gradient with respect to the input of a convolution, which has the same form:
 //   out[o,p,q] = bias(o) + Σ_cij w(o,c,i,j) in[c, p·stride_h + i, q·stride_w + j]
-// A thread computes ROWS_PER_THREAD rows of MAPS_PER_THREAD maps, so it uses each number that it
-// reads several times.
+// A thread computes ROWS_PER_THREAD rows of MAPS_PER_THREAD maps, so each element that it reads is
+// used several times.
 //
 // Three arrays are in shared memory: `in` (channel, row, column) has the layout of `planes_read`,
 // `out` has the indices (map, row, column), and `weights` has the indices (channel, kernel column,
@@ -944,14 +949,14 @@ __global__ void __launch_bounds__(THREADS, MIN_BLOCKS<real>)
 // (`functional.conv2d_backward`) to dw:
 //   dw[o,c,i,j] += Σ_pq dy[o,p,q] x[c, p·stride_h + i, q·stride_w + j]
 // If `first` is true, dw is set to this gradient, because this example is the first one. The array
-// dw is in global memory: (map, channel, kernel row, kernel column). The other arrays are in shared
+// dw (map, channel, kernel row, kernel column) is in global memory. The other arrays are in shared
 // memory: `planes` contains the padded x (channel, row, column), dy has the indices (map, row,
 // column), and `sums` has room for the sums of all threads (map, tap, thread).
 //
 // A group of weights consists of TAPS_PER_THREAD weights of one kernel row for MAPS_PER_THREAD
-// maps. A thread computes a whole group, so it uses each number that it reads several times. If the
-// block has more threads than there are groups, `group_size` threads share a group: each of these
-// threads adds up some rows p.
+// maps. A thread computes a whole group, so each element that it reads is used several times. If
+// the block has more threads than there are groups, `group_size` threads share a group: each of
+// these threads adds up some rows p.
 template <typename real, typename S>
 __device__ __forceinline__ void add_weight_gradient(S s, bool first, Planes layout,
                                                     const real* planes, Planes map_layout,
@@ -1020,9 +1025,9 @@ __device__ __forceinline__ void add_weight_gradient(S s, bool first, Planes layo
 //   dx[n,c,h,w] = Σ_oij w[o,c,i,j] dy[n, o, (h+padding-i)/stride, (w+padding-j)/stride]
 // The sum is over those i and j for which both quotients are integers and in range. The formula is
 // written for the same stride and padding on both axes. This sum is a convolution with stride 1,
-// whose kernel is the kernel rotated by 180°. Its input is dy with zeros around dy and stride - 1
-// zeros between neighbouring numbers. The blocks use dx to compute the dz of P and the sums for the
-// batch norm of P. If P is the images, `input_blocks` is 0.
+// whose kernel is the kernel rotated by 180°. Its input is dy with zeros around it, and with stride
+// - 1 zeros between neighbouring elements. The blocks use dx to compute the dz of P and the sums
+// for the batch norm of P. If P is the images, `input_blocks` is 0.
 //
 // The other blocks compute dw and db, the gradients with respect to the weight and the bias. Each
 // block computes a partial sum over `examples_per_weight_block` examples, and `sgd` adds the
@@ -1092,7 +1097,7 @@ __global__ void conv_backward(P p, S s, int n, int input_blocks, int examples_pe
         const Planes map_layout = planes_of_maps(s.rows, s.columns);
         const Planes layout =
             planes_summed(s.rows, s.columns, s.kernel_h, s.kernel_w, s.stride_h, s.stride_w);
-        // Threads read up to TAPS_PER_THREAD numbers behind the last plane, but do not use them.
+        // Threads read up to TAPS_PER_THREAD elements behind the last plane, but do not use them.
         real* planes = memory.allocate(s.channels * layout.area + TAPS_PER_THREAD);
         real* gradients = memory.allocate((s.maps + MAPS_PER_THREAD - 1) / MAPS_PER_THREAD *
                                           MAPS_PER_THREAD * map_layout.area);
@@ -1138,9 +1143,9 @@ __global__ void conv_backward(P p, S s, int n, int input_blocks, int examples_pe
 
 // Computes softmax cross-entropy of one example in one thread (`functional.softmax_cross_entropy`).
 // Returns the loss, which is NaN if the label is out of range. The array z contains the logits of
-// the example: (class). The function replaces the logits by the gradient of the mean loss of the n
-// examples of the batch. Here, p[k] is the probability of class k, and [k = label] is 1 if k is the
-// label, else 0:
+// the example, one for each class. The function replaces the logits by the gradient of the mean
+// loss of the n examples of the batch. Here, p[k] is the probability of class k, and [k = label] is
+// 1 if k is the label, else 0:
 //   dlogits[k] = (p[k] - [k = label]) / n
 // Sets *right to 1 if the largest logit is at the label, else to 0. If several logits are equal,
 // the first one counts as the largest.
@@ -1176,7 +1181,7 @@ __device__ inline int label_of(const Batch& batch, int e) {
 // Writes the losses and the numbers of right predictions of a block. Each thread passes the loss
 // and the number of right predictions of its own examples. The function adds up these values over
 // each group of TILE threads, and writes one sum for each group to the arrays `losses` and
-// `correct`: (step, group). The sum of a row of `losses` is the mean loss of the n examples of the
+// `correct` (step, group). The sum of a row of `losses` is the mean loss of the n examples of the
 // batch. The sum of a row of `correct` is the number of right predictions.
 template <typename real>
 __device__ void store_results(int n, const Batch& batch, real loss, int right, real* losses,
@@ -1270,7 +1275,8 @@ __global__ void linear_cross_entropy(P p, S s, int n, int examples_per_block, Ba
             }
             if (norm_before.gamma != nullptr) {
                 group_sums(result, TILE);
-                // Each of the `area` inputs in a channel of P has its own element in the sums.
+                // Here the index `part` of `sums_before` is (block, position in the channel): each
+                // block writes one partial sum for each of the `area` inputs of a channel of P.
                 const int area = inputs / p.maps;
                 const int at = k / area * sums_before.parts + blockIdx.x * area + k % area;
                 for (int i = 0; i < 2 && row == 0 && k < inputs; ++i) {
@@ -1355,12 +1361,11 @@ __global__ void cross_entropy(P p, int n, int examples_per_block, Batch batch, N
 // Weight decay applies only to the tensors for which `Tensor::decays` is 1.
 //
 // Grid: (ranges of PARAMETERS_PER_BLOCK parameters). THREADS_PER_PARAMETER threads add the partial
-// sums of one parameter.
-// Reads: `tensors`, the table of the parameter tensors in the order of their offsets (tensor);
-// `partials`, for each tensor its partial sums (partial sum, parameter); `rates`, the learning
-// rates (step). The kernel runs after *step has been incremented, so the rate of this step is
-// rates[*step - 1].
-// Updates: `parameters`, `gradients` and `velocities`, each with `size` numbers: (parameter).
+// sums of one parameter. Reads: `tensors`, the table of the parameter tensors in the order of their
+// offsets (tensor); `partials`, for each tensor its partial sums (partial sum, parameter); `rates`,
+// the learning rates (step). The kernel runs after *step has been incremented, so the rate of this
+// step is rates[*step - 1]. Updates: `parameters`, `gradients` and `velocities`, each with `size`
+// elements.
 template <typename real>
 __global__ void sgd(const Tensor* __restrict__ tensors, int size, const real* __restrict__ partials,
                     const int* step, const real* rates, real momentum, real weight_decay,
