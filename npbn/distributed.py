@@ -3,12 +3,12 @@
     mpiexec -n 4 python scripts/train.py
 
 A process is called a *rank*. Every rank runs the same program and has the whole model. A rank
-computes its share of each batch, and the ranks tell each other what they have found by the methods
-of a `Group`. Batch norm needs that, too (`npbn.functional.batch_norm`). A process that no launcher
-has started is `Alone`: its group has one rank, and there is nobody to tell anything.
+computes its share of each batch, and exchanges results with the other ranks by the methods of a
+`Group`. Batch norm also exchanges results (`npbn.functional.batch_norm`). A process that was not
+started by a launcher is `Alone`, in a group of one rank.
 
-Every method but `Group.broadcast` gives all ranks the same bits, whatever MPI does, because numbers
-are only moved by MPI; they are added here, in the order of the ranks.
+The results have the same bits on all ranks, with any MPI library. MPI only moves numbers. They are
+added here, in the order of the ranks.
 """
 
 from __future__ import annotations
@@ -41,10 +41,13 @@ LAUNCHERS = {
     "SLURM_STEP_NUM_TASKS": ("srun", "SLURM_PROCID"),
     "WORLD_SIZE": ("torchrun", "RANK"),
 }
-"""The variables in which launchers say how many processes they have started, and which this is."""
+"""Environment variables with the number of started processes.
+
+For each, the launcher that sets it, and the variable with the rank of this process.
+"""
 
 GRACE = 1.0
-"""The time in seconds in which the other ranks may leave as well when a rank fails."""
+"""After a rank has failed, how many seconds the other ranks have to end by themselves."""
 
 
 class Group(Protocol):
@@ -57,8 +60,9 @@ class Group(Protocol):
         size: the number of processes.
         threads: the number of CPUs that this process may use, divided by the number of ranks that
             may use them.
-        description: the group in words that follow other words, such as ", 4 processes on 1
-            machine". For one process, this is empty.
+        description: a text that follows the description of a training, with the PIDs: ", 2
+            processes on 1 machine (rank 0 is 812, rank 1 is 813 on first)". It is empty for one
+            process.
     """
 
     rank: int
@@ -72,11 +76,11 @@ class Group(Protocol):
         """Return the arrays of all ranks, of one shape and dtype, stacked in the ranks' order."""
 
     def share(self, rows: np.ndarray, ends: Sequence[int]) -> None:
-        """Fill ``rows``, of which each rank has computed a part, with the other ranks' parts.
+        """Copy the rows that each rank has computed to all other ranks, in place.
 
         Args:
-            rows: an array of the host. The part of rank r is ``rows[ends[r]:ends[r + 1]]``.
-            ends: where the parts begin, and at last where they end: size + 1 numbers.
+            rows: a NumPy array. Rank r has computed ``rows[ends[r]:ends[r + 1]]``.
+            ends: the size + 1 limits of the ranks' rows, from 0 to the number of rows.
         """
 
     def add(self, arrays: Sequence[Array]) -> Sequence[Array]:
@@ -86,10 +90,10 @@ class Group(Protocol):
         """Call ``do`` on rank 0 only. Return its result, or raise its error, on every rank."""
 
     def rest(self) -> None:
-        """Say that this rank need not answer the others until it calls another method."""
+        """Stop the time limit for answers of this rank until it calls another method."""
 
     def together(self) -> contextlib.AbstractContextManager[None]:
-        """Run the code inside; if an error ends this rank, no other rank goes on."""
+        """Run the code inside. If it raises an error on this rank, all other ranks end."""
 
 
 class Alone:
@@ -124,14 +128,14 @@ ALONE = Alone()
 
 
 class Mpi:
-    """The group of all processes that a launcher has started, which talk by MPI.
+    """The group of all processes that a launcher has started, connected by MPI.
 
-    A rank that waits in vain for the others prints where it waits, and ends, and with it the whole
-    group: a stopped process and a cut cable give no other sign.
+    A rank that has waited too long for another one prints where it waits and ends the whole group.
+    MPI does not notice a process that was stopped, or a network cable that was cut.
 
     Args:
-        seconds: how long a rank waits for the others. For what rank 0 does by itself (`broadcast`),
-            the others wait ten times as long.
+        seconds: how long a rank waits for the others. While rank 0 works alone (`broadcast`), the
+            others wait ten times as long.
     """
 
     def __init__(self, seconds: float = 60.0) -> None:
@@ -141,10 +145,16 @@ class Mpi:
         self._comm, self._exit = MPI.COMM_WORLD, MPI.COMM_WORLD.Dup()
         self.rank, self.size = self._comm.rank, self._comm.size
         cpus = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
-        places = self._comm.allgather((platform.node(), cpus))
+        found = self._comm.allgather((platform.node(), cpus, os.getpid()))
+        places = [(machine, cpus) for machine, cpus, _ in found]
         self.threads = max(1, usable_cpus() // places.count(places[self.rank]))
-        machines = len({machine for machine, _ in places})
-        self.description = f", {self.size} processes on {machines} machine{'s' * (machines > 1)}"
+        # If a process is killed, mpiexec names it only by its PID.
+        machines: dict[str, list[str]] = {}
+        for rank, (machine, _, pid) in enumerate(found):
+            machines.setdefault(machine, []).append(f"rank {rank} is {pid}")
+        several = "s" * (len(machines) > 1)
+        pids = "; ".join(f"{', '.join(texts)} on {name}" for name, texts in machines.items())
+        self.description = f", {self.size} processes on {len(machines)} machine{several} ({pids})"
         self._failed = self._left = False
         self._hook, sys.excepthook = sys.excepthook, self._excepthook
         atexit.register(self._leave)
@@ -168,7 +178,7 @@ class Mpi:
     def add(self, arrays: Sequence[Array]) -> Sequence[Array]:
         self._watch()
         numbers = np.concatenate([to_numpy(array).reshape(-1) for array in arrays])
-        # Each rank gets the same part of every rank's numbers and adds them; the sums are shared.
+        # Rank r gets part r of all ranks' numbers, adds them, and sends the sums to all ranks.
         ends = [len(numbers) * r // self.size for r in range(self.size + 1)]
         own = slice(ends[self.rank], ends[self.rank + 1])
         found = np.empty((self.size, own.stop - own.start), numbers.dtype)
@@ -225,7 +235,7 @@ class Mpi:
         self._hook(*error)
 
     def _all_leave(self) -> bool:
-        """Wait for the other ranks to leave, too; return whether they all do in time."""
+        """Wait until the other ranks also end; return whether they all do so in time."""
         self.rest()
         end = time.monotonic() + (GRACE if self._failed else self._seconds)
         request = self._exit.Ibarrier()
@@ -235,13 +245,13 @@ class Mpi:
         return self._left
 
     def _leave(self) -> None:
-        """Leave with the other ranks, or end them all."""
+        """End this process together with the other ranks, or else abort them."""
         if not (self._left or (not self._failed and self._all_leave())):
             self._comm.Abort(1)
 
 
 def _like(array: np.ndarray, other: Array, shape: tuple[int, ...]) -> Array:
-    """Return an array of the host, in another shape, where the other array lies."""
+    """Return a NumPy array in another shape, in the library and on the device of another array."""
     xp, device = array_api_compat.array_namespace(other), array_api_compat.device(other)
     return xp.asarray(array.reshape(shape), device=device)
 
@@ -254,7 +264,7 @@ def join(*, seconds: float | None = None) -> Group:
 
     Raises:
         DistributedError: the launcher has started several processes that cannot work together. Only
-            the first of them raises the error; the others exit without a word.
+            rank 0 raises the error. The other ranks exit silently.
     """
     for variable, (launcher, rank) in LAUNCHERS.items():
         count = os.environ.get(variable, "")
@@ -315,7 +325,7 @@ def agree(group: Group, facts: Callable[[], Mapping[str, str]]) -> None:
         facts: a function that returns texts by name. It is not called if there is only one rank.
 
     Raises:
-        DistributedError: some ranks have other facts. Every rank raises the error.
+        DistributedError: the facts of two ranks differ. Every rank raises the error.
     """
     if group.size == 1:
         return

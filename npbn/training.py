@@ -337,7 +337,7 @@ class Training:
         return self.model.state_dict()
 
     def _digest(self) -> dict[str, str]:
-        """Return a digest of the state, which is equal on all ranks."""
+        """Return a digest of the state, which must be equal on all ranks."""
         digest = hashlib.sha256(repr((self.epoch, self.batch, self.optimizer.steps)).encode())
         for _, value in sorted(self.model.state_dict().items()):
             digest.update(value.tobytes())

@@ -92,7 +92,8 @@ class LayersEngine:
     def evaluate(self) -> Iterator[Result]:
         """Run the test split in prediction mode, batch by batch.
 
-        The ranks take turns. If too few batches are left, a rank repeats the last one for itself.
+        The batches are divided among the ranks. If there are fewer batches left than ranks, some
+        ranks compute the last batch again.
         """
         ranks, count = self.group.size, len(self.test)
         starts = range(0, count, EVALUATION_BATCH_SIZE)
@@ -109,10 +110,10 @@ class LayersEngine:
 
 
 class Absent:
-    """The part in a group of a rank without an example in a batch: what it computes counts 0.
+    """The group of a rank whose shard of a batch is empty.
 
-    So the other ranks need not know. The rank itself computes with any example, so that no
-    operation needs a rule for an empty batch.
+    The rank computes with any example, and sends zeros in place of its results. So neither the other
+    ranks nor the operations need a rule for empty shards.
     """
 
     threads, description = 1, ""

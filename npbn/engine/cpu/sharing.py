@@ -1,18 +1,18 @@
-"""Say what the ranks share after a launch, if several processes train together.
+"""Find the arrays that ranks exchange after each launch, if several processes train together.
 
-A rank runs the launches (`npbn.engine.cpu.launches`) on its own chunks of the batch. What a launch
-needs from other chunks than the rank's own must be shared before the launch:
+A rank runs the launches (`npbn.engine.cpu.launches`) on its own chunks of the batch. Before a
+launch, the ranks exchange what it needs of all chunks:
 
 - ``merge`` needs the mean and the sum of squares of every chunk, after each forward launch;
 - ``merge_backward`` needs the sums for dβ and dγ of every chunk, after each backward launch;
-- dW of a convolution is the sum over the parts of the batch, which each rank has for its own parts;
-- dW of a linear layer is a sum over all examples that one thread computes at one go, so x and dy of
-  all chunks are shared. A sum for each rank would travel in fewer bytes, but then the order of the
-  additions, and with it the last bits, would depend on the number of ranks;
-- the optimizer needs dW of all maps, of which each rank computes some.
+- dW of a convolution is a sum over the parts of the batch. Each rank has the terms of its own parts;
+- dW of a linear layer is a sum over all examples, which one thread computes. So the ranks exchange x
+  and dy. To exchange a sum for each rank would take fewer bytes, but then the order of the additions,
+  and with it the last bits, would depend on the number of ranks;
+- the optimizer needs dW of all maps. Each rank computes dW of some maps.
 
-All of these are numbers that a process by itself would have computed, and they are put where it
-would have put them. So all ranks go on with the same bits as a process by itself.
+A single process would have computed the same numbers, and stored them in the same places. So all
+ranks continue with the bits of a single process.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from npbn.engine.cpu.normalization import DBETA, MEANS, NO_NORM
 from npbn.engine.cpu.vector import BYTES
 
 Shared = tuple[np.ndarray, list[int]]
-"""The arguments of `npbn.distributed.Group.share`: rows, and where each rank's rows begin."""
+"""The arguments of `npbn.distributed.Group.share`: rows, and the limits of each rank's rows."""
 
 
 def sections(net: network.Net, program: Any, batch: int) -> list[tuple[Any, list[Shared]]]:
-    """Cut a program where something must be shared.
+    """Divide a program into sections, after which the ranks exchange arrays.
 
     Args:
         net: the arrays of the model.
@@ -39,8 +39,8 @@ def sections(net: network.Net, program: Any, batch: int) -> list[tuple[Any, list
         batch: the number of examples.
 
     Returns:
-        Parts of the program, and what must be shared after each part. Nothing is shared after the
-        last part, which may have no launches.
+        For each section, its launches, and the arrays to exchange after it. After the last section,
+        which may have no launches, there are none.
     """
     found, start = [], 0
     for launch, (kernel, k) in enumerate(program, 1):
@@ -83,8 +83,8 @@ def _shared(net: network.Net, kernel: int, k: int, batch: int) -> Iterator[Share
             else:
                 yield rows(stage["partials"], parts, stage["partials_size"]), of_parts
     elif kernel == launches.WEIGHTS:
-        # The gradients of all parameters lie one after another. Those of other parameters than
-        # weights are equal on all ranks already, and travel because they lie between.
+        # The gradients of all parameters are stored one after another. Between those of the weights
+        # are gradients that are equal on all ranks already. They are exchanged with the others.
         weights, gradient = stages["weight"], stages[0]["gradient"]
         begin, length = weights[0] + gradient, stages[0]["velocity"] - gradient
         places = [
