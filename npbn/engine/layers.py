@@ -112,8 +112,8 @@ class LayersEngine:
 class Absent:
     """The group of a rank whose shard of a batch is empty.
 
-    The rank computes with any example, and sends zeros in place of its results. So neither the other
-    ranks nor the operations need a rule for empty shards.
+    The rank computes with any example, and sends zeros in place of its results. So neither the
+    other ranks nor the operations need a rule for empty shards.
     """
 
     threads, description = 1, ""

@@ -5,10 +5,10 @@ launch, the ranks exchange what it needs of all chunks:
 
 - ``merge`` needs the mean and the sum of squares of every chunk, after each forward launch;
 - ``merge_backward`` needs the sums for dβ and dγ of every chunk, after each backward launch;
-- dW of a convolution is a sum over the parts of the batch. Each rank has the terms of its own parts;
-- dW of a linear layer is a sum over all examples, which one thread computes. So the ranks exchange x
-  and dy. To exchange a sum for each rank would take fewer bytes, but then the order of the additions,
-  and with it the last bits, would depend on the number of ranks;
+- dW of a convolution is a sum over the parts of the batch. Each rank has the terms of its parts;
+- dW of a linear layer is a sum over all examples, which one thread computes. So the ranks exchange
+  x and dy. To exchange a sum for each rank would take fewer bytes, but then the order of the
+  additions, and with it the last bits, would depend on the number of ranks;
 - the optimizer needs dW of all maps. Each rank computes dW of some maps.
 
 A single process would have computed the same numbers, and stored them in the same places. So all
