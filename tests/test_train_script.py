@@ -326,9 +326,20 @@ def test_a_launcher_of_copies_without_mpi_is_refused(variable, trainer, tmp_path
 def test_too_little_memory_is_said_in_one_line(tmp_path):
     if sys.platform != "linux":
         pytest.skip("no limit of memory")
-    limit = "import resource; resource.setrlimit(resource.RLIMIT_AS, (640 * 2**20,) * 2)"
-    options = ("--dataset", "digits", "--engine", "layers", "--batch-size", "20000", "--model")
-    process = run("train.py", *options, "blenet", "--threads", "1", cwd=tmp_path, prelude=limit)
+    # The imports need about 400 MiB of addresses, and this training needs about 700.
+    limit = "import resource; resource.setrlimit(resource.RLIMIT_AS, (560 * 2**20,) * 2)"
+    options = (
+        "--dataset",
+        "digits",
+        "--engine",
+        "layers",
+        "--batch-size",
+        "20000",
+        "--threads",
+        "1",
+    )
+    model = ("--model", "blenet", "--dtype", "float64")
+    process = run("train.py", *options, *model, cwd=tmp_path, prelude=limit)
     expected = ("out of memory: Unable to allocate", "a smaller --batch-size or --limit-train")
     assert_refused(process, "train.py: error:", *expected)
 
