@@ -146,7 +146,7 @@ _quiet = False
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Run the code inside without what `say` would print."""
+    """Suppress the output of `say` in a ``with`` block."""
     global _quiet
     _quiet = True
     try:
@@ -157,7 +157,7 @@ def quiet() -> Iterator[None]:
 
 @contextlib.contextmanager
 def silence() -> Iterator[None]:
-    """Run the code inside without what is printed to the standard output."""
+    """Suppress the standard output in a ``with`` block."""
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
         yield
 

@@ -449,7 +449,7 @@ def agree(first: Array, second: Array, precision: float = 0.0) -> bool:
 
 
 def unit_of_rounding(*arrays: Array) -> float:
-    """Return the machine epsilon of the least precise dtype of the arrays, at least float64's.
+    """Return the largest machine epsilon of the arrays' dtypes and float64.
 
     Arrays of integers do not count.
     """

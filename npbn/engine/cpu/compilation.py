@@ -108,8 +108,8 @@ def _compile(kernels: dict[Dispatcher, tuple[Any, ...]], directory: Path) -> Non
         with _cached(kernels, directory):
             for kernel, types_ in kernels.items():
                 if kernel is launches.execute:
-                    # The functions that `execute` calls are optimized already, and are linked into
-                    # `execute` three times.
+                    # `execute` contains copies of functions that are already optimized. To optimize
+                    # them again would only take time.
                     numba.config.OPT = 1
                 try:
                     kernel.compile(types_)

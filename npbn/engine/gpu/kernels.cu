@@ -242,9 +242,9 @@ __device__ Mean<real> exact_sum(real a, real b) {
     return {sum, (a - (sum - b_in_sum)) + (b - b_in_sum)};
 }
 
-// Returns a - b. If a.mean and b.mean are close, their subtraction is exact (Sterbenz's lemma). If
-// they are not close, no digits cancel. So the error is about the rounding error of the result,
-// except where the two differences nearly cancel each other.
+// Returns a - b, the difference of the means plus the difference of the rests. If a.mean and b.mean
+// are close, their difference is exact (Sterbenz's lemma). If not, no digits cancel. So the error
+// is about one rounding of the result, unless the two differences nearly cancel.
 template <typename real>
 __device__ real difference(Mean<real> a, Mean<real> b) {
     return (a.mean - b.mean) + (a.rest - b.rest);

@@ -643,10 +643,12 @@ class Code:
             self.taken.add("training")
 
     def _attributes(self, layer: Any, role: str) -> Iterator[tuple[Any, Any]]:
-        """Yield where a layer stores the parameter of a role: a dictionary or list, and the key.
+        """Yield each place where a layer may store the parameter of a role.
 
-        These are attributes of the layer or of its parts, entries of dictionaries, and the elements
-        of a list ``params``.
+        Each result is a dictionary or list, and the key or index in it.
+
+        A place is an attribute of the layer or of one of its parts, an entry of a dictionary, or an
+        element of a list ``params``.
         """
         known = {r: 0 for r in PARAMETERS if f"d{r}" in self.gradients or "moving" in r}
         for holder in _holders(layer):
