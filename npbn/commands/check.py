@@ -64,7 +64,12 @@ EDITS = 3.0
 
 
 def add_options(parser: argparse.ArgumentParser, timeout: float, seconds: float) -> None:
-    """Add the options that check and grade share; the arguments are defaults in seconds."""
+    """Add the options that check and grade have in common.
+
+    Args:
+        parser: the parser.
+        timeout, seconds: the default values of ``--timeout`` and ``--edits``.
+    """
     parser.add_argument(
         "--timeout",
         type=number("a number > 0", lambda value: value > 0),
@@ -153,9 +158,9 @@ def parse_arguments(program: str, words: list[str]) -> argparse.Namespace:
 
 
 def split(parser: ArgumentParser, submission: str, functions: str | None) -> tuple[str, str, str]:
-    """Return the file, and the names of the forward and the backward function.
+    """Return the file and the names of the forward and the backward function in an argument.
 
-    The names of a class are equal.
+    For a class, both names are that of the class.
     """
     if functions and os.path.isfile(submission):
         file, names = submission, functions
@@ -231,7 +236,7 @@ def check_submissions(arguments: argparse.Namespace) -> int:
 
 
 def hinted(grades: Mapping[str, Sequence[Grade]], hint: str) -> dict[str, list[Grade]]:
-    """Return the grades with edits that show no more than the hint allows."""
+    """Return the grades, with edits that are shortened as the option ``--hint`` says."""
 
     def shortened(grade: Grade) -> Grade:
         if grade.examination is None:

@@ -96,7 +96,7 @@ def _unraisable(found: Any) -> None:
 
 
 class PostponedStop:
-    """A context in which the first signal of `SIGNALS` only sets ``signal`` to its number.
+    """A context in which the first signal of `SIGNALS` only stores its number in ``signal``.
 
     The next signal stops the command at once.
     """
@@ -134,7 +134,7 @@ class OutputError(Exception):
 
 @contextlib.contextmanager
 def output() -> Iterator[None]:
-    """Run the code inside, which writes to the standard output; turn OSError into OutputError."""
+    """Raise OutputError in place of an OSError in a ``with`` block that writes to the output."""
     try:
         yield
     except OSError as error:
@@ -202,7 +202,7 @@ def run(program: str, main: Callable[[], int | None]) -> NoReturn:
         if isinstance(error, NonFiniteError):
             code = 3
         if isinstance(error, BackendError) and sys.stderr is not None:
-            # On a GPU that failed, CuPy prints a traceback for each thing that it frees.
+            # After a GPU has failed, CuPy prints a traceback for each array that it frees.
             sys.stderr.flush()
             os._exit(code)
     except Stopped as stopped:

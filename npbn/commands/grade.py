@@ -148,7 +148,7 @@ def show(report: Report) -> None:
 
 
 def write(report: Report, folder: Path) -> None:
-    """Write everything to a new folder, and put it in the place of the old files."""
+    """Write all files to a temporary folder, and then replace the old files by them."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".npbn-", dir=folder) as beside:

@@ -16,7 +16,7 @@ SILENCE = 30.0
 BUSY_AFTER = 5.0
 """The time after which the share of waiting is measured, in seconds."""
 BUSY = 0.2
-"""The share of the time that a thread waits for a CPU on a busy machine."""
+"""If a thread waits for a CPU for more than this fraction of the time, the machine is busy."""
 
 
 class Progress:
@@ -86,7 +86,7 @@ class Progress:
 
 
 def waiting_times() -> dict[str, float] | None:
-    """Return for each thread of this process how long it has waited for a CPU, in seconds.
+    """Return how long each thread of this process has waited for a CPU, in seconds.
 
     This is the time in which the thread was ready to run, but other threads ran. The result is None
     if the operating system does not tell.

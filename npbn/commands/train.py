@@ -413,13 +413,13 @@ def start(arguments: argparse.Namespace, group: Group) -> Session:
 
 
 def unused(path: Path) -> Iterator[Path]:
-    """Return the path, then the path with -2, with -3 and so on, without those that exist."""
+    """Yield names for a run that do not exist: the path, or the path with -2, -3 and so on."""
     names = (path.with_name(f"{path.name}-{k}" if k > 1 else path.name) for k in itertools.count(1))
     return (name for name in names if not os.path.lexists(name))
 
 
 def check_name(path: Path, *, overwrite: bool) -> None:
-    """Raise an error if `Run.create` would refuse this name; the error says what to type."""
+    """Raise an error if `Run.create` would refuse this name. The message says what to type."""
     try:
         runs.Run.check_name(path, overwrite=overwrite)
     except CheckpointError as error:
@@ -430,7 +430,7 @@ def check_name(path: Path, *, overwrite: bool) -> None:
 def load_data(config: Config, group: Group) -> Dataset:
     """Return the data set; an error about the data names the option that may correct it.
 
-    Rank 0 comes first, so that it alone downloads what the other ranks then find.
+    Rank 0 loads the data first. So only rank 0 downloads files, which the other ranks then find.
     """
     loaded: list[Dataset] = []
     try:

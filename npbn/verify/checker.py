@@ -54,22 +54,26 @@ from npbn.verify.numeric import like
 from npbn.verify.rounding import coarse
 
 SAFETY = 64
-"""The factor of the first two errors in the bound, whose size is known only roughly."""
+"""The factor of the first two errors in the bound. Their size is known only roughly."""
 
 SAFETY_OF_DIFFERENCE = 1
 """The factor of the error that a central difference estimates. In experiments with float64 and
 float32, the true error of a function was never more than 0.5 of the estimate."""
 
 SAFETY_OF_ROUNDING = 8
-"""The factor of the error by stochastic arithmetic: the largest of few samples of about the
-standard deviation, so the true error may be a few times larger."""
+"""The factor of the error by stochastic arithmetic.
+
+This error is the largest of a few random samples, so the true error may be a few times larger.
+"""
 
 HIDDEN = 0.02
 """The largest relative mistake that may stay hidden if a gradient is called right."""
 
 VANISHING = 1e-8
-"""If moving an input by its own size changes the terms of the loss by less than this part, the
-gradient counts as this large when the checker looks how large a hidden mistake may be."""
+"""The smallest gradient that counts when the largest hidden mistake is computed.
+
+It is the relative change of the terms of the loss if the input moves by its own size.
+"""
 
 SAMPLE = 24
 """The number of elements of a gradient that are checked one by one. If a gradient has more
@@ -440,7 +444,7 @@ def same(first: Array, second: Array) -> bool:
 
 
 def agree(first: Array, second: Array, precision: float = 0.0) -> bool:
-    """Return whether two results of the same code are equal but for the order of a sum."""
+    """Return whether two results are equal, apart from rounding in another order of a sum."""
     if tuple(first.shape) != tuple(second.shape):
         return False
     a, b = to_numpy(first).astype(np.float64), to_numpy(second).astype(np.float64)
@@ -492,7 +496,7 @@ def moved_by_rounding(
 
 
 DY = "upstream gradient dy"
-"""The name of dy among the inputs, whose names are identifiers and so are different."""
+"""The name of dy among the inputs. It is no identifier, so no input has the same name."""
 
 ROUNDINGS = 4
 """The number of runs with stochastic arithmetic."""
@@ -608,8 +612,8 @@ def compare(
     worst = int(np.argmax(differences / bounds))
     error, bound = differences[worst] / scale, bounds[worst] / scale
 
-    # How large a mistake may be hidden? An element is looked at alone if its own errors are larger
-    # than the error that all elements have in common.
+    # Find the largest mistake that may be hidden. Elements whose own errors are larger than the
+    # error that all elements have in common are treated separately.
     unsure = difference + rounding * (u > np.finfo(np.float64).eps)
     relevant = np.maximum(sizes, VANISHING * size / lengths[indices])
     alone = unsure > common * scale

@@ -1,8 +1,8 @@
 """Define a catalogue of mistakes that people make in forward and backward passes.
 
-A mutant is a change to lines of `npbn.verify.plain`: it has the right code, and the wrong code that
-a person wrote in its place. So every mutant can be run (`Mutant.functions`), combined with another
-mutant (`functions_of`), and written to a file of plain NumPy code (`Mutant.source`).
+A mutant replaces right code in `npbn.verify.plain` by wrong code, as people write it. So every mutant
+can be run (`Mutant.functions`), combined with another mutant (`functions_of`), and written to a file
+of plain NumPy code (`Mutant.source`).
 """
 
 from __future__ import annotations
@@ -1359,4 +1359,4 @@ CONVENTIONS = (
         ("dlogits = (margins > 0) / n", "dlogits = (margins > 0) * 1.0"),
     ),
 )
-"""Ways to define an operation that are as good as npbn's. The backward pass belongs to each."""
+"""Other definitions of operations that are also right, each with its own backward pass."""

@@ -1,15 +1,16 @@
 """Load a file of homework as its author had it.
 
-Only what defines something is executed: imports, functions, classes and assignments. The rest of a
-file is often a script that trains or asks for input. Notebooks are loaded cell by cell.
+Only imports, assignments and definitions of functions and classes are executed. The other
+statements of a file are often a script that trains or asks for input. The cells of a notebook are
+joined, without those that cannot be parsed.
 
 - Modules beside the file are found, and so are packages that the file is a part of (``from .layers
   import *``, ``from common.functions import softmax``).
-- A module that is not installed is replaced by a stand-in. Code that uses the stand-in when it runs
+- A module that is not installed is replaced by a stand-in. If the code calls the stand-in later, it
   fails with `NeededError`, which names the module.
-- CuPy is NumPy.
-- Names that NumPy or Python have removed exist again: ``np.float``, ``xrange``. In a file that
-  only Python 2 can read, ``print`` statements become calls, and ``/`` divides as it did there.
+- CuPy is replaced by NumPy.
+- Names that NumPy or Python have removed exist again: ``np.float``, ``xrange``. In a file for
+  Python 2, ``print`` statements become calls, and ``/`` of two integers gives an integer.
 - ``float(x)`` of an array with one element works, as it did before NumPy 2.4.
 """
 
@@ -39,7 +40,7 @@ SECONDS_OF_A_STATEMENT = 5.0
 PICTURES = ("matplotlib", "pylab", "seaborn", "IPython", "tqdm", "PIL", "cv2")
 """Packages that gradients never need. Importing them would take long."""
 LEVELS = 3
-"""How many folders above a file may be the root of the packages that it imports."""
+"""The number of folders, from that of the file upwards, in which imported packages are searched."""
 
 
 class NeededError(Exception):
@@ -78,8 +79,8 @@ class StandIns(importlib.abc.MetaPathFinder, importlib.abc.Loader):
     """A finder that has a stand-in for modules that homework imports.
 
     Args:
-        root: the folder below which homework is. What imports a module from elsewhere may test
-            whether the module is installed, so it gets no stand-in.
+        root: the folder that contains the homework. Only imports by files below it get a stand-in,
+            because an installed package may import a module to test whether it is installed.
         only: the packages that get a stand-in. None means all packages.
     """
 
@@ -106,7 +107,7 @@ class StandIns(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
 
 class Removed(importlib.abc.MetaPathFinder):
-    """A finder that refuses the reference: homework computes by itself."""
+    """A finder that refuses to import npbn, because homework has to compute by itself."""
 
     def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> None:
         if fullname.partition(".")[0] == "npbn":
@@ -114,7 +115,7 @@ class Removed(importlib.abc.MetaPathFinder):
 
 
 def load(path: Path, content: bytes) -> tuple[types.ModuleType, str, list[str]]:
-    """Return the module of a file, its source, and notes on what was changed or failed.
+    """Execute a file. Return its module, its source, and notes on what was changed or failed.
 
     Args:
         path: the path that the file has or had.
@@ -151,11 +152,11 @@ def load(path: Path, content: bytes) -> tuple[types.ModuleType, str, list[str]]:
     folders = [*path.parents][:LEVELS]
     sys.meta_path[:0] = [Removed(), StandIns("", PICTURES)]
     sys.meta_path.append(StandIns(str(folders[-1])))
-    # Homework named like a module of Python must not take the place of this module.
+    # A file of homework must not hide a module of Python that has the same name.
     at = next((k for k, p in enumerate(sys.path) if p.endswith("-packages")), len(sys.path))
     sys.path[at:at] = map(str, folders)
     name, package = module_name(path, tree)
-    # The packages of the file, without what their __init__ would import.
+    # Make the packages of the file without executing their __init__.py.
     parts = package.split(".") if package else []
     for k in range(len(parts)):
         above = types.ModuleType(".".join(parts[: k + 1]))
@@ -174,7 +175,7 @@ def load(path: Path, content: bytes) -> tuple[types.ModuleType, str, list[str]]:
 
 
 def cupy_of_numpy() -> types.ModuleType:
-    """Return NumPy under the name of CuPy: the numbers are the same, and no GPU is needed."""
+    """Return a module "cupy" with the functions of NumPy, so that no GPU is needed."""
     cupy = types.ModuleType("cupy")
     cupy.__dict__.update(
         vars(np) | {"asnumpy": np.asarray, "get_array_module": lambda *_: np, "__name__": "cupy"}
@@ -225,7 +226,7 @@ def parsed(source: str) -> tuple[ast.Module, str, bool]:
 
 
 def python_3(source: str) -> str:
-    """Return Python 2's print statements, exceptions and numbers as Python 3 has them."""
+    """Return code in Python 2 with its print statements and exceptions in Python 3's syntax."""
     source = source.expandtabs()
     source = re.sub(r"^(\s*)print[ \t]+(?P<what>[^\n=][^\n]*)$", _print, source, flags=re.M)
     source = re.sub(r"^(\s*)print[ \t]*$", r"\1print()", source, flags=re.M)
@@ -262,7 +263,7 @@ def old_element(value: Any) -> Any:
 
 
 class Old(ast.NodeTransformer):
-    """Replace what Python 3 and NumPy 2.4 do in another way than before by functions that do it."""
+    """Replace operations that old Python and NumPy did differently by functions that do it so."""
 
     NAMES: ClassVar = {
         "_old_division": old_division,
@@ -319,7 +320,7 @@ class Old(ast.NodeTransformer):
 
 
 def as_before(module: types.ModuleType, source: str) -> None:
-    """Define the functions and classes of a module again, as old Python and NumPy read them."""
+    """Execute a module's source again, with operations as in old Python and NumPy (`Old`)."""
     tree = ast.fix_missing_locations(Old().visit(ast.parse(source)))
     module.__dict__.update(Old.NAMES)
     execute(tree, module, [])
@@ -337,7 +338,7 @@ def module_name(path: Path, tree: ast.AST) -> tuple[str, str]:
 
 
 def execute(tree: ast.Module, module: types.ModuleType, notes: list[str]) -> None:
-    """Execute what a file defines. Whatever raises an error is left out, with a note."""
+    """Execute the definitions of a file. If a statement raises an error, a note says so."""
     for statement in tree.body:
         if not defines(statement):
             continue

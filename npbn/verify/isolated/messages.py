@@ -35,7 +35,7 @@ Message = tuple[Any, dict[str, np.ndarray]]
 
 
 class MessageError(Exception):
-    """The error that is raised if a pipe ends, or if what it contains is no message."""
+    """The error that is raised if a pipe ends, or contains bytes that are no message."""
 
 
 def send(descriptor: int, value: Any, arrays: Mapping[str, np.ndarray] | None = None) -> None:
@@ -54,7 +54,7 @@ def receive(descriptor: int, seconds: float = math.inf) -> Message:
     """Read a message from a file descriptor.
 
     Raises:
-        MessageError: the pipe ended, or it contains something else than a message.
+        MessageError: the pipe ended, or contains bytes that are no message.
         TimeoutError: the message was not complete after this many seconds.
     """
     end = time.monotonic() + seconds

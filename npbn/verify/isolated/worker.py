@@ -1,8 +1,8 @@
 """The process in which other people's code runs: it answers the requests of `npbn.verify.session`.
 
-The code can do to this process whatever it likes. It can also send wrong answers, but no right ones
-that it has not computed: the inputs are drawn after it has been loaded, and the results are judged
-elsewhere.
+The code can do anything to this process, and can send wrong answers. But it cannot send right
+answers without computing them, because the inputs are drawn after the code has been loaded, and the
+results are judged in another process.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ MEMORY, FILE_SIZE, PROCESSES = 8 * 10**9, 10**8, 1000
 
 def main() -> None:
     """Answer requests until the pipe ends."""
-    # The pipes get other numbers, so that what the code reads and prints is no message.
+    # The pipes get other file descriptors. So the code cannot read or print messages by mistake.
     requests, answers = os.dup(0), os.dup(1)
     null = os.open(os.devnull, os.O_RDWR)
     for descriptor in (0, 1, 2):
@@ -58,7 +58,7 @@ def main() -> None:
 
 
 def isolate() -> None:
-    """Limit memory, files and processes; take away the network and other processes if allowed."""
+    """Limit memory, files and processes. If the system allows it, take away the network."""
     if sys.platform != "linux" or not hasattr(os, "fork"):
         return
     import resource
@@ -75,7 +75,8 @@ def isolate() -> None:
     spaces = CLONE_NEWPID | CLONE_NEWNET
     if libc.unshare(spaces) != 0 and libc.unshare(spaces | CLONE_NEWUSER) != 0:
         return
-    # The next process is the first of its space: when it ends, all others in the space end, too.
+    # The child is the first process of a new PID namespace. When it ends, all other processes of this
+    # namespace end.
     child = os.fork()
     if child:
         _, status = os.waitpid(child, 0)
@@ -86,7 +87,7 @@ def isolate() -> None:
 
 
 Answer = tuple[Any, dict[str, Any]]
-"""Values for JSON, and arrays by name."""
+"""An answer: values for JSON, and arrays by name."""
 
 
 class Worker:
@@ -113,7 +114,7 @@ class Worker:
             assert cause is not None
             return self._raised(cause), {}
         except Exception as error:
-            # What the code returned, or its class, is of a kind that nobody has thought of.
+            # The code returned something unexpected, or has an unexpected kind of class.
             return {"not called": f"{type(error).__name__}: {error}"}, {}
 
     def _raised(self, error: BaseException) -> dict[str, Any]:
@@ -124,7 +125,7 @@ class Worker:
             return {"adapter": loading.describe(error, self.adapter_path)}
         if own is None and isinstance(error, TypeError):  # It was called with wrong arguments.
             return {"not called": loading.describe(error, self.path)}
-        # The code says itself that it is not meant for this.
+        # A statement of the code itself refuses this input.
         refusal = own is not None and isinstance(error, AssertionError | NotImplementedError)
         return {"raised": loading.describe(error, self.path), "refusal": refusal}
 
