@@ -75,8 +75,8 @@ def isolate() -> None:
     spaces = CLONE_NEWPID | CLONE_NEWNET
     if libc.unshare(spaces) != 0 and libc.unshare(spaces | CLONE_NEWUSER) != 0:
         return
-    # The child is the first process of a new PID namespace. When it ends, all other processes of this
-    # namespace end.
+    # The child is the first process of a new PID namespace. When it ends, all other processes of
+    # this namespace end.
     child = os.fork()
     if child:
         _, status = os.waitpid(child, 0)
