@@ -1,8 +1,8 @@
 """Define a catalogue of mistakes that people make in forward and backward passes.
 
 A mutant replaces right code in `npbn.verify.plain` by wrong code, as people write it. So every
-mutant can be run (`Mutant.functions`), combined with another mutant (`functions_of`), and written to
-a file of plain NumPy code (`Mutant.source`).
+mutant can be run (`Mutant.functions`), combined with another mutant (`functions_of`), and written
+to a file of plain NumPy code (`Mutant.source`).
 """
 
 from __future__ import annotations
