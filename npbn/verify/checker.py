@@ -18,22 +18,22 @@ gradient 0, and the computed value of this gradient is only the rounding error o
 
 **The bound** comes from the arithmetic. It is the sum of four errors.
 
-- A sum of $n$ rounded terms has an error of about $\sqrt{n} u$ relative to the size of the terms,
-  with $u$ the unit of rounding.
-- The rounding of the inputs, by $u$ relative to each input, changes the numeric derivative: the
-  change is large if the operation is badly conditioned. The checker measures this change with
-  inputs that are rounded differently.
-- A central difference has an error that it estimates itself; see `npbn.verify.numeric`.
-- The rounding in the code moves the gradient of the backward pass. For example, $1 - y$ cancels
-  where $y$ is close to 1. The checker measures this with stochastic arithmetic, for each element of
-  the gradient; see `npbn.verify.rounding`. It measures code that computes with NumPy's arrays. For
-  other arrays, this error counts as 0, so a right gradient may be called wrong where $1 - y$
-  cancels.
+- A sum of $n$ rounded terms has an error of about $\sqrt{n} u$ relative to the size of the terms.
+  Here, $u$ is the machine epsilon.
+- The inputs are rounded, with a relative error of $u$. This changes the numeric derivative, and the
+  change is large if the operation is badly conditioned. For the complex step, the checker measures
+  this change with inputs that are rounded differently.
+- A central difference has a truncation error and a rounding error. Its method estimates both; see
+  `npbn.verify.numeric`.
+- Rounding errors inside the backward pass change its gradient. For example, digits of $1 - y$
+  cancel where $y$ is close to 1. The checker measures this error with stochastic arithmetic, for
+  each element of the gradient; see `npbn.verify.rounding`. The measurement needs NumPy arrays. For
+  other arrays, this error counts as 0, so a right gradient may be called wrong where digits cancel.
 
-**Can't tell.** If the bound is so large that a mistake of some percent stays within the bound, a
-gradient within the bound is not called right: nobody can tell. In float64, the last of the four
-errors is not counted for this. It is this large only where the gradient is about $10^{-13}$ of the
-terms that it is computed from, and so is 0 for all practical purposes.
+**Can't tell.** If the bound is so large that it may hide a mistake of some percent, a gradient
+within the bound gets the verdict "can't tell". In float64, the last of the four errors is ignored
+for this decision. There, it is this large only where the gradient is about $10^{-13}$ of the terms
+that it is computed from, which is 0 for all practical purposes.
 """
 
 from __future__ import annotations
@@ -57,8 +57,8 @@ SAFETY = 64
 """The factor of the first two errors in the bound. Their size is known only roughly."""
 
 SAFETY_OF_DIFFERENCE = 1
-"""The factor of the error that a central difference estimates. In experiments with float64 and
-float32, the true error of a function was never more than 0.5 of the estimate."""
+"""The factor of the estimated error of a central difference. In experiments with float64 and
+float32, the true error was never more than 0.5 of the estimate."""
 
 SAFETY_OF_ROUNDING = 8
 """The factor of the error by stochastic arithmetic.
@@ -92,9 +92,9 @@ class Finding:
         scale: the size that the error is divided by.
         index: the index of the element with the largest error.
         analytic, numeric: the value of this element by the backward pass, and the numeric value.
-        largest: the largest absolute value of any element, by the backward pass or numerically.
+        largest: the largest absolute value of any element, analytic or numeric.
         method: "complex step" or "central difference".
-        hidden: the largest mistake, relative to the gradient, that may be within the bound.
+        hidden: the largest mistake that the bound may hide, relative to the gradient.
         problem: the reason why the gradient cannot be compared, as a sentence. The sentence is
             empty if the gradient was compared.
     """
@@ -121,7 +121,8 @@ class Finding:
     def ok(self) -> bool:
         """Return whether the gradient is right.
 
-        A gradient within a bound that hides mistakes is not called right.
+        If the bound may hide a relative mistake of more than `HIDDEN`, the gradient is not called
+        right.
         """
         return self.within and self.hidden <= HIDDEN
 
@@ -201,7 +202,7 @@ def check_gradients(
     method: str = "auto",
     precision: float = 0.0,
 ) -> Report:
-    """Compare the gradients of a backward pass with numeric ones.
+    """Compare the gradients of a backward pass with numeric derivatives of the forward pass.
 
     Args:
         forward: the forward pass. The checker calls it with the inputs and the constants as keyword
@@ -217,7 +218,7 @@ def check_gradients(
         method: "complex step", "central difference" or "auto". With "auto", the complex step is
             used if the forward pass turns out to be fit for the complex step, and otherwise the
             central difference.
-        precision: the unit of rounding of the code, if the code is less precise than the dtypes of
+        precision: the machine epsilon of the code, if the code is less precise than the dtypes of
             the arrays. An example is 2⁻⁷ for code that takes float32 and computes in bfloat16.
 
     Returns:
@@ -336,7 +337,7 @@ def random_signs(x: Array, generator: np.random.Generator) -> np.ndarray:
 
 
 def check_inputs(inputs: Mapping[str, Array]) -> None:
-    """Raise an error that names the input, unless all inputs are arrays that can be checked."""
+    """Raise an error if the gradient of an input cannot be checked. The error names the input."""
     if not inputs:
         raise ValueError("expected at least one input to take a gradient by")
     xp = common_library(**inputs)
@@ -351,12 +352,13 @@ def check_inputs(inputs: Mapping[str, Array]) -> None:
 
 @dataclass(frozen=True)
 class Code:
-    """A forward and a backward pass of other people, which get copies of all arrays.
+    """A forward and a backward pass to check. They get copies of the caller's arrays.
 
     Attributes:
         forward, backward, constants: the arguments of `check_gradients`.
         names: the names of the inputs.
-        precision: the unit of rounding of the code, if the dtypes of the arrays do not tell.
+        precision: the machine epsilon of the code, if the code is less precise than the dtypes of
+            the arrays, or 0.
     """
 
     forward: Callable[..., Any]
@@ -366,7 +368,7 @@ class Code:
     precision: float
 
     def run(self, inputs: Mapping[str, Array]) -> tuple[Array, Any]:
-        """Return y and the cache."""
+        """Call the forward pass; return y, and the cache or None."""
         result = self.forward(**{k: copied(v) for k, v in {**inputs, **self.constants}.items()})
         if isinstance(result, (tuple, list)) and result:
             y, cache = result[0], result[1] if len(result) > 1 else None
@@ -380,7 +382,7 @@ class Code:
         return y, cache
 
     def output(self, value: Array, name: str, others: Mapping[str, Array]) -> Array:
-        """Return y as a function of one input."""
+        """Return y for a value of the input ``name`` and the given values of all other inputs."""
         return self.run({**others, name: value})[0]
 
     def gradients(self, inputs: Mapping[str, Array], dy: Array) -> tuple[Any, ...]:
@@ -390,7 +392,7 @@ class Code:
             gradients = tuple(gradients)
         listed: tuple[Any, ...] = gradients if isinstance(gradients, tuple) else (gradients,)
         if len(listed) != len(self.names):
-            # dbias is None if no bias is among the inputs.
+            # Drop each None, such as the dbias of a layer without a bias.
             listed = tuple(g for g in listed if g is not None)
         return listed
 
@@ -433,12 +435,12 @@ def copied(value: Any) -> Any:
     if not array_api_compat.is_array_api_obj(value):
         return value
     if isinstance(value, np.ndarray):
-        return value.copy()  # This keeps the class of the array.
+        return value.copy()  # Unlike asarray, copy keeps a subclass of np.ndarray.
     return array_api_compat.array_namespace(value).asarray(value, copy=True)
 
 
 def same(first: Array, second: Array) -> bool:
-    """Return whether two arrays are equal, NaN included."""
+    """Return whether two arrays are equal. Here, NaN equals NaN."""
     a, b = to_numpy(first), to_numpy(second)
     return np.array_equal(a, b, equal_nan=a.dtype.kind in "fc")
 
@@ -468,15 +470,19 @@ def moved_by_rounding(
     generator: np.random.Generator,
     precision: float = 0.0,
 ) -> list[np.ndarray]:
-    """Return by how much the rounding in a function moves each element of each result.
+    """Estimate how much rounding errors inside a function change each element of its results.
 
     Args:
-        results: a function that returns arrays.
-        arguments: the argument of this function, arrays by name. If they are not from NumPy, the
-            rounding is not measured, and the result is 0.
-        expected: the results of the function.
-        generator: draws the roundings.
-        precision: the unit of rounding of the code, if the dtypes of the arrays do not tell.
+        results: a function that maps arrays by name to a sequence of arrays.
+        arguments: the arrays by name. If an array is not from NumPy, the rounding is not measured,
+            and all estimates are 0.
+        expected: the arrays that the function returns for these arguments.
+        generator: draws the random rounding errors.
+        precision: the machine epsilon of the code, if the code is less precise than the dtypes of
+            the arrays, or 0.
+
+    Returns:
+        An array of estimates for each result, in the shape of the result.
     """
     exact = [to_numpy(result).astype(np.float64) for result in expected]
     moved = [np.zeros(result.shape) for result in exact]
@@ -486,7 +492,7 @@ def moved_by_rounding(
         try:
             with np.errstate(all="ignore"):
                 found = results({name: coarse(x, generator) for name, x in arguments.items()})
-        except Exception:  # The code may refuse arrays with coarse arithmetic.
+        except Exception:  # The code may not accept a CoarseArray.
             continue
         for k, result in enumerate(found):
             root = math.sqrt(max(unit_of_rounding(expected[k]), precision))
@@ -510,9 +516,9 @@ def smooth_point(
 ) -> Array:
     """Return x, or a point close to x, where ``function`` appears to have a derivative.
 
-    A function has no derivative at the 0 of ReLU or at a tie in a maximum, and there a right
-    backward pass may differ from any numeric derivative. At such a kink, the slopes on both sides
-    of the point differ. If such a difference is found, x is moved a little at random.
+    ReLU has no derivative at 0, and a maximum has none where its two largest elements are equal. At
+    such a kink, the slopes on both sides differ, so a right backward pass may differ from a numeric
+    derivative. If a kink is found at x, random points close to x are tried.
 
     Raises:
         ValueError: no point with a derivative was found close to x.
@@ -521,7 +527,8 @@ def smooth_point(
     shape = tuple(x.shape)
     sizes = np.maximum(np.abs(to_numpy(x)).astype(np.float64), numeric.scales(x).min() / 32)
     for attempt in range(1, TRIES + 1):
-        # Random signs move all elements equally far; normal numbers move each element differently.
+        # With random signs, all elements move equally far for their size. With normal random
+        # numbers, the distances differ.
         directions = [generator.choice((-1.0, 1.0), shape)]
         directions += [generator.standard_normal(shape) for _ in range(4)]
         y = to_numpy(function(x)).astype(np.float64)
@@ -534,7 +541,7 @@ def smooth_point(
 def _bends(
     function: Callable[[Array], Array], x: Array, y: np.ndarray, move: np.ndarray, u: float
 ) -> bool:
-    """Return whether a function, whose value at x is y, has a kink at x along a short move.
+    """Return whether a function f with f(x) = y has a kink at x in the direction of a short move.
 
     Let the bend be |(f(x + move) - y) - (y - f(x - move))|. At a kink, the bend is proportional to
     the move. In a smooth function, the bend is proportional to the square of the move. So if the
@@ -572,21 +579,22 @@ def compare(
     generator: np.random.Generator,
     precision: float = 0.0,
 ) -> Finding:
-    """Compare one gradient with the numeric derivative, and return the finding.
+    """Compare the gradient with respect to one input with numeric derivatives.
 
     Args:
         name, x: the name and the value of the input.
         gradient: the gradient by the backward pass.
-        measure: a function of a direction. The function returns the numeric derivative along the
-            direction, the sum of the absolute values of the terms of this derivative, and the
-            estimated error of the derivative.
+        measure: a function of a direction v, an array of x's shape. The function returns the
+            numeric derivative Σ_j dy_j · ∂y_j/∂v, the sum of the absolute values of these terms,
+            and the estimated error of the derivative.
         measure_rounded: the function ``measure`` for inputs that are rounded differently.
-        outputs: the outputs y whose slopes are the terms.
+        outputs: the outputs y.
         size: the sum of the absolute values of dy · y.
-        moved: by how much rounding moves each element of the gradient.
+        moved: the estimate by `moved_by_rounding` for each element of the gradient.
         method: the method of the numeric derivative, "complex step" or "central difference".
         generator: chooses the elements of a large input to check.
-        precision: the unit of rounding of the code, if the dtypes of the arrays do not tell.
+        precision: the machine epsilon of the code, if the code is less precise than the dtypes of
+            the arrays, or 0.
     """
     u = max(unit_of_rounding(x, outputs, gradient), precision)
     gradient = to_numpy(gradient).ravel().astype(np.float64)
@@ -597,7 +605,7 @@ def compare(
     scale = float(sizes.max()) or 1.0
 
     # The conditioning is the change of the derivative when the inputs are rounded differently. The
-    # estimated error of a central difference includes it.
+    # estimated error of a central difference includes this change already.
     conditioning = 0.0
     if method == "complex step":
         some = range(0, len(indices), max(1, len(indices) // 4))
@@ -620,8 +628,8 @@ def compare(
     hidden = max(common, float(np.max(unsure[alone] / relevant[alone], initial=0.0)))
 
     if len(indices) < gradient.size:
-        # Only some elements were checked one by one. Also check all elements together, by the sum
-        # of all elements with random signs, each times the length of its input.
+        # Only some elements were checked one by one. Also check all elements together: the
+        # derivative along a direction of random signs, each times the length of its element of x.
         direction = generator.choice((-1.0, 1.0), gradient.size) * lengths
         value, total, estimate = measure(like(x, direction.reshape(tuple(x.shape))))
         total = max(total, float(np.abs(gradient * direction).sum())) or 1.0
