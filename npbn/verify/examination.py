@@ -39,7 +39,8 @@ from npbn.verify.operations import (
 )
 
 RIGHT = 1e-10
-"""The largest relative error of right float64 code. The probes are small and well conditioned."""
+"""The largest relative error that right float64 code may have. The inputs on which code is examined
+are small and well conditioned."""
 WRONG = 1e-4
 """Code with a larger relative error than this is wrong. If the error lies between RIGHT and WRONG,
 the code may compute in float32, or may have a small mistake."""
@@ -124,7 +125,7 @@ class Facts:
 
 
 def upstream(seed: int, shape: tuple[int, ...]) -> np.ndarray:
-    """Return the upstream gradient for an output of this shape."""
+    """Return a random upstream gradient for an output of this shape."""
     return np.random.default_rng(seed + 1).standard_normal(shape)
 
 
@@ -158,7 +159,7 @@ def given(
         operation: the name of the operation.
         mistakes: mutants and conventions; the outputs are right if there are none.
         seed: the seed of the probes.
-        fixed: arguments that have another value than in the probes, as pairs (name, value).
+        fixed: the arguments that have another value than in the probes, as pairs (name, value).
     """
     found: dict[str, Outputs] = {}
     try:
@@ -205,10 +206,11 @@ class Examination:
     Attributes:
         operation: the name of the operation.
         verdict: one of the keys of `OF`.
-        error: the largest relative error of any output on any probe. The error is infinite if the
-            code failed on a probe, and NaN if the code was not run.
-        forward, backward: "right", "wrong", "not written yet" or "not examined". Backward is right
-            if it is the gradient of its own forward pass.
+        error: the largest relative error of any output on the inputs that the assignment asks for.
+            The error is infinite if the code failed on such an input, and NaN if no output was
+            compared.
+        forward, backward: "right", "wrong", "not written yet" or "not examined". A backward pass is
+            right if it is the gradient of its own forward pass.
         complaints: sentences that say what is wrong, one for each wrong output or failure.
         mistakes: explanations of wrong outputs, of which any one may be true. Each explanation is a
             combination of one or more mutants.
@@ -242,7 +244,7 @@ class Examination:
 
     @property
     def first(self) -> str:
-        """Return in a few words what is wrong, or what is special."""
+        """Return in a few words what is wrong, or how right code differs from npbn."""
         if self.verdict in ("right", CONVENTION):
             return "; ".join(self.conventions)
         if self.verdict == ASKED:
@@ -312,8 +314,8 @@ def examine(
 
     Args:
         operation: the name of the operation that the code should compute.
-        results: the result on each probe.
-        facts: what was observed while the code ran.
+        results: the result on each probe (input), by the name of the probe.
+        facts: observations from the calls. The conventions that explain the results are added.
         seed: the seed of the probes.
         beyond: the names of the probes on which the code need not be right, and for each what makes
             it harder than usual, such as "padding".
@@ -563,7 +565,10 @@ def _of_its_kind(
 def meant_results(
     operation: str, results: Mapping[str, Ran], facts: Facts, seed: int
 ) -> dict[str, Ran]:
-    """Return the results without those of probes that the code is not meant for."""
+    """Return the results for the probes (inputs) that the code is meant for.
+
+    An optional probe is left out if the code fails there, or if its output is wrong.
+    """
     found = _of_its_kind(operation, results, facts, seed)
     right = given(operation, (), seed)
     for probe in probes(operation, seed):
@@ -651,7 +656,7 @@ def _conventions(
             # npbn's code with these conventions fails on a probe on which the examined code runs.
             return math.inf
         return sum(
-            3 if name == "y" else 1  # The forward pass decides what the backward pass should be.
+            3 if name == "y" else 1  # y counts more: it decides which gradients are right.
             for probe, found in ran.items()
             for name, value in found.items()
             if name not in right[probe] or not difference(value, right[probe][name]) <= WRONG
