@@ -55,7 +55,7 @@ from npbn.verify.session import Session, printable
 from npbn.verify.submission import examine_in
 
 NOT_FOUND = "not found"
-"""The verdict on a function that no file of the student has."""
+"""The verdict on a function that is in no file of the student."""
 
 KNOWN = {demand for name in OPERATIONS for demand in (p.beyond for p in probes(name)) if demand}
 """What an assignment may ask (``asks``) beyond the usual, such as "padding" or "large logits"."""
@@ -127,7 +127,7 @@ class Grade:
         return self.verdict in (UNDECIDED, UNLOADED, "could not be run")
 
     def record(self) -> dict[str, Any]:
-        """Return the grade as values for JSON."""
+        """Return the grade as a dict for JSON."""
         found = self.examination
         mistakes = (
             []
@@ -242,10 +242,10 @@ def _task(path: Any, number: int, entry: Any) -> Task:
 
 
 def students(paths: Sequence[str | os.PathLike[str]]) -> dict[str, list[Path]]:
-    """Return the files of each student by the student's name.
+    """Return the files of each student, by the student's name.
 
-    A single folder is the folder of the class: each file and each folder in it is a student. Of
-    several paths, each is a student.
+    If there is only one path and it is a folder, this is the folder of the class: each file and
+    each folder in it belongs to one student. Otherwise, each path belongs to one student.
 
     Raises:
         SubmissionError: there is no such file or folder, or there is nothing to grade.
@@ -357,7 +357,7 @@ The first expression that is found in a name decides. None means that the functi
 
 
 def guess(name: str) -> str | None:
-    """Return the operation that a name stands for, or None."""
+    """Return the operation that code with this name seems to compute, or None."""
     short = re.sub(r"(_?forward_?|_?fwd_?|_naive|_strides|_fast|_loop)", "", name.lower())
     return next((operation for pattern, operation in GUESSES if re.search(pattern, short)), None)
 
@@ -509,7 +509,7 @@ def grade_all(
         assignment: the assignment.
         jobs: the number of processes. By default, the number of CPUs that this process may use.
         on_student: a function that is called with the name of each student who has been graded.
-        options: the options of `grade`.
+        options: the keyword arguments of `grade`.
     """
     jobs = min(jobs or backend.usable_cpus(), len(found))
     results: dict[str, list[Grade]] = {}
@@ -522,7 +522,7 @@ def grade_all(
             name = futures[future]
             try:
                 results[name] = future.result()
-            except BrokenExecutor as error:  # Somebody has killed a process of this pool.
+            except BrokenExecutor as error:  # A process of this pool was killed.
                 failed = functools.partial(_failed, name, error=error)
                 results[name] = _graded(name, found[name], assignment, failed)
             if on_student is not None:
@@ -602,7 +602,7 @@ class Report:
         }
 
     def nbgrader(self) -> list[list[str]]:
-        """Return the grades as the table that ``nbgrader export`` writes."""
+        """Return the grades as rows of the table that ``nbgrader export`` writes."""
         rows = [["assignment", "student_id", "raw_score", "score", "max_score"]]
         for student, found in self.grades.items():
             points, most = sum(g.points for g in found), sum(g.task.points for g in found)
