@@ -1,18 +1,18 @@
 """Check gradients of functions that are written with PyTorch or JAX.
 
-`check_torch` and `check_jax` give a function to `npbn.verify.check_gradients`. The forward pass is
-the function. The backward pass is what the library computes: `torch.autograd.grad` or `jax.vjp`. So
-the check covers a backward pass that a person wrote as a ``torch.autograd.Function`` or for
+`check_torch` and `check_jax` pass a function to `npbn.verify.check_gradients`. The function is the
+forward pass. The backward pass is `torch.autograd.grad` or `jax.vjp` of the function. So the check
+covers a backward pass that a person wrote as a ``torch.autograd.Function`` or for
 ``jax.custom_vjp``.
 
 The numeric derivatives are central differences, because few functions of these libraries are fit
-for the complex step. A proof needs float64. If the code takes or computes numbers that are less
-precise, the bound allows for their rounding, so a right gradient may get the verdict "can't tell".
+for the complex step. A proof needs float64. If the code takes or computes less precise numbers, the
+bound allows for their rounding, so a right gradient may get the verdict "can't tell".
 
 `check_torch` also computes the gradients for an upstream gradient that is not contiguous in memory.
 
-All outputs of a function are checked together. Each output is divided by about its largest element,
-so that a mistake in the gradient of a small output is as visible as one of a large output.
+All outputs of a function are checked together. Each output is divided by about its largest element.
+So a mistake in the gradient of a small output is as visible as a mistake in that of a large output.
 
 PyTorch and JAX are imported only when a function is checked.
 """
@@ -34,12 +34,12 @@ from npbn.verify.rounding import CoarseArray
 Arrays = Mapping[str, np.ndarray]
 Pullback = Callable[[Sequence[np.ndarray]], Sequence[np.ndarray]]
 Run = Callable[[Arrays], tuple[Sequence[np.ndarray], Pullback]]
-"""A function of the inputs, by name. It returns the outputs, and a function that maps the upstream
-gradients of the outputs to the gradients of the inputs."""
+"""A function that maps the inputs, by name, to the outputs and a pullback. The pullback is another
+function, which maps the upstream gradients of the outputs to the gradients of the inputs."""
 
 
 def check_torch(function: Any, /, *arguments: Any, **named: Any) -> Report:
-    r"""Compare the gradients that PyTorch computes for a function with numeric ones.
+    r"""Compare the gradients that PyTorch computes for a function with numeric derivatives.
 
     ```python
     import npbn.verify
@@ -50,8 +50,8 @@ def check_torch(function: Any, /, *arguments: Any, **named: Any) -> Report:
     Args:
         function: a function of tensors, a ``torch.autograd.Function`` or its ``apply``, or a
             module. For a module, the gradients of the parameters that require grad are also
-            checked. The module stays as it is, and every evaluation begins with the module's own
-            buffers (moving averages).
+            checked. The module stays as it is: each evaluation gets copies of the module's buffers
+            (moving averages).
         arguments, named: the arguments of the function. If some tensors require grad, the gradients
             of these tensors are checked. If no tensor requires grad, the gradients of all tensors
             and NumPy arrays of floating-point numbers are checked. The function gets a copy of each
@@ -59,7 +59,7 @@ def check_torch(function: Any, /, *arguments: Any, **named: Any) -> Report:
             tensors. The function gets all other arguments unchanged.
 
     Returns:
-        A report, which can be printed. A note says which gradients are not checked.
+        A report, which can be printed. Notes in it name the gradients that are not checked.
 
     Raises:
         ValueError: no output has a gradient, or `npbn.verify.check_gradients` raises a ValueError,
@@ -74,7 +74,7 @@ def check_torch(function: Any, /, *arguments: Any, **named: Any) -> Report:
     if inspect.isclass(owner) and issubclass(owner, torch.autograd.Function):
         kernel: Any = owner
         function = kernel.apply
-        # ``apply`` takes no keyword arguments, and its signature is that of ``forward``.
+        # ``apply`` takes no keyword arguments. Its arguments are those of ``forward``.
         signature = inspect.signature(kernel.forward)
         if kernel.setup_context is torch.autograd.Function.setup_context:
             signature = signature.replace(parameters=list(signature.parameters.values())[1:])
@@ -101,7 +101,7 @@ def check_torch(function: Any, /, *arguments: Any, **named: Any) -> Report:
         for n in floating
         if n not in chosen
     ]
-    # A parameter may have the name of an argument.
+    # A parameter of the module may have the same name as an argument of the function.
     places = {(f"module.{n}" if n in chosen else n): n for n in parameters}
     checked = {**chosen, **{n: parameters[p] for n, p in places.items()}}
     checked = {n: v for n, v in checked.items() if n in chosen or v.requires_grad}
@@ -110,11 +110,11 @@ def check_torch(function: Any, /, *arguments: Any, **named: Any) -> Report:
         return value.detach().clone() if torch.is_tensor(value) else value
 
     def tensor(array: np.ndarray, original: Any) -> Any:
-        """Return an array as a tensor with the dtype, device and memory order of another one."""
+        """Return an array as a tensor with the dtype, device and memory order of ``original``."""
         return torch.empty_like(original, requires_grad=False).copy_(torch.tensor(np.array(array)))
 
     def call(given: Mapping[str, Any]) -> Any:
-        """Return the result of the function for some tensors, and copies of all other ones."""
+        """Call the function with the given tensors, and with copies of all other tensors."""
         every = {n: given[n] if n in chosen else copied(v) for n, v in values.items()}
         positional = [every.pop(n) for n in list(every)[: len(arguments)]]
         if module is None:
@@ -128,7 +128,7 @@ def check_torch(function: Any, /, *arguments: Any, **named: Any) -> Report:
         watch = watched or (_arithmetic(coarse.generator) if coarse is not None else None)
         leaves = {n: tensor(inputs[n], v).requires_grad_() for n, v in checked.items()}
         with torch.enable_grad():
-            # Copies may be changed in place. PyTorch refuses that for the leaves.
+            # The function gets clones, because PyTorch forbids changes of a leaf in place.
             given = {n: leaf.clone() for n, leaf in leaves.items()}
             with watch or contextlib.nullcontext():
                 result = [*_elements(call(given))]
@@ -147,7 +147,7 @@ def check_torch(function: Any, /, *arguments: Any, **named: Any) -> Report:
 
         def pullback(dys: Sequence[np.ndarray], spread: bool = False) -> list[np.ndarray]:
             upstream = [tensor(dy, y) for dy, y in zip(dys, outputs, strict=True)]
-            if spread:  # Between the elements there are others in memory.
+            if spread:  # In memory, a NaN follows each element.
                 nothing = [torch.full_like(dy, math.nan) for dy in upstream]
                 pairs = zip(upstream, nothing, strict=True)
                 upstream = [torch.stack(pair, dim=-1)[..., 0] for pair in pairs]
@@ -169,14 +169,14 @@ def check_torch(function: Any, /, *arguments: Any, **named: Any) -> Report:
     inputs = {n: _numpy(v) for n, v in checked.items()}
     precision = max((torch.finfo(v.dtype).eps for v in checked.values()), default=0.0)
     watched = _arithmetic(None)
-    # An error is raised again by the check, unless it comes from watching.
+    # If the function raises an error, the check below raises it again.
     with contextlib.suppress(Exception):
         outputs, pullback = run(inputs, watched)
         pullback([np.ones_like(y) for y in outputs])
     precision = max(precision, watched.precision)
     report = _check(run, inputs, precision, notes)
 
-    # Kernels often take an upstream gradient for contiguous, and that of a slice of y is not.
+    # Kernels often expect a contiguous upstream gradient, but the one of y.sum() or y.T is not.
     outputs, pullback = run(inputs)
     generator = np.random.default_rng(0)
     dys = [generator.standard_normal(y.shape) for y in outputs]
@@ -193,18 +193,18 @@ def check_torch(function: Any, /, *arguments: Any, **named: Any) -> Report:
 
 
 def _numpy(tensor: Any) -> np.ndarray:
-    """Return a copy of a tensor as an array of float64, if it is of float64, or else float32."""
+    """Return a copy of a float64 tensor as a float64 array, and of any other as a float32 array."""
     host = tensor.detach().cpu()
     return np.array((host if host.dtype.itemsize == 8 else host.float()).numpy())
 
 
 def _arithmetic(generator: np.random.Generator | None) -> Any:
-    """Return a context that watches what PyTorch computes, and may make its arithmetic coarser.
+    """Return a context that measures the precision of PyTorch's operations, and may reduce it.
 
-    The context keeps, in ``precision``, the largest unit of rounding of a result that is less
-    precise than an argument of its operation: float32 if code for float64 computes in float32. With
-    a generator, the context multiplies each result by random numbers that are nearly 1, as
-    `npbn.verify.rounding` describes.
+    The context looks for results that are less precise than an argument of their operation. The
+    attribute ``precision`` is the largest machine epsilon of these results. For example, this is
+    the epsilon of float32 if code for float64 computes in float32. With a generator, the context
+    multiplies each result by random numbers that are nearly 1; see `npbn.verify.rounding`.
     """
     import torch
     from torch.utils._python_dispatch import TorchDispatchMode
@@ -222,7 +222,7 @@ def _arithmetic(generator: np.random.Generator | None) -> Any:
                 unit = _unit(result)
                 if unit > finest:
                     self.precision = max(self.precision, unit)
-                # A result that is a view, or was changed in place, is left alone.
+                # A result that is a view, or was changed in place, is not made coarser.
                 if generator is not None and unit > 0 and returned.alias_info is None:
                     factors = 1 + math.sqrt(unit) * generator.uniform(-1, 1, tuple(result.shape))
                     result.mul_(torch.as_tensor(factors).to(result))
@@ -237,7 +237,7 @@ def _arithmetic(generator: np.random.Generator | None) -> Any:
 
 
 def check_jax(function: Callable[..., Any], /, *arguments: Any, **named: Any) -> Report:
-    """Compare the gradients that JAX computes for a function with numeric ones.
+    """Compare the gradients that JAX computes for a function with numeric derivatives.
 
     ```python
     import npbn.verify
@@ -278,7 +278,7 @@ def check_jax(function: Callable[..., Any], /, *arguments: Any, **named: Any) ->
         if jnp.issubdtype(value.dtype, jnp.complexfloating):
             raise TypeError(f"expected {name} of real numbers, got {value.dtype}")
         if jnp.issubdtype(value.dtype, jnp.floating):
-            checked[name] = k  # The structure of the arguments has this array as its leaf k.
+            checked[name] = k  # The index of this array among all leaves of the arguments.
             if value.dtype == np.float64 and not jax.config.jax_enable_x64:
                 text = "JAX computed in float32; float64 needs "
                 _note(notes, text + 'jax.config.update("jax_enable_x64", True), early')
@@ -287,7 +287,7 @@ def check_jax(function: Callable[..., Any], /, *arguments: Any, **named: Any) ->
     dtypes = {n: everything[k].dtype for n, k in checked.items()}
 
     def call(*given: Any) -> list[Any]:
-        """Return the outputs of floating-point numbers for the arrays that are checked."""
+        """Return the floating-point outputs of the function for values of the checked arrays."""
         every = list(everything)
         for k, value in zip(checked.values(), given, strict=True):
             every[k] = value
@@ -333,10 +333,10 @@ def _check(run: Run, inputs: Arrays, precision: float, notes: list[str]) -> Repo
     """Check the gradients of a function with any number of outputs.
 
     Args:
-        run: the function.
-        inputs: the inputs.
-        precision: the unit of rounding of the function.
-        notes: what else the reader should know. The function adds to it while it runs.
+        run: the function, in the form of `Run`.
+        inputs: the inputs by name.
+        precision: the machine epsilon of the function's arithmetic.
+        notes: notes for the report. Each call of ``run`` may append to this list.
     """
     sizes: list[float] = []
 
@@ -363,13 +363,16 @@ def _check(run: Run, inputs: Arrays, precision: float, notes: list[str]) -> Repo
 
 
 def _size(array: np.ndarray) -> float:
-    """Return a power of 2 that is about as large as the largest element, or 1 if that is 0."""
+    """Return the largest absolute value of an array, rounded down to a power of 2.
+
+    The result is 1 if the largest absolute value is 0 or not finite.
+    """
     largest = float(np.max(np.abs(array), initial=0.0))
     return 2.0 ** math.floor(math.log2(largest)) if 0 < largest < math.inf else 1.0
 
 
 def _signature(function: Callable[..., Any]) -> inspect.Signature:
-    """Return the signature of a function, or an empty one if the function does not tell."""
+    """Return the signature of a function, or an empty one if Python does not know it."""
     try:
         return inspect.signature(function)
     except (TypeError, ValueError):
@@ -377,7 +380,7 @@ def _signature(function: Callable[..., Any]) -> inspect.Signature:
 
 
 def _by_name(signature: inspect.Signature, arguments: Sequence[Any]) -> dict[str, Any]:
-    """Return positional arguments by name. Arguments without a name are x0, x1, …"""
+    """Return positional arguments by name. Without a name, the argument at index i is called xi."""
     names = [p.name for p in signature.parameters.values() if p.kind in NAMED]
     names += [f"x{i}" for i in range(len(names), len(arguments))]
     return dict(zip(names, arguments, strict=False))
@@ -387,7 +390,7 @@ NAMED = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYW
 
 
 def _elements(value: Any) -> Iterator[Any]:
-    """Yield what tuples, lists and dicts contain, at any depth."""
+    """Yield the values inside nested tuples, lists and dicts."""
     if isinstance(value, Mapping):
         value = tuple(value.values())
     if not isinstance(value, (tuple, list)):
