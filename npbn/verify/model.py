@@ -25,11 +25,11 @@ def check_model(
     *,
     generator: np.random.Generator | None = None,
 ) -> Report:
-    """Compare the gradients of the loss with respect to parameters and x with the complex step.
+    """Compare the gradients of the loss of a model with numeric derivatives by the complex step.
 
-    The loss is softmax cross-entropy. The model is not changed, because a copy of the model is
-    checked. The copy has the same mode, training or prediction. A proof needs a model and an x of
-    dtype float64.
+    The gradients are those with respect to all parameters and x. The loss is softmax cross-entropy.
+    The model is not changed, because a copy of the model is checked. The copy has the same mode,
+    training or prediction. A proof needs a model and an x of dtype float64.
 
     The error of a derivative is measured relative to the size of its terms, as in
     `npbn.verify.checker`. The terms are dy_j · ∂y_j / ∂parameter, where y is the output of the
@@ -93,8 +93,9 @@ def check_model(
     ) -> Measured:
         """Return the derivative of the loss along a direction, the size of its terms, and 0.
 
-        The derivative is with respect to a parameter of layer k, or, if the parameter is None, with
-        respect to the layer's input.
+        The 0 is the estimated error, because the complex step has no truncation error. The
+        derivative is with respect to a parameter of layer k. If the parameter is None, the
+        derivative is with respect to the layer's input.
         """
         if parameter is None:
             outputs = forward(k, numeric.stepped(layer_inputs[k], direction))
@@ -132,7 +133,7 @@ def check_model(
 
 
 def leaves(model: Sequential, prefix: str = "") -> Iterator[tuple[str, Layer]]:
-    """Yield the layers inside all `Sequential`, each with the prefix of its parameters' names."""
+    """Yield the layers in nested `Sequential`, each with the prefix of its parameters' names."""
     for i, layer in enumerate(model.layers):
         if isinstance(layer, Sequential):
             yield from leaves(layer, f"{prefix}{i}.")
