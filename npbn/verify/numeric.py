@@ -14,18 +14,18 @@ only real parts.
 
 $$D(h) = \frac{f(x + h v) - f(x - h v)}{2 h} = f'(x) v + c_2 h^2 + c_4 h^4 + \dots$$
 
-The truncation error falls with $h$, but the rounding error is proportional to $u / h$, with $u$ the
-unit of rounding. The best $h$ depends on the length over which $f$ changes, which nobody knows:
-batch norm of years changes over some years, not over a fraction of 2000. So $D$ is computed for a
-whole ladder of steps, each a quarter of the step before. *Richardson's extrapolation* removes the
-terms of the truncation error one after the other:
+A smaller $h$ has a smaller truncation error, but the rounding error is proportional to $u / h$,
+where $u$ is the machine epsilon. The best $h$ depends on the distance over which $f$ changes, which
+is not known. For example, batch norm of calendar years changes over a few years, and not over a
+fraction of 2000. So $D$ is computed for a sequence of steps, each a quarter of the step before.
+*Richardson's extrapolation* removes the terms of the truncation error one after the other:
 
 $$T_{j, 0} = D(h_j) \qquad T_{j, k} = T_{j, k-1} + \frac{T_{j, k-1} - T_{j-1, k-1}}{16^k - 1}
   \qquad h_j = 4^{-j} h_0$$
 
-*Ridders' method* takes the $T_{j, k}$ that differs least from the two entries that it is computed
-from. This difference is also the estimate of the error. Where the steps are too large or too small,
-the entries differ much, so they are not taken.
+*Ridders' method* returns the $T_{j, k}$ that differs least from the two values from which it is
+computed. This difference is also the estimate of the error. If the steps are too large or too
+small, the values differ much, so they are not returned.
 
 **Sources.** The complex step: W. Squire and G. Trapp, "Using Complex Variables to Estimate
 Derivatives of Real Functions", SIAM Review 40(1), 1998. The extrapolation: C. Ridders, "Accurate
@@ -56,7 +56,7 @@ def complex_step(function: Function, x: Array, direction: Array | None = None) -
 
     Args:
         function: the function f, which maps an array of x's shape to an array of any shape. The
-            function must be analytic, and its code must be fit for complex numbers.
+            function must be analytic, and its code must compute it for complex numbers, too.
         x: an array of float32 or float64, of any library.
         direction: a vector v of x's shape, or None.
 
@@ -102,20 +102,20 @@ def extrapolated(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return the derivative along a direction by Ridders' method, and an estimate of its error.
 
-    Both results are NumPy arrays of float64, in the shape of f(x). Rounding adds to the estimate of
-    the error: the outputs are rounded by u, and so is x, which matters if x is large compared with
-    the step. One entry is taken for all outputs, because for a single output two entries may agree
-    by chance.
+    Both results are NumPy arrays of float64, in the shape of f(x). The estimate of the error
+    includes rounding: the outputs and x have relative rounding errors of about the machine epsilon.
+    The rounding of x matters if x is large compared with the step. All outputs use the same value
+    T_{j, k} of the extrapolation, because for a single output two values may agree by chance.
 
     Args:
         function, x, direction: the arguments of `central_difference`.
         noise: the error of f(x) by rounding inside of f, if it is known.
-        precision: the unit of rounding of f, if f is less precise than the dtype of x.
+        precision: the machine epsilon of f, if f is less precise than the dtype of x, or 0.
     """
     moves = to_numpy(direction).astype(np.float64)
     moving = moves != 0
     u = max(float(np.finfo(to_numpy(x).dtype).eps), precision)
-    # A step of ``whole`` changes x by about as much as x is large.
+    # A step of ``whole`` changes x by about the size of x.
     lengths = scales(x)[moving] / np.abs(moves[moving])
     whole = float(_power_of_two(np.min(lengths, initial=1e300)))
 
@@ -123,16 +123,16 @@ def extrapolated(
         with np.errstate(all="ignore"):  # A large step may lead out of the domain of f.
             return np.asarray(to_numpy(function(x + like(x, step * moves))), dtype=np.float64)
 
-    # An output that stays the same however far x moves is exact: it does not depend on x.
+    # An output that is the same far away from x does not depend on x, so it has no error.
     here = at(0.0)
     try:
         depends = (at(FAR * whole) != here) | (at(-FAR * whole) != here)
-    except Exception:  # The code may refuse numbers that are so large.
+    except Exception:  # The code may not accept numbers of this size.
         depends = np.full(here.shape, True)
     best = error = reach = np.full(here.shape, np.inf)
     row: list[np.ndarray] = []
-    totals: list[float] = []  # the estimate after each row
-    # The smallest step is at least 4 times as large as the spacing of numbers near x.
+    totals: list[float] = []  # the sum of all estimated errors after each row
+    # The smallest step is at least 4u times the size of x.
     for j in range(1, 1 + min(RUNGS, int(math.log(1 / (4 * u), 4)))):
         h = whole / 4**j
         right, left = at(h), at(-h)
@@ -141,13 +141,13 @@ def extrapolated(
             rounded = np.maximum(np.abs(right), np.abs(left)) + whole * np.abs(row[0])
             rounding = np.maximum(u * rounded, noise) / h
             rounding = np.where(depends | (right != left), rounding, 0.0)
-            # D(h) comes closer to the derivative with every row, but for rounding. If it does not,
-            # the best entry was taken at steps that are too large.
+            # But for rounding, D(h) comes closer to the derivative in every row. If D(h) moves away
+            # from the best value instead, that value has a larger error than was estimated.
             error = np.fmax(error, np.abs(row[0] - best) - reach - 4 * rounding)
             for k, entry in enumerate(above, 1):
                 row.append(row[-1] + (row[-1] - entry) / (16**k - 1))
                 change = np.maximum(np.abs(row[-1] - row[-2]), np.abs(row[-1] - entry)) + rounding
-                if np.sum(change) < np.sum(error):  # This is False for NaN.
+                if np.sum(change) < np.sum(error):  # False if there is NaN
                     best, error, reach = row[-1], change, np.abs(row[0] - row[-1])
         totals.append(float(np.sum(error)))
         if len(totals) > 3 and totals[-4] == totals[-1] < np.inf:
@@ -156,18 +156,18 @@ def extrapolated(
 
 
 FAR = 1024
-"""How many times its own size x moves to see which outputs depend on x."""
+"""The length of the move that shows which outputs depend on x, relative to the size of x."""
 
 RUNGS = 12
-"""The largest number of steps in the ladder. The smallest step is 4^-12 = 6e-8 of the size of x."""
+"""The largest number of steps h. The smallest step is 4^-12 = 6e-8 times the size of x."""
 
 
 def scales(x: Array) -> np.ndarray:
-    """Return a length for each element of x that a large step for this element should have.
+    """Return the length of a large step for each element of x.
 
-    The length is about |x_i|. If |x_i| is less than the median, the length is about the median,
-    because a single number may be close to 0 by chance. The length is a power of 2, so that x plus
-    the step is exact.
+    The length for x_i is about |x_i|. If |x_i| is less than the median of all |x_j| > 0, the length
+    is about this median, because a single element may be close to 0 by chance. The length is a
+    power of 2, so the step itself is not rounded.
     """
     sizes = np.abs(to_numpy(x)).astype(np.float64)
     usual = np.median(sizes[sizes > 0]) if np.any(sizes > 0) else 1.0
@@ -209,7 +209,8 @@ def takes_complex(
     expected, error = extrapolated(function, x, direction, noise)
     difference = np.abs(np.imag(y) / STEP - expected)
     size = max(float(np.max(np.abs(expected))), roundoff * scale)
-    # The bound is tight: a conjugation has a small effect if the variance is small beside its eps.
+    # The bound is tight, because in a batch norm whose eps is much larger than the variance, a
+    # conjugation has only a small effect.
     return bool(np.all(difference <= 64 * roundoff**2 * size + np.minimum(error, 1e-2 * size)))
 
 
@@ -232,9 +233,9 @@ def _jacobian(along: Function, x: Array) -> Array:
 
 
 def like(array: Array, values: np.ndarray) -> Array:
-    """Return host values as an array of the library, precision and device of ``array``.
+    """Return a NumPy array as an array with the library, dtype and device of ``array``.
 
-    The result is real, even if ``array`` is complex.
+    If ``array`` is complex, the result is real and has the same precision.
     """
     xp = array_api_compat.array_namespace(array)
     dtype = xp.real(array).dtype if xp.isdtype(array.dtype, "complex floating") else array.dtype
