@@ -74,7 +74,7 @@ class Session:
             self._content = self.path.read_bytes()
         except OSError as error:
             raise SubmissionError(f"{path} cannot be read: {error.strerror}") from None
-        # A template of a course has gaps such as "x = None  # YOUR CODE HERE".
+        # Templates that courses hand out have gaps such as "x = None  # YOUR CODE HERE".
         gaps = len(re.findall(rb"=\s*None\b", self._content))
         self.has_gaps = gaps >= 3 and b"code here" in self._content.lower()
         self._process: subprocess.Popen[bytes] | None = None
