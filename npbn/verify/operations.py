@@ -71,7 +71,9 @@ class Layout:
 
 @dataclass(frozen=True)
 class Operation:
-    """An operation.
+    """An operation that other people's code may compute, and how such code is examined.
+
+    The role of an argument is its meaning: arguments named W or kernel have the role "weight".
 
     Attributes:
         gradients: the names of the gradients, in the order in which the backward pass returns them.
@@ -117,12 +119,12 @@ def transposed(a: np.ndarray) -> np.ndarray:
 
 
 def flat(a: np.ndarray) -> np.ndarray:
-    """Return (1, D) or (1, C, 1, 1) as a vector."""
+    """Return an array of shape (1, D) or (1, C, 1, 1) as a vector."""
     return a.ravel()
 
 
 def column(a: np.ndarray) -> np.ndarray:
-    """Return a vector, or (1, D), as a column."""
+    """Return a vector, or an array of shape (1, D), as a column of shape (D, 1)."""
     return a.reshape(-1, 1)
 
 
@@ -131,12 +133,12 @@ def row(a: np.ndarray) -> np.ndarray:
 
 
 def from_column(a: np.ndarray) -> np.ndarray:
-    """Return a column as a vector."""
+    """Return an array of shape (D, 1) as a vector, and any other array as it is."""
     return a.ravel() if a.ndim == 2 and a.shape[1] == 1 else a
 
 
 def from_row(a: np.ndarray) -> np.ndarray:
-    """Return a row as a vector."""
+    """Return an array of shape (1, D) as a vector, and any other array as it is."""
     return a.ravel() if a.ndim == 2 and a.shape[0] == 1 else a
 
 
@@ -149,7 +151,7 @@ def channels_first(a: np.ndarray) -> np.ndarray:
 
 
 def filters_last(a: np.ndarray) -> np.ndarray:
-    """Return (F, C, kH, kW) as (kH, kW, C, F)."""
+    """Return weights of shape (F, C, kH, kW) in the shape (kH, kW, C, F)."""
     return np.transpose(a, (2, 3, 1, 0))
 
 
@@ -180,7 +182,7 @@ def column_to_row(a: np.ndarray) -> np.ndarray:
 
 
 def as_channels(a: np.ndarray) -> np.ndarray:
-    """Return a vector as (1, C, 1, 1)."""
+    """Return a vector in the shape (1, C, 1, 1). Any other array gets one more axis."""
     return a.reshape(1, -1, 1, 1) if a.ndim == 1 else a[None]
 
 
@@ -205,7 +207,7 @@ def draw_batch_norm(rng: np.random.Generator, spatial: bool | None = None) -> li
         return Probe(name, arguments, beyond, hard=mean > 1)
 
     def small_variance(shape: tuple[int, ...], name: str) -> Probe:
-        """Return a probe in which even an eps of 1e-5 matters."""
+        """Return a probe with a variance so small that even an eps of 1e-5 matters."""
         found = probe(name, shape, True)
         x = found.arguments["x"]
         return Probe(name, found.arguments | {"x": 1 + 3e-3 * (x - 1)})
