@@ -27,7 +27,7 @@ class Mutant:
         operation: the name of the operation in `npbn.verify.plain`.
         name: the name of the mistake.
         explanation: the effect of the mistake on the result, for the person who made the mistake.
-        changes: pairs (right code, wrong code). The right code is a part of the plain source.
+        changes: pairs (right code, wrong code). The right code is a part of `npbn.verify.plain`.
     """
 
     operation: str
@@ -47,10 +47,11 @@ class Mutant:
 
 
 def mutant(operation: str, name: str, explanation: str, *changes: tuple[str, str]) -> Mutant:
-    """Return an entry of the catalogue.
+    """Return a mutant, which is an entry of the catalogue of mistakes.
 
     Raises:
-        ValueError: the text that a change replaces is not in the plain source, or is there twice.
+        ValueError: the operation's code in plain.py does not have the right code of a change
+            exactly once.
     """
     original = operation_source(operation)
     for old, _ in changes:
@@ -60,7 +61,7 @@ def mutant(operation: str, name: str, explanation: str, *changes: tuple[str, str
 
 
 def plain_name(operation: str) -> str:
-    """Return the name of an operation's functions in plain.py."""
+    """Return the name of an operation's forward function in plain.py."""
     return {"spatial_batch_norm": "batch_norm"}.get(operation, operation)
 
 
