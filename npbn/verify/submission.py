@@ -192,7 +192,7 @@ class Call:
     number: int
     order: list[str]
     skipped: str = ""
-    explicit: bool = False  # whether the function has an argument "training"
+    explicit: bool = False
 
 
 @dataclass
@@ -223,7 +223,7 @@ class Conversation:
             self.facts.notes.append("it was run as Python 2 and NumPy before 2.4 would run it")
         self.facts.is_class = self.kind == "class"
         self.raised: list[str] = []
-        self.slow = False  # whether the backward pass has ended the process
+        self.slow = False  # whether a backward pass ended the process or was too slow
         self.select()
 
     def select(self) -> None:
@@ -253,7 +253,7 @@ class Conversation:
             self.kind = "course"
 
     def role(self, output: str) -> str:
-        """Return the name of a gradient in other people's code: "dx" for "dlogits"."""
+        """Return the name of a gradient of npbn in other people's code: "dx" for "dlogits"."""
         name = output.removeprefix("d")
         return f"d{self.record.roles[name]}" if name in self.record.roles else output
 
@@ -315,7 +315,10 @@ class Conversation:
         return values, arrays
 
     def call(self, probe: Probe, layout: Layout, again: int | None = None) -> Call:
-        """Call the forward pass on a probe."""
+        """Call the forward pass on a probe (an input).
+
+        If ``again`` is the number of an earlier call of a class, the same instance is used again.
+        """
         values, arrays = self._arguments(probe, layout)
         request = {"do": "forward", "values": values, "again": again}
         answer, found = self._ask(request, arrays)
@@ -369,7 +372,7 @@ class Conversation:
         if missing == names:
             raise _FailedError(Ran(failure="returned None from backward", unwritten=True))
         self.facts.missing |= dict.fromkeys(missing)
-        if self.adapter:  # An adapter need not give vectors the shape of gamma.
+        if self.adapter:  # An adapter may return a vector where gamma is 4-D.
             shapes = {name: np.shape(probe.arguments[name.removeprefix("d")]) for name in named}
             named = {
                 name: a.reshape(shapes[name]) if a.size == math.prod(shapes[name]) else a
@@ -454,7 +457,7 @@ class Conversation:
         return best
 
     def run_probes(self) -> dict[str, Ran]:
-        """Return the result on each probe."""
+        """Run the code on each probe (input). Return the results by the names of the probes."""
         results: dict[str, Ran] = {}
         self.layouts = {}
         for k, probe in enumerate(probes(self.operation, self.seed)):
