@@ -176,11 +176,11 @@ class MisfitError(NotExaminedError):
 
 
 class UnknownError(NotExaminedError):
-    """The error that is raised if some arguments of a function are not known by their names.
+    """The error that is raised if the roles of some arguments of a function are not known.
 
     Attributes:
         names: the names of these arguments.
-        given: the other arguments.
+        given: the values of the other arguments, by name.
     """
 
     def __init__(self, parameters: list[str], names: list[str], given: dict[str, Any]) -> None:
@@ -385,7 +385,7 @@ class Code:
         self.values: Values = {}
         self.order = list(gradients)
         self.without_dy = False
-        self.unknown: UnknownError | None = None  # of the constructor
+        self.unknown: UnknownError | None = None  # about the constructor
         self.single = forward is backward and not inspect.isclass(forward)
 
     def has_dictionary(self) -> bool:
@@ -401,7 +401,10 @@ class Code:
     # Forward.
 
     def forward(self, values: Values, instance: Any = None) -> tuple[dict[str, Any], Any]:
-        """Return the outputs by name, and what the backward pass needs."""
+        """Call the forward pass with values by role; return the outputs by name, and the cache.
+
+        The cache of a class is the instance.
+        """
         self.taken, self.values = set(), values
         if self.by_name:
             parameters = inspect.signature(self.function).parameters.values()
@@ -414,7 +417,7 @@ class Code:
         try:
             return self._forward_of_function(derived(values))
         except RaisedError as error:
-            # The code may expect a number in place of a pair.
+            # The code may expect a number in place of a pair, such as 2 for a stride of (2, 2).
             if not isinstance(error.__cause__, TypeError) or numbers(values) == values:
                 raise
             try:
@@ -696,7 +699,7 @@ class Code:
         method = self._backward_method(layer)
         names = list(inspect.signature(method).parameters)
         rates = {name: 1.0 for name in names if plain(name) in LEARNING_RATE}
-        if names[:1] == ["eta"]:  # It is the upstream gradient then.
+        if names[:1] == ["eta"]:  # The first argument is the upstream gradient.
             del rates["eta"]
         if dy is None:  # The backward pass of a loss may get the arguments of forward again.
             known = {role: value for role, value in self.values.items() if role in ("x", "labels")}
@@ -739,7 +742,7 @@ class Code:
             if value is None:
                 value = self._gradient(layer, role)
             if value is None and rates and dy is not None and role in before:
-                # With a learning rate of 1, the gradient is what the parameter has lost.
+                # An update with a learning rate of 1 has subtracted the gradient.
                 for holder, name in self._attributes(layer, role):
                     value = before[role] - holder[name]
             if value is not None:
