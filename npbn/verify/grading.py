@@ -17,7 +17,7 @@ A file in TOML describes the assignment::
     points = 6
     promises = ["padding at least 1", "the stride divides"]
 
-Code that is right for all inputs that keep the promises gets the verdict "right where the
+Code that is wrong only for inputs that break the promises gets the verdict "right where the
 assignment asks". Without an assignment, the operations of functions and classes are guessed from
 their names.
 """
@@ -90,7 +90,7 @@ class Task:
 
 @dataclass(frozen=True)
 class Assignment:
-    """An assignment: its title and its tasks. Without tasks, they are guessed for each file."""
+    """The title and the tasks of an assignment. If there are no tasks, each file's are guessed."""
 
     title: str = "homework"
     tasks: tuple[Task, ...] = ()
