@@ -79,7 +79,7 @@ def check_torch(function: Any, /, *arguments: Any, **named: Any) -> Report:
         if kernel.setup_context is torch.autograd.Function.setup_context:
             signature = signature.replace(parameters=list(signature.parameters.values())[1:])
         bound = signature.bind(*arguments, **named)
-        if bound.kwargs:  # An argument that comes before them was left out.
+        if bound.kwargs:  # An optional argument before these was left out.
             bound.apply_defaults()
         arguments, named = bound.args, {}
     else:
@@ -229,7 +229,7 @@ def _arithmetic(generator: np.random.Generator | None) -> Any:
             return results
 
     def _unit(value: Any) -> float:
-        """Return the unit of rounding of a tensor, or 0 if its dtype is not floating-point."""
+        """Return the machine epsilon of a floating-point tensor, and 0 for any other value."""
         floating = torch.is_tensor(value) and value.is_floating_point()
         return float(torch.finfo(value.dtype).eps) if floating else 0.0
 
@@ -259,7 +259,8 @@ def check_jax(function: Callable[..., Any], /, *arguments: Any, **named: Any) ->
         A report, which can be printed.
 
     Raises:
-        ValueError: `npbn.verify.check_gradients` raises a ValueError.
+        ValueError: `npbn.verify.check_gradients` raises a ValueError, or the forward rule of
+            ``jax.custom_vjp`` returns other outputs than the function.
         TypeError: no output is an array of floating-point numbers, or an array is complex.
         Exception: the function, or JAX, raises this error.
     """
