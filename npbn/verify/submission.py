@@ -1,8 +1,8 @@
 """Examine a file of other people's code in a separate process.
 
 The code may crash, hang, print or exit without harm to the examiner's process. The process of the
-code gets inputs, which are drawn after it has loaded the file, and sends outputs back. They are
-judged here, so the process does not have the right outputs before the verdict.
+code gets inputs, which are drawn after it has loaded the file, and sends outputs back. The process
+of the examiner judges them, so the code's process has no right outputs before the verdict.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def examine_file(
             the forward and the backward function, and returns two functions with npbn's arguments;
             see `npbn.verify.isolated.calling`.
         timeout: the time limit for each call, in seconds.
-        seed: the seed of the inputs. By default, they differ each time.
+        seed: the seed of the inputs. By default, the inputs differ each time.
         edit_seconds: how many seconds to search for an edit that makes wrong code right, and how
             many seconds to search for two such edits.
 
@@ -186,7 +186,16 @@ class _FailedError(Exception):
 
 @dataclass
 class Call:
-    """A call of the forward pass: its outputs in npbn's layout, and how it was called."""
+    """The result of a call of the forward pass.
+
+    Attributes:
+        outputs: the outputs by name, in npbn's layout.
+        number: the number by which the process of the code knows this call.
+        order: the names of the gradients in the order of the arguments of the forward pass.
+        skipped: why the code is not meant for this input, or an empty text.
+        explicit: whether the code has an argument for the mode, training or prediction, or an
+            adapter.
+    """
 
     outputs: Outputs
     number: int
@@ -383,7 +392,10 @@ class Conversation:
     def _in_order(
         self, probe: Probe, layout: Layout, found: Outputs, order: list[str], count: Any
     ) -> Outputs:
-        """Return gradients by name, of code that returns them in some order."""
+        """Return the gradients by name, for code that returns them as a sequence.
+
+        The order is npbn's, or that of the forward pass's arguments if more shapes fit that order.
+        """
         names = list(self.record.gradients)
         if count != len(names):
             text = f"expected {len(names)} gradients ({', '.join(names)})"
@@ -431,7 +443,7 @@ class Conversation:
                 y = call.outputs["y"]
                 unasked = unasked or bool(call.skipped)
                 error = 2.0
-                if self.record.loss and y.ndim <= 1:  # It may be a sum, or one for each example.
+                if self.record.loss and y.ndim <= 1:  # A scalar, or one loss for each example
                     means = y.mean(), y.sum(), y.sum() / len(x)
                     error = round(min(1.0, *(difference(mean, right["y"]) for mean in means)), 1)
                 elif y.shape == right["y"].shape:
@@ -655,7 +667,7 @@ def _same(a: np.ndarray) -> np.ndarray:
 
 
 def _floating(a: np.ndarray) -> np.ndarray:
-    """Return arrays of integers, booleans and long floats in float64, and others unchanged."""
+    """Convert integers, booleans and floats of more than 8 bytes to float64."""
     long = a.dtype.kind == "f" and a.dtype.itemsize > 8
     return a.astype(np.float64) if a.dtype.kind in "biu" or long else a
 
@@ -675,7 +687,10 @@ def _equal(a: Outputs, b: Outputs) -> bool:
 
 
 def _same_kind(a: Probe, b: Probe) -> bool:
-    """Return whether the inputs of two probes have the same rank, and the same mode of training."""
+    """Return whether two probes (inputs) have equally many dimensions and the same mode.
+
+    The result is False if the first probe is harder than usual; see `Probe.beyond`.
+    """
     first, second = (next(iter(p.arguments.values())) for p in (a, b))
     same = a.arguments.get("training") == b.arguments.get("training")
     return bool(first.ndim == second.ndim) and same and not a.beyond
