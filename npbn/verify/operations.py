@@ -56,7 +56,6 @@ class Layout:
         arguments: functions that convert npbn's arguments (and "dy") to this layout, by name.
             Arguments that are not listed are equal in both layouts.
         outputs: functions that convert outputs and gradients of this layout to npbn's, by name.
-            They return an array of an unexpected shape unchanged.
         kinds: the kinds of code that may have this layout: "function", "course" (a function with a
             dictionary of options) or "class".
         said: whether the report mentions the layout as a convention.
@@ -77,13 +76,14 @@ class Operation:
 
     Attributes:
         gradients: the names of the gradients, in the order in which the backward pass returns them.
-        draw: a function that draws the probes from a generator. Sizes that code may confuse, such
-            as N and D, are different.
+        draw: a function that draws the probes (inputs) from a random generator. Sizes that code may
+            confuse, such as N and D, are different.
         layouts: the layouts that are tried, in this order.
         map_layouts: the layouts for x of shape (N, C, H, W), if they are not ``layouts``.
-        loss: whether the output is a number, so that the backward pass gets no upstream gradient.
-        roles: other names under which `npbn.verify.isolated.calling.NAMES` knows an argument.
-        constants: arguments that only other people's code may have, by name, with their values.
+        loss: whether the output is a scalar, so the backward pass gets no upstream gradient.
+        roles: the roles of arguments that are not called by their role: "logits" has the role "x".
+            `npbn.verify.isolated.calling.NAMES` lists all roles.
+        constants: arguments that only other people's code may have, by role, with their values.
     """
 
     gradients: tuple[str, ...]
@@ -164,7 +164,10 @@ def one_hot(a: np.ndarray) -> np.ndarray:
 
 
 def _norm_layout(name: str, change: Change, back: Change, **more: Any) -> Layout:
-    """Return a layout in which batch norm's gamma, beta and moving averages are converted."""
+    """Return a layout in which batch norm's gamma, beta and moving averages are converted.
+
+    The function ``change`` converts from npbn's layout, and ``back`` converts to npbn's layout.
+    """
     parameters = ("gamma", "beta", "moving_mean", "moving_var")
     results = ("dgamma", "dbeta", "moving_mean", "moving_var")
     arguments = dict.fromkeys(parameters, change) | more.pop("arguments", {})
@@ -320,7 +323,7 @@ STRUCTURE = {
 }
 """Values of `Probe.beyond` for which right outputs with wrong gradients make the code wrong.
 
-For the other values, the numbers are extreme, and wrong gradients are only reported.
+For the other values, the numbers are extreme or equal, and wrong gradients are only reported.
 """
 KINKS = "ties", "zeros"
 """The names of the probes at which some functions have no derivative."""
@@ -369,7 +372,7 @@ def draw_pooling(rng: np.random.Generator) -> list[Probe]:
         return Probe(name, {"x": x, **options}, beyond, optional)
 
     def apart(*shape: int) -> np.ndarray:
-        """Return numbers whose differences are large, so that small steps change no maximum."""
+        """Return elements whose differences are so large that small steps change no maximum."""
         return rng.permutation(np.linspace(-4, 4, math.prod(shape))).reshape(shape)
 
     fitting = apart(2, 3, 5, 7)
