@@ -328,7 +328,8 @@ def examine(
     if not ran:
         return _without_outputs(operation, results, tuple(notes))
 
-    if all(name in beyond for name in ran):  # For instance, code that has only a stride of 1.
+    # If the code runs only on inputs beyond the usual ones, such as a stride of 1, they count.
+    if all(name in beyond for name in ran):
         beyond = {name: text for name, text in beyond.items() if name not in ran or text == "ties"}
     core = {name: found for name, found in ran.items() if name not in beyond}
     layouts = [
@@ -523,9 +524,9 @@ def _growth(operation: str, seed: int, fixed: tuple[Any, ...]) -> float:
 def _of_its_kind(
     operation: str, results: Mapping[str, Ran], facts: Facts, seed: int
 ) -> dict[str, Ran]:
-    """Return the results of code for one kind of input, (N, D) or (N, C, H, W), without the other.
+    """Return the results. If code is only for one shape of x, those of the other shape are skipped.
 
-    If the code seems to be for both kinds, all results are returned.
+    The shapes are (N, D) and (N, C, H, W), for batch norm. A skipped result has no outputs.
     """
     found = dict(results)
     if not OPERATIONS[operation].map_layouts:
@@ -623,7 +624,7 @@ def _conventions(
     known = [m for m in CONVENTIONS if m.operation == plain_name(operation)]
 
     def distance(output: str, values: tuple[tuple[str, float], ...]) -> float:
-        """Return the error of an output, summed over the probes, by the best convention."""
+        """Return the sum of an output's errors over all probes, for the best convention."""
         return min(
             sum(
                 min(1.0, difference(found[output], right[probe][output]))
@@ -690,9 +691,10 @@ def _broken(
     errors: Mapping[tuple[str, str], float],
     beyond: Mapping[str, str],
 ) -> dict[str, bool]:
-    """Return what the code cannot do, of what goes beyond the usual, such as "padding".
+    """Return the demands beyond the usual ones, such as "padding", that the code does not meet.
 
-    The value is true if the outputs are right there, so that only the gradients are wrong.
+    The value of a demand is True if the gradients are wrong although y is right. Only the demands
+    in `STRUCTURE` can have the value True.
     """
     found: dict[str, bool] = {}
     for probe, demand in beyond.items():
@@ -782,7 +784,7 @@ def _complaint(name: str, probe: str, found: np.ndarray, expected: np.ndarray) -
 Place = tuple[str, str]
 """The name of a probe and the name of an output."""
 Variant = Callable[[tuple[Mutant, ...]], Given]
-"""A function that returns the outputs of the operation, by probe, if it had these mistakes."""
+"""A function that maps a combination of mistakes to the outputs of code with these mistakes."""
 
 
 def _other_order(
@@ -836,7 +838,10 @@ def _fully(
     base: tuple[Mutant, ...],
     variant: Variant,
 ) -> tuple[tuple[Mutant, ...], ...]:
-    """Return the single mutants that give the same results as the code, or else such pairs."""
+    """Return the mutants, or else the pairs of mutants, that give the same results as the code.
+
+    The mutants are combined with the conventions ``base`` first, and then with no convention.
+    """
     for conventions in dict.fromkeys((base, ())):
         matching = _matching(operation, ran, errors, conventions, variant)
         if matching:
@@ -851,10 +856,10 @@ def _in_part(
     base: tuple[Mutant, ...],
     variant: Variant,
 ) -> tuple[tuple[Mutant, ...], ...]:
-    """Return an explanation of wrong results that no single mutant and no pair explains.
+    """Return an explanation of wrong results that no mutant and no pair of mutants fully explains.
 
-    For each wrong output, a mutant or pair is chosen that gives this output. The explanation is all
-    mutants chosen.
+    For each wrong output, a mutant or a pair that gives this output is chosen, if there is one. The
+    explanation is the union of the chosen mutants.
     """
     truth = variant(base)
     chosen: dict[Mutant, None] = {}
