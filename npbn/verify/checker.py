@@ -70,10 +70,9 @@ HIDDEN = 0.02
 """The largest relative mistake that may stay hidden if a gradient is called right."""
 
 VANISHING = 1e-8
-"""The smallest gradient that counts when the largest hidden mistake is computed.
-
-It is the relative change of the terms of the loss if the input moves by its own size.
-"""
+"""A gradient element counts as at least VANISHING · Σ|dy · y| / |x| in the relative size of a hidden
+mistakes. A smaller element has nearly no effect: if x changes by its own size, the terms dy · y
+change by less than the fraction VANISHING."""
 
 SAMPLE = 24
 """The number of elements of a gradient that are checked one by one. If a gradient has more
@@ -446,7 +445,10 @@ def same(first: Array, second: Array) -> bool:
 
 
 def agree(first: Array, second: Array, precision: float = 0.0) -> bool:
-    """Return whether two results are equal, apart from rounding in another order of a sum."""
+    """Return whether two results of the same code agree to half of their digits.
+
+    Two calls may add the terms of a sum in different orders, so the results may differ by rounding.
+    """
     if tuple(first.shape) != tuple(second.shape):
         return False
     a, b = to_numpy(first).astype(np.float64), to_numpy(second).astype(np.float64)
@@ -546,7 +548,8 @@ def _bends(
     Let the bend be |(f(x + move) - y) - (y - f(x - move))|. At a kink, the bend is proportional to
     the move. In a smooth function, the bend is proportional to the square of the move. So if the
     move is 4 times shorter, the bend is 4 times smaller at a kink, and 16 times smaller in a smooth
-    function. The limit of 8 is between these two factors.
+    function. The limit of 8 is between these two factors. A bend is no kink if it is less than 5 %
+    of the changes of y, or as small as rounding errors.
     """
     bends, changes = [], []
     for part in (1, 1 / 4):
@@ -620,8 +623,8 @@ def compare(
     worst = int(np.argmax(differences / bounds))
     error, bound = differences[worst] / scale, bounds[worst] / scale
 
-    # Find the largest mistake that may be hidden. Elements whose own errors are larger than the
-    # error that all elements have in common are treated separately.
+    # Estimate the largest mistake that the bound may hide, relative to the gradient. All elements
+    # share the common error. An element counts separately if its own errors are larger than that.
     unsure = difference + rounding * (u > np.finfo(np.float64).eps)
     relevant = np.maximum(sizes, VANISHING * size / lengths[indices])
     alone = unsure > common * scale

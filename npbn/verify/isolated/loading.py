@@ -38,7 +38,7 @@ import numpy as np
 
 SECONDS_OF_A_STATEMENT = 5.0
 PICTURES = ("matplotlib", "pylab", "seaborn", "IPython", "tqdm", "PIL", "cv2")
-"""Packages that gradients never need. Importing them would take long."""
+"""Packages that gradients never need. They get stand-ins, because importing them takes long."""
 LEVELS = 3
 """The number of folders, from that of the file upwards, in which imported packages are searched."""
 
@@ -62,7 +62,7 @@ class Missing(types.ModuleType):
     def __call__(self, *values: Any, **_: Any) -> Any:
         if not Missing.loading:
             raise NeededError(f"needs {self.__name__.partition('.')[0]}, which is not installed")
-        # As a decorator, it returns the function.
+        # If the stand-in is used as a decorator, it returns the function.
         return values[0] if len(values) == 1 and callable(values[0]) else self
 
     def __mro_entries__(self, bases: tuple[Any, ...]) -> tuple[type, ...]:
@@ -80,7 +80,7 @@ class StandIns(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
     Args:
         root: the folder that contains the homework. Only imports by files below it get a stand-in,
-            because an installed package may import a module to test whether it is installed.
+            because an installed package may import a module only to test whether that exists.
         only: the packages that get a stand-in. None means all packages.
     """
 
@@ -203,7 +203,7 @@ def notebook_source(content: bytes) -> str:
         if code.lstrip().startswith("%%"):
             continue
         code = re.sub(r"^(\s*)[%!?].*$|^.*\?$", r"\1pass", code, flags=re.M)
-        with contextlib.suppress(SyntaxError):  # A cell may not be finished; others may be.
+        with contextlib.suppress(SyntaxError):  # Leave out a cell that is not finished.
             parsed(code)
             kept.append(code)
     return "\n\n".join(kept) + "\n"
@@ -258,12 +258,12 @@ def old_index(index: Any) -> Any:
 
 
 def old_element(value: Any) -> Any:
-    """Return an array of one element without its shape, as NumPy did in assignments before 2.4."""
+    """Return an array of one element as a 0-D array, as NumPy did in assignments before 2.4."""
     return value.reshape(()) if isinstance(value, np.ndarray) and value.size == 1 else value
 
 
 class Old(ast.NodeTransformer):
-    """Replace operations that old Python and NumPy did differently by functions that do it so."""
+    """Replace operations with functions that do what Python 2 and NumPy before 2.4 did."""
 
     NAMES: ClassVar = {
         "_old_division": old_division,
@@ -353,7 +353,10 @@ def execute(tree: ast.Module, module: types.ModuleType, notes: list[str]) -> Non
 
 @contextlib.contextmanager
 def time_limit(seconds: float) -> Iterator[None]:
-    """Raise TimeoutError in the code inside after some seconds, where the system has alarms."""
+    """Raise TimeoutError in a ``with`` block that takes longer than some seconds.
+
+    If the system has no alarm signals, as on Windows, there is no limit.
+    """
 
     def stop(number: int, frame: object) -> None:
         raise TimeoutError(f"not done after {seconds:g} seconds")
@@ -379,12 +382,12 @@ def defines(statement: ast.stmt) -> bool:
 
 
 def is_main(statement: ast.stmt) -> bool:
-    """Return whether a statement is ``if __name__ == "__main__"``."""
+    """Return whether a statement is an ``if`` like ``if __name__ == "__main__"``."""
     return isinstance(statement, ast.If) and "__name__" in ast.dump(statement.test)
 
 
 def line_of(error: BaseException, path: str) -> int | None:
-    """Return the innermost line of a file in the traceback of an error, or None."""
+    """Return the number of the innermost line of a file in an error's traceback, or None."""
     line, trace = None, error.__traceback__
     while trace is not None:
         if trace.tb_frame.f_code.co_filename == path:
@@ -394,7 +397,7 @@ def line_of(error: BaseException, path: str) -> int | None:
 
 
 def describe(error: BaseException, path: str) -> str:
-    """Return the kind and the text of an error, and the line of a file where it was raised."""
+    """Return the class and the message of an error, and the line of a file that raised it."""
     text, line = " ".join(str(error).split())[:300], line_of(error, path)
     if isinstance(error, SyntaxError) and error.lineno:
         text, line = str(error.msg), error.lineno
