@@ -123,14 +123,14 @@ class Worker:
         own = loading.line_of(error, self.path)
         if self.adapter_path and own is None and loading.line_of(error, self.adapter_path):
             return {"adapter": loading.describe(error, self.adapter_path)}
-        if own is None and isinstance(error, TypeError):  # It was called with wrong arguments.
+        if own is None and isinstance(error, TypeError):  # The code got wrong arguments.
             return {"not called": loading.describe(error, self.path)}
         # A statement of the code itself refuses this input.
         refusal = own is not None and isinstance(error, AssertionError | NotImplementedError)
         return {"raised": loading.describe(error, self.path), "refusal": refusal}
 
     def load(self, path: str, arrays: dict[str, np.ndarray]) -> Answer:
-        """Load a file of homework; answer with the names that it defines, and notes."""
+        """Load a file of homework; answer with its functions and classes by name, and notes."""
         self.path = path
         try:
             self.module, self.source, notes = loading.load(Path(path), arrays["content"].tobytes())
@@ -238,9 +238,9 @@ class Worker:
 
         Args:
             values: for each probe, the arguments that are no arrays.
-            confirming: how many of the last probes confirm an edit.
+            confirming: the number of confirming probes, which are the last ones.
             order: the roles of the gradients in the order in which the code returns them.
-            seconds, pair_seconds: the time for single edits, and for pairs.
+            seconds, pair_seconds: the time limits for single edits, and for pairs of edits.
             arrays: the other arguments, the upstream gradients and the right outputs, with the
                 number of the probe in their names.
         """
@@ -279,10 +279,10 @@ class Worker:
 
 
 def numeric(values: dict[Any, Any]) -> dict[str, np.ndarray]:
-    """Return values as arrays of numbers. None becomes no array at all.
+    """Return values as arrays of numbers or booleans. A value that is None is left out.
 
     Raises:
-        BadResultError: a value has no numbers.
+        BadResultError: a value cannot be converted to such an array.
     """
     found: dict[str, np.ndarray] = {}
     for name, value in values.items():
