@@ -151,7 +151,7 @@ BUILDERS = ("build", "init_params", "initialize", "init_weights", "initialize_we
 CONTENTS = ("data", "value", "val")
 """If a parameter is an object, the names of the attribute that may hold its array."""
 OUTPUT = ("a", "y", "out", "output", "outputs", "yout", "activation", "s", "h", "result")
-"""The names that an argument of a backward function may have if it is the forward output."""
+"""The names that the output y may have as an argument of a backward function."""
 LEARNING_RATE = ("learningrate", "lr", "rate", "alpha", "eta", "learnrate")
 
 PARAMETERS = (
@@ -681,7 +681,7 @@ class Code:
         values: list[Any] = [1.0 if dy is None else dy, cache]
         if dy is None and len(names) == 1:
             values = [cache]
-        elif cache is None and len(names) > 1:  # It gets arguments of forward.
+        elif cache is None and len(names) > 1:  # Backward gets arguments of forward.
             roles = [
                 "y" if plain(name) in OUTPUT else role_of(name, self.values) for name in names[1:]
             ]
