@@ -75,7 +75,7 @@ SIGNALS = [
 
 
 class Stopped(KeyboardInterrupt):
-    """A signal stopped the command. The attribute ``signal`` is its number."""
+    """The error that is raised if a signal stops the command. ``signal`` is its number."""
 
     def __init__(self, number: int) -> None:
         super().__init__(number)
@@ -87,9 +87,9 @@ def _stop(number: int, frame: object) -> NoReturn:
 
 
 def _unraisable(found: Any) -> None:
-    """Send a signal again if Python had to ignore its exception, as in a callback of a compiler."""
+    """Send a signal again if Python ignored its exception, as in a callback of a compiler."""
     if isinstance(found.exc_value, Stopped):
-        # Not from here, where the exception would be ignored as well.
+        # A timer sends the signal, because here the exception would be ignored again.
         threading.Timer(0.1, os.kill, (os.getpid(), found.exc_value.signal)).start()
     else:
         sys.__unraisablehook__(found)
@@ -129,7 +129,7 @@ def typed(program: str) -> str:
 
 
 class OutputError(Exception):
-    """The output cannot be written. The cause is an OSError."""
+    """The error that is raised if the output cannot be written. Its cause is an OSError."""
 
 
 @contextlib.contextmanager
@@ -183,7 +183,7 @@ def run(program: str, main: Callable[[], int | None]) -> NoReturn:
     """
     from npbn.errors import BackendError, NonFiniteError, NpbnError
 
-    if isinstance(sys.stdout, io.TextIOWrapper):  # A terminal that cannot show √ shows \u221a.
+    if isinstance(sys.stdout, io.TextIOWrapper):  # If a terminal cannot show √, it shows \u221a.
         sys.stdout.reconfigure(errors="backslashreplace")
     sys.unraisablehook = _unraisable
     for number in SIGNALS:
