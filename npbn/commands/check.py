@@ -286,7 +286,10 @@ Checks = dict[str, Callable[[], verify.Report]]
 
 
 def operations() -> Checks:
-    """Return a check of every operation on each of its probes."""
+    """Return a check of each operation of npbn on each of its probes (inputs).
+
+    Probes are left out if they are optional or harder than usual; see `Probe`.
+    """
     checks: Checks = {}
     for name, operation in OPERATIONS.items():
         if not hasattr(F, name):
@@ -308,7 +311,7 @@ def operations() -> Checks:
 
 
 def with_dy(name: str, pair: Pair) -> Pair:
-    """Return a forward and a backward pass with the arguments (dy, cache) of the backward pass.
+    """Return a forward and a backward pass. The backward pass has the arguments (dy, cache).
 
     The backward pass of a loss has only the argument cache, so it is wrapped in a new function.
     """
