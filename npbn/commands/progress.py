@@ -20,7 +20,7 @@ BUSY = 0.2
 
 
 class Progress:
-    """The progress of a training. Both a bar and lines give the time left for the whole run.
+    """The progress of a training, as a bar or as lines. Both show the time left for the whole run.
 
     If the CPUs are busy with other programs, a note says so once.
 
@@ -46,7 +46,7 @@ class Progress:
         self._waited: dict[str, float] | None = waiting_times()
 
     def epoch(self, number: int) -> None:
-        """Name the epoch that begins."""
+        """Show the number of the epoch that begins."""
         self._bar.set_description(f"epoch {number}")
 
     def update(self, examples: int) -> None:
