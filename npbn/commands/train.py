@@ -243,7 +243,7 @@ def main(program: str, words: list[str]) -> None:
 
 
 def run(arguments: argparse.Namespace, program: str, group: Group) -> None:
-    """Train as the arguments say. Rank 0 alone prints, and touches the folder of the run."""
+    """Train as the arguments say. Only rank 0 prints, and reads and writes the run's folder."""
     backend.keep_freed_memory()
     if arguments.plots:
         plots.check_matplotlib()
@@ -312,7 +312,7 @@ class Session:
             )
 
     def records(self, epoch: training.Epoch | None) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Return the lines for `Run.append`; ``epoch`` is None before the first epoch."""
+        """Return the two records for `Run.append`. Before the first epoch, ``epoch`` is None."""
         model, split = self.state.model, self.state.train
         metrics: dict[str, Any] = {"number": 0, "step": 0, "train": None, "test": None}
         if epoch is not None:
@@ -333,7 +333,7 @@ class Session:
 
     def save(self, epoch: training.Epoch | None = None, *, best: bool = False) -> None:
         """Save a checkpoint and, after an epoch, the metrics of the epoch."""
-        # This comes before any writing, because `state` refuses a state that is not finite.
+        # Call `state` before any writing, because it raises an error if the state is not finite.
         arrays, record = self.state.state()
 
         def write() -> None:
@@ -451,7 +451,7 @@ def resume(arguments: argparse.Namespace, group: Group) -> Session:
         nonlocal run
         run, _ = experiment.open_run(arguments.resume)
         run.lock()
-        # The checkpoint comes last: this also verifies the configuration before it is used.
+        # `load` also verifies the configuration against the checkpoint before it is used.
         return run.config, run.environment(), *run.load()
 
     run.config, there, arrays, record = group.broadcast(read)
