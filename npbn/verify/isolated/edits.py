@@ -35,7 +35,7 @@ SECONDS_OF_A_RUN = 1.0
 MOST_CANDIDATES = 20_000
 """The largest number of changes of one function that are tried."""
 BEAM = 8
-"""The number of changes that repair a part, and that are combined with every other change."""
+"""The number of partial repairs that are combined with every other change, to find pairs."""
 
 Outputs = Mapping[str, np.ndarray]
 Run = Callable[[int], Outputs]
@@ -68,7 +68,7 @@ class Change:
 
 @dataclass(frozen=True)
 class Edit:
-    """The changes that together make the code right, and how many candidates were run."""
+    """The changes that together make the code right, and the number of changes that were tried."""
 
     changes: tuple[Change, ...]
     tried: int
@@ -96,7 +96,7 @@ class Candidate:
 
     @contextlib.contextmanager
     def applied(self) -> Iterator[None]:
-        """Change the syntax tree while the code inside runs, then change it back."""
+        """Change the syntax tree in a ``with`` block, and change it back at the end."""
         before = []
         for node, name, index, new in self.places:
             if index is None:
@@ -117,7 +117,7 @@ class Candidate:
                     getattr(node, name)[index] = old
 
     def measure(self) -> None:
-        """Set ``texts``, the statements before and after, and ``length``, how much they differ."""
+        """Set ``texts``, the changed statements, and ``length``, the change of their length."""
         if not self.texts:
             old = [_text(statement) for statement, _ in self.statements]
             with self.applied():
@@ -187,8 +187,8 @@ def search(
     Args:
         module: the module of the code.
         source: its source.
-        run: a function that runs the present code on the probe of a number and returns the outputs.
-        truth: for each probe, the right outputs.
+        run: a function of an index k. It runs the present code on probe k and returns the outputs.
+        truth: for each probe (input), the right outputs.
         confirming: the number of confirming probes, which are the last ones.
         seconds: the time limit for single changes.
         pair_seconds: the time limit for pairs of changes, which are tried after single ones.
@@ -199,7 +199,7 @@ def search(
 
 
 class Search:
-    """The search for changes in a module. To prepare it takes up to ``seconds`` in addition."""
+    """The search for changes in a module. The constructor itself may take up to ``seconds``."""
 
     def __init__(
         self,
@@ -270,9 +270,9 @@ class Search:
 
     @contextlib.contextmanager
     def _with(self, unit: Unit, candidate: Candidate) -> Iterator[bool]:
-        """Change a function while the code inside runs.
+        """Change a function in a ``with`` block.
 
-        Yields whether the changed function is new: neither tried before nor impossible to compile.
+        Yields True if the changed function can be compiled and was not tried before.
         """
         with candidate.applied():
             code = unit.compiled(self.path)
@@ -800,7 +800,7 @@ def _tuple(values: Sequence[int]) -> ast.Tuple:
 
 
 def _joined(index: ast.expr, parts: list[ast.expr]) -> ast.expr:
-    """Return an index of these parts: a tuple if another index is a tuple, else the only part."""
+    """Return an index of these parts: a tuple if ``index`` is a tuple, else the only part."""
     return ast.Tuple(parts, ast.Load()) if isinstance(index, ast.Tuple) else parts[0]
 
 
