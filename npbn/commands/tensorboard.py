@@ -33,7 +33,7 @@ class EventFile:
 
     Args:
         run: the folder of the run.
-        epoch: the number of finished epochs. TensorBoard hides earlier records of later epochs.
+        epoch: the number of finished epochs. TensorBoard hides what was written about later epochs.
     """
 
     def __init__(self, run: Path, epoch: int) -> None:
