@@ -70,9 +70,9 @@ HIDDEN = 0.02
 """The largest relative mistake that may stay hidden if a gradient is called right."""
 
 VANISHING = 1e-8
-"""A gradient element counts as at least VANISHING · Σ|dy · y| / |x| in the relative size of a hidden
-mistakes. A smaller element has nearly no effect: if x changes by its own size, the terms dy · y
-change by less than the fraction VANISHING."""
+"""The checker computes how large a hidden mistake may be relative to a gradient element. There, the
+element counts as at least VANISHING · Σ|dy · y| / |x|. A smaller element has nearly no effect: if x
+changes by its own size, the terms dy · y change by less than the fraction VANISHING."""
 
 SAMPLE = 24
 """The number of elements of a gradient that are checked one by one. If a gradient has more
