@@ -493,7 +493,7 @@ class Code:
     # Classes.
 
     def make(self, values: Values) -> Any:
-        """Return an instance of the class, whose parameters are set to those among the values."""
+        """Return an instance of the class with its parameters set to the given values."""
         options = dict(values)
         options.pop("x", None)
         arguments = self._constructor_arguments(options)
@@ -513,7 +513,7 @@ class Code:
             return error.given | dict.fromkeys(error.names)
 
     def _set(self, layer: Any, values: Values) -> list[str]:
-        """Set the parameters of a layer to those among the values.
+        """Set the parameters of a layer to the given values of their roles.
 
         Returns:
             The roles of the parameters that the layer does not have.
@@ -608,7 +608,7 @@ class Code:
 
     @staticmethod
     def _method(layer: Any, names: tuple[str, ...]) -> Callable[..., Any]:
-        """Return the method that has the first of these names that the layer knows.
+        """Return the layer's first method with one of these names.
 
         Raises:
             NotExaminedError: the layer has no method of these names.
