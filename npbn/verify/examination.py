@@ -132,7 +132,7 @@ def upstream(seed: int, shape: tuple[int, ...]) -> np.ndarray:
 def outputs(
     operation: str, pair: tuple[Callable[..., Any], Callable[..., Any]], probe: Probe, seed: int
 ) -> Outputs:
-    """Return the outputs and gradients on a probe of two functions that have npbn's arguments."""
+    """Return what two functions with npbn's arguments give for a probe: outputs and gradients."""
     forward, backward = pair
     result = forward(**probe.arguments)
     found = {"y": np.asarray(result[0])}
