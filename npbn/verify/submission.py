@@ -142,7 +142,7 @@ def _examine(
         return Examination(operation, "could not be loaded", complaints=(f"it {session.failure}",))
     for name in (forward, backward):
         if name not in session.names:
-            # Often, the statement that defines it could not be executed.
+            # Often, the statement that defines the function could not be executed.
             why = f" ({'; '.join(session.notes[:3])})" if session.notes else ""
             raise SubmissionError(f"{session.path.name} has no function {name}{why}")
     beyond = {
@@ -267,7 +267,7 @@ class Conversation:
         return f"d{self.record.roles[name]}" if name in self.record.roles else output
 
     def looks_old(self) -> bool:
-        """Return whether the code raised errors as code for old versions of Python and NumPy does.
+        """Return whether the errors are typical of code for old versions of Python and NumPy.
 
         Examples are a float as an index or as a size, and an array of one element as a number.
         """
@@ -697,7 +697,9 @@ def _same_kind(a: Probe, b: Probe) -> bool:
 
 
 def _unasked(probe: Probe, taken: set[str], shape: tuple[int, ...], right: tuple[int, ...]) -> str:
-    """Return why code is not meant for a probe because it lacks an argument, or an empty text.
+    """Return why code that lacks an argument is not meant for a probe (an input), or "".
+
+    For example, code without an argument for padding is not meant for a probe with padding.
 
     Args:
         probe: the probe.
