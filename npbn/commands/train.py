@@ -267,7 +267,7 @@ def run(arguments: argparse.Namespace, program: str, group: Group) -> None:
 
 @dataclasses.dataclass
 class Session:
-    """A run that is about to train, whether it is new or resumed."""
+    """A new or resumed run that is about to train."""
 
     run: runs.Run
     config: Config
@@ -546,7 +546,7 @@ def commit() -> str | None:
 def train(session: Session, program: str, json_file: str | None) -> None:
     """Train to the end and save after each epoch; print the table of epochs and a summary.
 
-    However the training ends, its result is written to ``json_file``.
+    The result is written to ``json_file``, if that is given, even if the training fails.
     """
     config, state, run = session.config, session.state, session.run
     say("")
