@@ -1,4 +1,4 @@
-"""Draw training runs: how they went, what batch norm did, and what the network sees and mistakes.
+"""Draw training runs: how they went, what batch norm did, what the network sees, and its mistakes.
 
 For one run, all pictures are drawn. For several runs, only the pictures that can show all of the
 runs together are drawn.
