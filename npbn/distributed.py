@@ -247,6 +247,7 @@ class Mpi:
     def _leave(self) -> None:
         """End this process together with the other ranks, or else abort them."""
         if not (self._left or (not self._failed and self._all_leave())):
+            time.sleep(GRACE)  # mpiexec loses output that it has not read before it aborts.
             self._comm.Abort(1)
 
 

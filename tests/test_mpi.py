@@ -186,9 +186,9 @@ def test_one_rank_fails_and_all_end(kind, tmp_path):
         took = time.monotonic() - since
     assert process.returncode not in (0, None)
     assert SAID[kind] in out + err
-    if kind == "killed":  # mpiexec names the PID.
-        pid = re.search(r"rank 1 is (\d+)", out)
-        assert pid is not None and f"PID {pid[1]} RUNNING AT" in out + err
+    if kind == "killed":  # mpiexec names the first PID whose end it notices.
+        pid = re.search(r"PID (\d+) RUNNING AT", out + err)
+        assert pid is not None and re.search(rf"rank \d is {pid[1]}\b", out)
     assert took < 60  # It takes a second, or the watchdog's 5; this machine may be busy.
     assert run("train.py", "--resume", "run", cwd=tmp_path).returncode == 0
     whole = run("train.py", *options[:-1], "whole", cwd=tmp_path)
