@@ -206,8 +206,7 @@ def cpu_quota(groups: Path, mounted: Path) -> float:
 
 def _numpy_backend(note: str = "") -> Backend:
     blas = ", ".join(
-        f"{pool['internal_api']} {pool['version']}, "
-        f"{pool['num_threads']} thread{'s' * (pool['num_threads'] > 1)}"
+        f"{pool['internal_api']} {pool['version']}"
         for pool in threadpoolctl.threadpool_info()
         if pool["user_api"] == "blas"
     )

@@ -469,7 +469,7 @@ def test_the_threads_of_the_run_are_taken_up_again(threads, trainer, tmp_path):
     """Unless it is told otherwise. Only the layers' last bits depend on them."""
     options = (*SMALL, "--threads", threads, "--run", "run")
     process = trainer(*options, cwd=tmp_path, prelude=after_step(1, CTRL_C))
-    said = {"1": ", 1 thread)", "2": ", 2 threads)"}
+    said = {"1": "by layers on 1 thread", "2": "by layers on 2 threads"}
     if said[threads] not in process.stdout:
         pytest.skip("threadpoolctl does not know this BLAS")
     assert said[threads] in trainer("--resume", "run", cwd=tmp_path).stdout

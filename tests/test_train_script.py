@@ -344,13 +344,19 @@ def test_too_little_memory_is_said_in_one_line(tmp_path):
     assert_refused(process, "train.py: error:", *expected)
 
 
+@pytest.mark.parametrize("engine", ["layers", "fused"])
 @pytest.mark.parametrize("threads", [1, 2])
-def test_threads_are_limited_and_said(threads, tmp_path):
+def test_threads_are_limited_and_said(threads, engine, tmp_path):
+    """In one line, so that several processes differ from one process by this line only."""
     if not any(pool["user_api"] == "blas" for pool in threadpoolctl.threadpool_info()):
         pytest.skip("threadpoolctl does not know this BLAS")
-    process = run("train.py", *QUICK, "--threads", str(threads), cwd=tmp_path)
+    options = ("--threads", str(threads), "--engine", engine)
+    process = run("train.py", *QUICK, *options, cwd=tmp_path)
     assert process.returncode == 0, process.stderr
-    assert {1: ", 1 thread)", 2: ", 2 threads)"}[threads] in process.stdout.splitlines()[0]
+    said = [line for line in process.stdout.splitlines() if re.search(r"\d threads?\b", line)]
+    by = {"layers": "by layers", "fused": "by the fused engine"}[engine]
+    assert len(said) == 1 and f"{by} on {threads} thread" in said[0]
+    assert ("threads" in said[0]) == (threads > 1)
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="this system has no /dev/full")

@@ -13,7 +13,7 @@ import array_api_compat
 import numpy as np
 
 from npbn import functional as F
-from npbn.backend import Backend
+from npbn.backend import Backend, blas_threads
 from npbn.data import Split
 from npbn.distributed import ALONE, Group
 from npbn.engine import Result
@@ -61,6 +61,8 @@ class LayersEngine:
         self.train, self.test = train, test
         self.batch_size, self.backend = batch_size, backend
         self.description = "by layers"
+        if backend.name == "numpy" and (threads := blas_threads()):
+            self.description += f" on {threads} thread{'s' * (threads > 1)}"
 
     def steps(self, order: np.ndarray) -> Iterator[Result]:
         """Train on the given examples, batch by batch, as `npbn.engine.Engine` describes."""

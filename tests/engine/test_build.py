@@ -19,6 +19,8 @@ from npbn.engine.layers import LayersEngine
 from npbn.errors import UnsupportedError
 from npbn.optim import SGD
 
+LAYERS = r"by layers( on \d+ threads?)?"
+
 
 def built(kind, *, device=NUMPY, **options):
     model, train, test = a_tiny_model(), a_split(TINY, 20, 1), a_split(TINY, 9, 2)
@@ -56,7 +58,7 @@ def test_on_the_cpu_auto_is_fused(kind, cpu):
 
 def test_layers_are_there_for_who_asks_for_them(cpu):
     engine = built("layers")
-    assert isinstance(engine, LayersEngine) and engine.description == "by layers"
+    assert isinstance(engine, LayersEngine) and re.fullmatch(LAYERS, engine.description)
     assert not cpu
 
 
@@ -68,7 +70,8 @@ def test_where_the_fused_engine_cannot_auto_is_layers_and_says_why(cpu, monkeypa
     monkeypatch.setattr(sys.modules["npbn.engine.cpu"], "CpuEngine", unsupported)
     engine = built("auto")
     assert isinstance(engine, LayersEngine)
-    assert engine.description == "by layers (layer 3 (Sigmoid()): there is no stage for it)"
+    reason = r" \(layer 3 \(Sigmoid\(\)\): there is no stage for it\)"
+    assert re.fullmatch(LAYERS + reason, engine.description)
     with pytest.raises(UnsupportedError, match=r"^layer 3 \(Sigmoid"):
         built("fused")
 
@@ -101,7 +104,7 @@ def test_on_a_gpu_auto_is_fused_if_its_first_step_is_that_of_the_layers(cupy_bac
     monkeypatch.setattr(GpuEngine, "steps", wrong)
     engine = built("auto", device=cupy_backend)
     assert re.match(
-        r"by layers \(in the first step, the gradient of the fused engine differs from that of the "
+        LAYERS + r" \(in the first step, the gradient of the fused engine differs from that of the "
         r"layers by .* \(bound 1e-09\)\)$",
         engine.description,
     )
@@ -151,7 +154,7 @@ def test_without_numba_there_are_layers_and_a_reason(monkeypatch):
     for name in [name for name in sys.modules if name.startswith("npbn.engine.cpu")]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "numba", None)
-    assert re.match(r"by layers \(it needs Numba, which cannot be", built("auto").description)
+    assert re.match(LAYERS + r" \(it needs Numba, which cannot be", built("auto").description)
     with pytest.raises(UnsupportedError, match="it needs Numba, which cannot be imported"):
         built("fused")
 
