@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 
 import nvrtc
@@ -31,7 +33,10 @@ def kernels() -> set[str]:
     return found
 
 
-@pytest.mark.parametrize("generation", ["Ampere", "Hopper", "the newest"])
+LONG = os.environ.get("HYPOTHESIS_PROFILE") == "long"
+
+
+@pytest.mark.parametrize("generation", [*(["Ampere"] * LONG), "Hopper", "the newest"])
 def test_every_kernel_compiles_without_spilling(generation, record_property):
     known = nvrtc.architectures()
     architecture = {"Ampere": 80, "Hopper": 90, "the newest": max(known)}[generation]

@@ -41,6 +41,8 @@ from npbn.optim import SGD
 MANY = 10**6
 """More multiprocessors than there is work for: sums in as many parts as there can be."""
 
+LONG = os.environ.get("HYPOTHESIS_PROFILE") == "long"
+
 BARRIERS = [
     number
     for number, line in enumerate(SOURCE.read_text().splitlines(), 1)
@@ -533,17 +535,26 @@ def sanitized(checks, runtime="libasan.so", source=None, mutant=0) -> subprocess
     return process
 
 
-@pytest.mark.parametrize("runtime", emulator.SANITIZERS)
+CHECKS = [
+    "compare_everywhere(library)",
+    "compare_everywhere(library, (wide_kernels, 1), (wide_kernels, MANY), (long_strides, 4))",
+]
+LOOPS = [
+    "launch.WEIGHTS_AT_A_TIME = 1; compare_everywhere(library)",
+    "launch.BLOCKS_PER_MULTIPROCESSOR = 1; compare_everywhere(library)",
+]
+"""Checks with several passes of loops that often have one. ThreadSanitizer takes long for them."""
+
+
 @pytest.mark.parametrize(
-    "checks",
+    ("runtime", "checks"),
     [
-        "compare_everywhere(library)",
-        "launch.WEIGHTS_AT_A_TIME = 1; compare_everywhere(library)",
-        "launch.BLOCKS_PER_MULTIPROCESSOR = 1; compare_everywhere(library)",
-        "compare_everywhere(library, (wide_kernels, 1), (wide_kernels, MANY), (long_strides, 4))",
+        (runtime, checks)
+        for runtime in emulator.SANITIZERS
+        for checks in (CHECKS if runtime == "libtsan.so" and not LONG else CHECKS + LOOPS)
     ],
 )
-def test_no_access_out_of_bounds_no_undefined_behaviour_and_no_race(checks, runtime):
+def test_no_access_out_of_bounds_no_undefined_behaviour_and_no_race(runtime, checks):
     process = sanitized(checks, runtime)
     assert process.returncode == 0, process.stderr
 
