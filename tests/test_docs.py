@@ -67,7 +67,8 @@ def test_the_example_in_the_readme_runs_and_learns(tmp_path):
     process = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path
     )
-    assert float(process.stdout) > 0.9
+    # The initial weights are random: 20 runs gave 0.89 to 0.93. Without learning, it is 0.1.
+    assert float(process.stdout) > 0.8
 
 
 def test_the_checker_in_the_readme_finds_the_mistake(tmp_path):
