@@ -252,7 +252,8 @@ def test_arrays(rng):
 @pytest.mark.parametrize("engine", ["layers", "fused"])
 def test_six_lines_of_python(engine, photos):
     data = npbn.data.from_folder(photos, test_fraction=0.25)
-    model = npbn.models.BLeNet(3, SIDE, len(data.classes))
+    generator = np.random.default_rng(0)
+    model = npbn.models.BLeNet(3, SIDE, len(data.classes), generator=generator)
     training = npbn.train(model, data, epochs=20, lr=0.5, batch_size=15, engine=engine)
     assert training.engine.kind == engine
     assert training.best > 0.9
