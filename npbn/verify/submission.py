@@ -211,7 +211,8 @@ class Conversation:
     Args:
         session: the process that has loaded the file.
         forward, backward, operation, adapter, seed: as in `examine_file`.
-        old: whether the code runs as Python 2 and NumPy before 2.4 would run it.
+        old: whether the file runs as old code, with the names and the behaviour of Python 2 and of
+            NumPy before 2.4.
     """
 
     session: Session

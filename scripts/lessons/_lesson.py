@@ -169,7 +169,8 @@ def _from_command_line(needs: tuple[str, ...], curves: bool) -> Lesson:
     sys.path.insert(0, str(Path(__file__).parent.parent))
     from _command_line import ArgumentParser
 
-    if hasattr(signal, "SIGPIPE"):  # end silently if the reader stops, as `head` does
+    # If the output goes into a program that ends early, such as `head`, the lesson ends silently.
+    if hasattr(signal, "SIGPIPE"):
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     parser = ArgumentParser(
         description="A lesson, run as a script: prints its numbers and fails if a claim is wrong."

@@ -76,10 +76,9 @@ struct Shape {
     int activation;          // SIGMOID, RELU, or 0 if there is none
 };
 
-// The sizes of a stage, as constants that the compiler knows. The compiler replaces divisions by
-// these sizes by multiplications, and it unrolls loops over these sizes. The stages S and P of each
-// kernel can be given as a Fixed or as a Shape. In this template, P and Q are numbers: the rows and
-// the columns of y.
+// The sizes of a stage, as constants that the compiler knows. So the compiler can unroll loops and
+// can replace divisions by multiplications. Every kernel takes a Fixed or a Shape for each of its
+// stages. The letters P and Q of this template are the numbers of rows and columns of y.
 template <int C, int H, int W, int O, int P, int Q, int KH, int KW, int SH, int SW, int PH, int PW,
           int A, int B, int MAXIMUM, int ACTIVATION>
 struct Fixed {
@@ -504,11 +503,13 @@ __device__ Gradient<real> gradient_of(S s, int n, const Norm<real>& norm, const 
     return result;
 }
 
-// Adds `count` new values to *part_mean and *part_squares, the statistics of a channel in a part of
-// the batch (Chan, Golub and LeVeque, equation 2.1). Before this update, the statistics
-// describe `had` values. The number `mean` is the rounded mean of the new values. The number
-// sums[0] is the sum of the differences between the new values and `mean`, which corrects the
-// rounding of `mean`. The number sums[1] is the sum of the squared differences.
+// Merges `count` new values of a channel into the statistics of this channel in one part of the
+// batch (Chan, Golub and LeVeque, equation 2.1). The statistics are the mean, *part_mean, and the
+// sum of the squared deviations from the mean, *part_squares. They describe the `had` values that
+// were merged before.
+// `mean` is the mean of the new values, rounded. sums[0] is the sum of (value - mean) over the new
+// values: with exact arithmetic it would be 0, and it corrects the rounding of `mean`. sums[1] is
+// the sum of (value - mean)^2 over the new values.
 template <typename real>
 __device__ void merge(int had, int count, real mean, const real (&sums)[2], Mean<real>* part_mean,
                       real* part_squares) {
@@ -687,8 +688,8 @@ __global__ void linear_backward(P p, S s, int n, int input_blocks, int examples_
         if (norm_before.gamma != nullptr) {
             group_sums(result, TILE);
             if (row == 0 && k < inputs) {
-                // Here the index `part` of `sums_before` is (block, position in the channel): each
-                // block writes one partial sum for each of the `area` inputs of a channel of P.
+                // A channel of stage P has `area` of the inputs. Each block writes one partial sum
+                // for each of them, at the index (block, position in the channel).
                 const int area = inputs / p.maps;
                 const int at = k / area * sums_before.parts + part * area + k % area;
                 sums_before.sums[at] = result[0];
@@ -1275,8 +1276,8 @@ __global__ void linear_cross_entropy(P p, S s, int n, int examples_per_block, Ba
             }
             if (norm_before.gamma != nullptr) {
                 group_sums(result, TILE);
-                // Here the index `part` of `sums_before` is (block, position in the channel): each
-                // block writes one partial sum for each of the `area` inputs of a channel of P.
+                // A channel of stage P has `area` of the inputs. Each block writes one partial sum
+                // for each of them, at the index (block, position in the channel).
                 const int area = inputs / p.maps;
                 const int at = k / area * sums_before.parts + blockIdx.x * area + k % area;
                 for (int i = 0; i < 2 && row == 0 && k < inputs; ++i) {

@@ -114,7 +114,7 @@ class Worker:
             assert cause is not None
             return self._raised(cause), {}
         except Exception as error:
-            # The code returned something unexpected, or has an unexpected kind of class.
+            # The examined code has a class, or returned a value, that this module cannot handle.
             return {"not called": f"{type(error).__name__}: {error}"}, {}
 
     def _raised(self, error: BaseException) -> dict[str, Any]:
