@@ -169,8 +169,10 @@ def layers_contestant(settings: Settings) -> Contestant:
         gather=gather,
         set_mode=lambda training: model.train() if training else model.eval(),
     )
+    count = settings.threads
+    threads = f" on {count} thread{'s' * (count > 1)}" if settings.backend == "numpy" else ""
     return Contestant(
-        f"npbn {npbn.__version__}, {device.description}",
+        f"npbn {npbn.__version__}{threads}, {device.description}",
         settings.images,
         passes,
         device.synchronize,
