@@ -271,7 +271,7 @@ def join(*, seconds: float | None = None) -> Group:
         count = os.environ.get(variable, "")
         if not count.isdecimal() or int(count) == 1:
             continue
-        reason = _why_not(int(count))
+        reason = _why_not(variable, int(count))
         if not reason:
             return _mpi(_watchdog() if seconds is None else seconds)
         if os.environ.get(rank, "0") != "0":
@@ -282,24 +282,38 @@ def join(*, seconds: float | None = None) -> Group:
     return ALONE
 
 
-def _why_not(count: int) -> str:
-    """Return why so many processes cannot work together, or an empty text."""
+def _why_not(variable: str, count: int) -> str:
+    """Return why the processes cannot work together, or an empty text if they can.
+
+    Args:
+        variable: the environment variable that the launcher has set, one of `LAUNCHERS`.
+        count: the number of processes.
+    """
     try:
         with warnings.catch_warnings():
             # mpi4py warns of an mpiexec of another MPI, for which there is a reason below.
             warnings.simplefilter("ignore", RuntimeWarning)
+            import mpi4py
+
+            # Under Open MPI's mpiexec, MPICH ends the process when it is initialized. So the
+            # library is asked for its name first.
+            mpi4py.rc.initialize, mpi4py.rc.finalize = False, True
             from mpi4py import MPI
     except (ImportError, RuntimeError) as error:
         return (
             f"which train together by mpi4py, and it cannot be used ({error}): install mpi4py and "
             "mpich, or start one copy"
         )
-    if MPI.COMM_WORLD.size == count:
-        return ""
     library = " ".join(MPI.Get_library_version().split()[:3])
+    other = variable.startswith("OMPI_") and not library.startswith("Open MPI")
+    if not other and not MPI.Is_initialized():
+        MPI.Init_thread()
+    found = 1 if other else MPI.COMM_WORLD.size
+    if found == count:
+        return ""
     return (
-        f"of which mpi4py's MPI sees {MPI.COMM_WORLD.size}: start them by the mpiexec that belongs "
-        f"to it, {library}"
+        f"of which mpi4py's MPI sees {found}: start them by the mpiexec that belongs to it, "
+        f"{library}; or, under SLURM, by srun --mpi=pmi2"
     )
 
 

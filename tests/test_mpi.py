@@ -299,8 +299,9 @@ OTHER = """
 for name in [name for name in os.environ if name.startswith(("PMI", "HYDI"))]:
     del os.environ[name]
 os.environ |= {"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": str(RANK)}
+os.environ |= {"PMIX_NAMESPACE": "1", "PMIX_RANK": str(RANK)}
 """
-"""What an mpiexec of Open MPI sets, which MPICH does not know."""
+"""What an mpiexec of Open MPI sets. At PMIX_NAMESPACE, MPICH ends the process."""
 
 
 @needs_mpi
