@@ -57,7 +57,7 @@ constexpr int VECTOR = 4;           // the numbers that a thread reads from shar
 constexpr int ROWS_PER_THREAD = 4;  // the rows of a convolution's output that a thread computes
 constexpr int MAPS_PER_THREAD = 2;  // the output maps for which a thread computes these rows
 constexpr int TAPS_PER_THREAD = 5;  // the weights in a kernel row whose gradients a thread computes
-constexpr int BANKS = 32;           // the banks of shared memory, which hold its words in turn
+constexpr int BANKS = 32;           // the banks of shared memory; word i is in bank i % BANKS
 constexpr int PARAMETERS_PER_BLOCK = 32;  // the parameters that a block of `sgd` updates
 
 // The number of blocks for which a multiprocessor must have room, in __launch_bounds__ of the
@@ -138,7 +138,7 @@ struct Norm {
 // The sums that the backward pass of a stage's batch norm needs. The array `sums` has the indices
 // (kind, channel, part): for each channel o and each part of the batch, sums[0, o, part] = Σ dz and
 // sums[1, o, part] = Σ dz (y - μ), where μ is the channel's mean. The total of sums[0, o] over all
-// parts is dβ, and the total of sums[1, o] is s·dγ, where s is the standard deviation. The arrays
+// parts is dβ, and the total of sums[1, o] is s·dγ, where s = sqrt(var + eps). The arrays
 // `dgamma` and `dbeta` contain the gradients dγ and dβ, with one element for each channel.
 template <typename real>
 struct Sums {
@@ -160,7 +160,7 @@ struct Tensor {
 
 alignas(32) extern __shared__ double shared_memory[];
 
-// The part of a block's shared memory that is still free. Each call of `allocate` returns a new
+// The free rest of a block's shared memory. Each call of `allocate` returns a new
 // array of `count` numbers.
 template <typename real>
 struct Memory {
@@ -233,8 +233,8 @@ __device__ constexpr int threads_per_channel(int channels) {
     return group_size;
 }
 
-// Returns a + b without rounding (Knuth, "The Art of Computer Programming", volume 2,
-// section 4.2.2, theorem B).
+// Returns a + b exactly, as the rounded sum and its rounding error (Knuth, "The Art of Computer
+// Programming", volume 2, section 4.2.2, theorem B).
 template <typename real>
 __device__ Mean<real> exact_sum(real a, real b) {
     const real sum = a + b, b_in_sum = sum - a;
@@ -306,7 +306,8 @@ __device__ Normalization<real> normalization(P p, int n, const Norm<real>& norm,
             const auto part_size = [&](int t) {
                 return real(area) * min(norm.examples_per_part, n - t * norm.examples_per_part);
             };
-            // The loads of eight parts are started together. The order of the sums is unchanged.
+            // Unrolling lets a thread start the loads of eight parts together. The order of the
+            // additions is unchanged.
             real sum = 0;
 #pragma unroll 8
             for (int t = member; t < end; t += group_size) {
@@ -389,7 +390,7 @@ struct Input {
     Normalization<real> normalized;
     const real* y;
     Batch batch;
-    int first;  // the index in `order` of the first example of the batch; 0 if y is not null
+    int first;  // the number of examples before this batch in the epoch; 0 if y is not null
 
     __device__ real operator()(int e, int item) const {
         if (y == nullptr) {
@@ -412,7 +413,8 @@ struct Input {
     }
 };
 
-// Returns the input x of stage S. Only the images need the place where the batch begins.
+// Returns the input x of stage S, as a function. The start of the batch is computed only if P is
+// the images: the array y contains the current batch only.
 template <typename real, typename P>
 __device__ Input<real, P> input_of(P p, const Normalization<real>& normalized, const real* y,
                                    const Batch& batch) {
@@ -782,7 +784,7 @@ __device__ void clear(real* planes, int count) {
 // Element t of the example, in the order (map, row, column), is load(t). An element at row i and
 // column j of its map is stored in row `i * stride_h + above` and column `j * stride_w + left` of
 // its plane. If this place is outside of the plane, the element is not stored. For each element,
-// the function also calls on_loaded(t, load(t)).
+// the function also calls on_loaded(t, element).
 template <int IN_FLIGHT, typename real, typename Load, typename OnLoaded>
 __device__ __forceinline__ void scatter(int maps, int rows, int columns, Planes layout,
                                         int stride_h, int stride_w, int above, int left,
@@ -1074,7 +1076,7 @@ __global__ void conv_backward(P p, S s, int n, int input_blocks, int examples_pe
                 },
                 weight_channels, memory.free, dx);
             const int group_size = threads_per_channel(p.maps), member = threadIdx.x % group_size;
-            const int items = s.channels * seen / p.maps;  // the inputs of S in a channel of P
+            const int items = s.channels * seen / p.maps;  // inputs of S from one channel of P
             for (int first = 0; first < p.maps; first += THREADS / group_size) {
                 const int o = first + threadIdx.x / group_size, last = o < p.maps ? items : 0;
                 real result[2] = {};
@@ -1098,7 +1100,8 @@ __global__ void conv_backward(P p, S s, int n, int input_blocks, int examples_pe
         const Planes map_layout = planes_of_maps(s.rows, s.columns);
         const Planes layout =
             planes_summed(s.rows, s.columns, s.kernel_h, s.kernel_w, s.stride_h, s.stride_w);
-        // Threads read up to TAPS_PER_THREAD elements behind the last plane, but do not use them.
+        // Threads read up to TAPS_PER_THREAD elements after the last plane. The results are not
+        // stored.
         real* planes = memory.allocate(s.channels * layout.area + TAPS_PER_THREAD);
         real* gradients = memory.allocate((s.maps + MAPS_PER_THREAD - 1) / MAPS_PER_THREAD *
                                           MAPS_PER_THREAD * map_layout.area);
@@ -1286,7 +1289,7 @@ __global__ void linear_cross_entropy(P p, S s, int n, int examples_per_block, Ba
                 }
             }
         }
-        const int columns = inputs + (db != nullptr);  // The last column is that of the bias.
+        const int columns = inputs + (db != nullptr);  // The last column is the bias.
         for (int t = threadIdx.x; t < classes * columns; t += THREADS) {
             const int o = t / columns, k = t % columns;
             real* place = k < inputs ? dw + (blockIdx.x * classes + o) * inputs + k
@@ -1305,7 +1308,8 @@ __global__ void linear_cross_entropy(P p, S s, int n, int examples_per_block, Ba
 // backward pass. Here, P is the last stage of the network. The backward pass is computed only in
 // training, when the pointer dz is not null. A thread computes the loss of one example.
 //
-// Grid: (parts of `examples_per_block` examples, at most THREADS). A part may be empty.
+// Grid: (parts of `examples_per_block` examples). `examples_per_block` is at most THREADS. A part
+// may be empty.
 // Reads: y, the y of P (example, channel, row, column); the labels.
 // Writes: `losses` and `correct` (step, group), by `store_results`. In training, the kernel also
 // writes the dz of P, with the indices of y, and `sums`, the sums for P's batch norm (kind,
@@ -1383,7 +1387,7 @@ __global__ void sgd(const Tensor* __restrict__ tensors, int size, const real* __
     const Tensor t = *own;
     real sum = 0;
     if (at < size) {
-        // The loads of 16 partial sums are started together. The order of the sum is unchanged.
+        // Unrolling lets a thread start 16 loads together. The order of the additions is unchanged.
 #pragma unroll 16
         for (int b = member; b < t.partials; b += THREADS_PER_PARAMETER) {
             sum += partials[t.partial_offset + b * t.size + at - t.offset];
