@@ -24,7 +24,8 @@
 // previous stage. If S is the first stage, P is the images: a stage without any operation.
 //
 // Kernels. A block has THREADS threads, in one dimension. A part is a range of consecutive examples
-// of the batch. The comments give the indices of an array in parentheses, from the slowest to the
+// of the batch. An array `planes` stores each map as one plane: see `Planes`. A launch is one call
+// of a kernel. The comments give the indices of an array in parentheses, from the slowest to the
 // fastest: in an array (example, channel, row, column), elements of neighbouring columns are
 // adjacent in memory.
 //
@@ -44,8 +45,9 @@
 //                         grid: (ranges of PARAMETERS_PER_BLOCK parameters)
 //
 // CUDA graphs. No kernel allocates memory, waits for the host, or needs a number from the host that
-// changes from step to step. A counter in the GPU's memory, *step, is the number of the step. So
-// the launches of a step can be captured in a CUDA graph, and the graph can be launched repeatedly.
+// changes from step to step. In training, *step is a counter in the GPU's memory: the number of the
+// step in the epoch. So the launches of a step can be captured in a CUDA graph, and the graph can
+// be launched repeatedly. In evaluation, *step is the number of the batch.
 //
 // Reproducibility. The order of all sums is fixed: first within a thread, then over the threads of
 // a block, then over the blocks. There are no atomic additions. So two runs give the same bits.
@@ -103,10 +105,10 @@ struct Batch {
     int stride;
 };
 
-// A mean, stored as a sum of two numbers, mean + rest, because one float is not accurate enough for
-// a large mean: see "Rounding" in `functional/batch_norm.py`. The number `mean` is the sum after
-// rounding, and `rest` is the rounding error. Two floats together have 48 bits. A double has 53,
-// but many GPUs compute doubles at 1/64 of the speed of floats.
+// A mean, stored as the sum mean + rest of two numbers. One float is not accurate enough for a
+// large mean: see "Rounding" in `functional/batch_norm.py`. The number `mean` is the
+// rounded value, and `rest` is the rounding error. Two floats together have 48 bits. A double has
+// 53, but many GPUs compute doubles at 1/64 of the speed of floats.
 template <typename real>
 struct alignas(2 * sizeof(real)) Mean {
     real mean, rest;
@@ -461,7 +463,7 @@ struct Gradient {
     const real *y, *dz;
     Normalization<real> normalized;
     real *shift, *factor;  // dβ/m and dγ/(s m) of each channel: (channel)
-    bool norm;
+    bool norm;             // whether the stage has batch norm
 
     __device__ real operator()(int o, int at) const {
         if (!norm) {
@@ -540,7 +542,7 @@ __device__ void merge(int had, int count, real mean, const real (&sums)[2], Mean
 //
 // If `left_along_k` is true, elements of `left` with neighbouring k are adjacent in global memory.
 // If it is false, elements of `left` in neighbouring rows are adjacent. The argument
-// `right_along_k` says the same about `right` and its columns. So neighbouring threads load
+// `right_along_k` describes `right` and its columns in this way. So neighbouring threads can load
 // adjacent elements. The function calls on_loaded(row, k, element) once for each element of `left`.
 template <typename real, typename Left, typename Right, typename OnLoaded>
 __device__ real tile_of_product(int rows, int columns, int begin, int end, Left left,
@@ -954,12 +956,13 @@ __global__ void __launch_bounds__(THREADS, MIN_BLOCKS<real>)
 // If `first` is true, dw is set to this gradient, because this example is the first one. The array
 // dw (map, channel, kernel row, kernel column) is in global memory. The other arrays are in shared
 // memory: `planes` contains the padded x (channel, row, column), dy has the indices (map, row,
-// column), and `sums` has room for the sums of all threads (map, tap, thread).
+// column), and `sums` has room for the sums of all threads (map of a group, weight of a kernel row,
+// thread).
 //
 // A group of weights consists of TAPS_PER_THREAD weights of one kernel row for MAPS_PER_THREAD
-// maps. A thread computes a whole group, so each element that it reads is used several times. If
-// the block has more threads than there are groups, `group_size` threads share a group: each of
-// these threads adds up some rows p.
+// maps. A thread computes a whole group, so the thread uses each element that it reads several
+// times. If the block has at least twice as many threads as groups, `group_size` threads share a
+// group. Each of these threads adds up some rows p.
 template <typename real, typename S>
 __device__ __forceinline__ void add_weight_gradient(S s, bool first, Planes layout,
                                                     const real* planes, Planes map_layout,
@@ -1027,9 +1030,9 @@ __device__ __forceinline__ void add_weight_gradient(S s, bool first, Planes layo
 // The first `input_blocks` blocks compute dx, the gradient with respect to the input of S:
 //   dx[n,c,h,w] = Σ_oij w[o,c,i,j] dy[n, o, (h+padding-i)/stride, (w+padding-j)/stride]
 // The sum is over those i and j for which both quotients are integers and in range. The formula is
-// written for the same stride and padding on both axes. This sum is a convolution with stride 1,
-// whose kernel is the kernel rotated by 180°. Its input is dy with zeros around it, and with stride
-// - 1 zeros between neighbouring elements. The blocks use dx to compute the dz of P and the sums
+// written for the same stride and padding on both axes. This sum is a convolution with stride 1.
+// Its kernel is w, rotated by 180°. Its input is dy, padded with zeros. Neighbouring elements of dy
+// are separated by stride - 1 zeros. The blocks use dx to compute the dz of P and the sums
 // for the batch norm of P. If P is the images, `input_blocks` is 0.
 //
 // The other blocks compute dw and db, the gradients with respect to the weight and the bias. Each
