@@ -251,6 +251,7 @@ __device__ real difference(Mean<real> a, Mean<real> b) {
     return (a.mean - b.mean) + (a.rest - b.rest);
 }
 
+// Returns the activation of z.
 template <typename real>
 __device__ real activated(int activation, real z) {
     if (activation == SIGMOID) {
@@ -462,7 +463,7 @@ template <typename real>
 struct Gradient {
     const real *y, *dz;
     Normalization<real> normalized;
-    real *shift, *factor;  // dβ/m and dγ/(s m) of each channel: (channel)
+    real *shift, *factor;  // for each channel: dβ/m and dγ/(s m)
     bool norm;             // whether the stage has batch norm
 
     __device__ real operator()(int o, int at) const {
@@ -831,7 +832,7 @@ __device__ __forceinline__ void correlate(int channels, const real* in, int maps
                 const int o = t % (groups * MAPS_PER_THREAD),
                           tap = t / (groups * MAPS_PER_THREAD) % taps;
                 const int c = first + t / (groups * MAPS_PER_THREAD * taps);
-                // Convolution kernels are stored by columns, because they are used in this order.
+                // The loops below use the weights column by column, so this order is stored.
                 return o < maps ? weight(o, c, tap % kernel_h, tap / kernel_h) : real(0);
             },
             [&](int t, real result) { weights[t] = result; });
@@ -906,7 +907,7 @@ __global__ void __launch_bounds__(THREADS, MIN_BLOCKS<real>)
     clear(planes, s.channels * layout.area);
     const int begin = blockIdx.x * examples_per_block, end = min(begin + examples_per_block, n);
     for (int e = begin; e < end; ++e) {
-        scatter<4>(  // More loads at once do not help, because computing a number takes long.
+        scatter<4>(  // More loads at once do not help, because each `input` takes long to compute.
             s.channels, s.height, s.width, layout, 1, 1, s.padding_h, s.padding_w, planes,
             [&](int t) { return input(e, t); },
             [&](int t, real result) {
@@ -1218,7 +1219,7 @@ __device__ void store_results(int n, const Batch& batch, real loss, int right, r
 // Writes: `losses` and `correct` (step, group), by `store_results`. In training, the kernel also
 // writes `dz_before`, the dz of P, with the indices of `before`; `sums_before`, the sums for P's
 // batch norm (kind, channel, part); the partial sums dw (part, class, input) and db (part, class).
-// Blocks without examples write no partial sums. The pointer db is null if the layer has no bias.
+// A block without examples writes no partial sums. The pointer db is null if the layer has no bias.
 template <typename real, typename P, typename S>
 __global__ void linear_cross_entropy(P p, S s, int n, int examples_per_block, Batch batch,
                                      Norm<real> norm_before, Sums<real> sums_before,
