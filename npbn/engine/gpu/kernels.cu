@@ -62,8 +62,8 @@ constexpr int TAPS_PER_THREAD = 5;  // the weights in a kernel row whose gradien
 constexpr int BANKS = 32;           // the banks of shared memory; word i is in bank i % BANKS
 constexpr int PARAMETERS_PER_BLOCK = 32;  // the parameters that a block of `sgd` updates
 
-// The number of blocks for which a multiprocessor must have room, in __launch_bounds__ of the
-// forward kernels. A low number allows each thread many registers. With many registers, a thread
+// The minimum number of blocks per multiprocessor, for __launch_bounds__ of the forward kernels.
+// A low number allows each thread many registers. With many registers, a thread
 // can wait for many loads at the same time.
 template <typename real>
 constexpr int MIN_BLOCKS = sizeof(real) == 4 ? 2 : 1;
@@ -125,7 +125,7 @@ struct alignas(2 * sizeof(real)) Mean {
 // later kernels of the step, and all kernels in prediction, read `mean` and `var`. For these
 // kernels, the pointer `means` is null.
 //
-// The arrays `mean` and `rest` contain the mean of each channel as a `Mean`. In prediction,
+// The arrays `mean` and `rest` contain the two numbers of each channel's `Mean`. In prediction,
 // `rest` is null.
 template <typename real>
 struct Norm {
