@@ -160,6 +160,9 @@ def write(report: Report, folder: Path) -> None:
             }
             for student in report.grades:
                 name = "".join(c if c.isalnum() or c in "-_. '" else "_" for c in student)
+                # Two students may differ only in characters that are replaced.
+                while f"feedback/{name}.md" in texts:
+                    name += "'"
                 texts[f"feedback/{name}.md"] = report.feedback(student)
                 gradescope = json.dumps(report.gradescope(student), indent=1)
                 texts[f"gradescope/{name}.json"] = gradescope + "\n"

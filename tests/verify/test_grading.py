@@ -229,6 +229,19 @@ def loss(x, y):
         assert found.verdict == verdict, found.text
 
 
+def test_names_that_differ_in_replaced_characters_have_a_report_each(tmp_path):
+    """In the names of files, "#" and "&" become "_"."""
+    (tmp_path / "class").mkdir()
+    for name in ("anna_1", "anna#1", "anna&1"):
+        (tmp_path / "class" / f"{name}.py").write_text(RELU)
+    process = npbn_command("grade", "class", "--output", "marks", "--edits", "0", cwd=tmp_path)
+    assert process.returncode == 0, process.stderr
+    for folder in ("feedback", "gradescope"):
+        assert len([*(tmp_path / "marks" / folder).iterdir()]) == 3
+    texts = "".join(path.read_text() for path in (tmp_path / "marks" / "feedback").iterdir())
+    assert all(name in texts for name in ("anna_1", "anna#1", "anna&1"))
+
+
 def test_two_students_of_one_name_are_two(tmp_path):
     for name in ("one/anna.py", "two/anna.py"):
         (tmp_path / name).parent.mkdir()
