@@ -48,7 +48,7 @@ the number of images that the model classifies as labelled.
 
 @dataclass(frozen=True)
 class Settings:
-    """The settings of one measurement: one value of each option of benchmark.py."""
+    """The settings of one worker process: one number of threads and one batch size."""
 
     worker: str
     model: str
@@ -597,7 +597,7 @@ def serve(settings: Settings) -> None:
 
 
 def serve_peaks(settings: Settings) -> None:
-    """Answer each request with the highest number of operations per second of the CPU."""
+    """Answer each request with the CPU's operations per second, by way of measuring them."""
     from _cpu_rates import Peaks
 
     peaks = Peaks()

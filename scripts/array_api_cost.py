@@ -99,7 +99,7 @@ def block_in_buffers(
         np.divide(dpooled, 4, out=share)
         np.subtract(1, y, out=dy)
         np.multiply(dy, y, out=dy)
-        for place in places:  # There is no array for the gradient with respect to y.
+        for place in places:  # The gradient with respect to the output y has no array of its own.
             np.multiply(dy[place], share, out=dy[place])
 
         dbeta = np.sum(dy, axis=axes, keepdims=True)

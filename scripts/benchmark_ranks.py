@@ -46,9 +46,9 @@ MESSAGES = {
     "the gradients": (44_878,),
     "x and dy of the linear layers": (209_000,),
 }
-"""Some of what network A's ranks share in a step with a batch of 256, by its shape.
+"""The shapes of some arrays that the ranks share in a step of network A with a batch of 256.
 
-Numbers in tables are float64, others float32.
+Two-dimensional arrays are float64, and one-dimensional arrays are float32.
 """
 
 

@@ -64,7 +64,11 @@ exit codes: 0 nothing failed, 1 something did, 2 bad input or no GPU to be used,
 """
 
 BOUNDS = {"float32": 1e-4, "float64": 1e-9}
-"""The bounds of errors for each dtype, relative to the largest number of all arrays compared."""
+"""The bounds on errors, by dtype.
+
+Errors of gradients and of parameters are relative to the largest absolute value of the correct
+arrays. Errors of losses are absolute.
+"""
 
 LOSS_BOUND = 2e-3
 MEMORY_BOUND = 16 * 2**20
@@ -323,7 +327,7 @@ def lines(script: str, *options: str) -> Iterator[str]:
             yield from process.stdout
             code = process.wait()
         finally:
-            process.kill()  # Only after Ctrl-C is the process still running here.
+            process.kill()  # If the caller stops early, the process is still running here.
         if code:
             errors.seek(0)
             said = errors.read().decode(errors="replace").strip().splitlines()

@@ -3,7 +3,7 @@
 The exit codes are 0 if all went well; 1 if nobody reads the output any more; 2 for bad input,
 something missing on this machine or an output that cannot be written; 3 if the loss of a training
 became NaN; and 128 + n if signal n stopped the command: 130 after Ctrl-C, 143 after SIGTERM, 129
-after SIGHUP.
+after SIGHUP. `npbn check` has exit codes of its own for 1 and 3.
 """
 
 from __future__ import annotations

@@ -58,7 +58,10 @@ def draw_comparison(runs: Sequence[Run], directory: Path) -> None:
 
 
 def _labels(runs: Sequence[Run]) -> list[str]:
-    """Return a label for each run: the options in which it differs from other runs, or its path."""
+    """Return a label for each run: the options in which it differs from other runs.
+
+    The path of the run is added to a label that several runs would have.
+    """
     # matplotlib needs valid Unicode.
     paths = [os.fsencode(run.path).decode(errors="replace") for run in runs]
     labels = experiment.differences([experiment.open_run(run.path)[1] for run in runs])

@@ -1,7 +1,7 @@
 """Classify images with the network of a training run: image files, or images of the test set.
 
 Image files may be of any size, grey or in colour. They are converted to the training format: grey
-or in colour, padded to a square with black, and resized, with the aspect ratio kept.
+or in colour, resized with the aspect ratio kept, and padded to a square with black.
 """
 
 from __future__ import annotations

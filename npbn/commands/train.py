@@ -419,7 +419,10 @@ def unused(path: Path) -> Iterator[Path]:
 
 
 def check_name(path: Path, *, overwrite: bool) -> None:
-    """Raise an error if `Run.create` would refuse this name. The message says what to type."""
+    """Raise an error if `Run.create` would refuse this name.
+
+    Without `overwrite`, the message says what to type.
+    """
     try:
         runs.Run.check_name(path, overwrite=overwrite)
     except CheckpointError as error:
@@ -493,8 +496,9 @@ def resume(arguments: argparse.Namespace, group: Group) -> Session:
 def open_device(name: str, threads: int | None, group: Group) -> backend.Backend:
     """Return the backend, and limit the number of BLAS threads.
 
-    If ``threads`` is None, the limit is the number of CPUs for this process, or the present number
-    of BLAS threads if that is lower.
+    If ``threads`` is None, the limit is the number of CPUs that this process may use, divided by
+    the number of ranks that may use the same CPUs. If fewer BLAS threads are set now, this number
+    is the limit.
     """
     usable = group.threads
     backend.limit_blas_threads(threads or min(usable, backend.blas_threads() or usable))
@@ -650,7 +654,10 @@ def resuming(program: str, run: runs.Run) -> str:
 
 
 def explain_non_finite(session: Session) -> str:
-    """Train again from the last checkpoint; return where NaN or infinity began, and why."""
+    """Return where NaN or infinity began, and a likely cause if there is one.
+
+    For this, the layers train again from the last checkpoint, up to the first such value.
+    """
     state, run = session.state, session.run
     state.load_state(*session.group.broadcast(run.load))
     with np.errstate(over="ignore", invalid="ignore"):

@@ -143,8 +143,8 @@ def draw_matrix(
     """Draw `matrix` on `axes` as an image with the title `title`.
 
     Negative elements are green, 0 is white, and positive elements are brown. The colours are
-    darkest at `largest`. The default of `largest` is the largest absolute value of `matrix`. If
-    `numbers` is true, the image also shows the elements as numbers.
+    darkest at 1.6 times `largest`. The default of `largest` is the largest absolute value of
+    `matrix`. If `numbers` is true, the image also shows the elements as numbers.
     """
     import numpy as np
 

@@ -365,7 +365,7 @@ __device__ int window_of(P p, int e, int item, int* channel) {
 
 // Returns the largest activation in the pooling window that begins at y[first], and sets *chosen to
 // the index in y of this activation. If several activations are equal, the first one is chosen. NaN
-// counts as larger than any number.
+// counts as larger than any number. The last of several NaN is chosen.
 template <typename real, typename P>
 __device__ real largest_in(P p, const Normalization<real>& normalized, const real* y, int channel,
                            int first, int* chosen) {
@@ -393,7 +393,9 @@ struct Input {
     Normalization<real> normalized;
     const real* y;
     Batch batch;
-    int first;  // the number of examples before this batch in the epoch; 0 if y is not null
+    // The number of examples before this batch: of the epoch, or in evaluation, of the data set. It
+    // is 0 if y is not null.
+    int first;
 
     __device__ real operator()(int e, int item) const {
         if (y == nullptr) {
@@ -455,8 +457,8 @@ __device__ void input_backward(P p, const Normalization<real>& normalized, const
 // The gradient dy of the loss with respect to y, as a function: dy(o, at) is the gradient with
 // respect to the element y[at], which belongs to channel o. The function computes dy from dz by the
 // backward pass of batch norm (`functional.batch_norm_backward`). The arrays y and dz have the
-// indices (example, channel, row, column). A channel has m values in the batch, with mean μ and
-// standard deviation s:
+// indices (example, channel, row, column). A channel has m values in the batch, with mean μ, and
+// s = sqrt(variance + eps):
 //   dy = γ/s (dz - dβ/m - (y - μ) dγ/(s m)),   dβ = Σ dz,   dγ = Σ dz (y - μ) / s
 // If the stage has no batch norm, dy = dz.
 template <typename real>
@@ -757,7 +759,8 @@ __device__ constexpr Planes planes_read(int rows, int columns, int kernel_h, int
 }
 
 // Returns the layout of the padded input from which the gradient with respect to the weights of a
-// convolution is computed. Each thread works on one row of the convolution kernel and one channel.
+// convolution is computed. Each thread works on one channel and at most TAPS_PER_THREAD weights of
+// one row of the convolution kernel.
 // The area is chosen so that the threads of one channel read from other banks than the threads of
 // the next channel.
 __device__ constexpr Planes planes_summed(int rows, int columns, int kernel_h, int kernel_w,
