@@ -10,6 +10,7 @@ import pytest
 from npbn.verify import examine_file
 from npbn.verify.examination import ASKED, CONVENTION, UNLOADED
 from npbn.verify.grading import defined, guess, guessed
+from npbn.verify.isolated.loading import notebook_source
 
 HOMEWORK = Path(__file__).parent / "homework"
 BOOK = HOMEWORK / "textbook" / "common" / "layers.py"
@@ -503,6 +504,19 @@ def test_layers_are_made_as_their_authors_would(kind, tmp_path):
         path.write_text(path.read_text().replace("grad.sum(0)", "grad.sum(0) * 2"))
         found = examined(path, name, operation, timeout=60)
         assert found.verdict == "can't tell" and "it got None for optimizer" in str(found)
+
+
+@pytest.mark.parametrize("command", ["", "%matplotlib inline\n", "np.maximum?\n", "!ls\n"])
+def test_lines_of_a_notebook_that_only_look_like_commands(command):
+    """A comment may end with "?", and an expression may go on after "%" in the next line."""
+    cell = (
+        "import numpy as np\n" + command + "def relu_forward(x):\n    # why?\n"
+        "    text = ('%d values'\n        % (x.size,))\n    return np.maximum(x, 0), x\n"
+    )
+    source = {"cells": [{"cell_type": "code", "source": [cell]}]}
+    found = notebook_source(json.dumps(source).encode())
+    assert "# why?" in found and "% (x.size,))" in found
+    assert "matplotlib" not in found and "?\ndef" not in found and "!ls" not in found
 
 
 def test_a_damaged_notebook(tmp_path):

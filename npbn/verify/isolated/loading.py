@@ -202,10 +202,14 @@ def notebook_source(content: bytes) -> str:
     for code in codes:
         if code.lstrip().startswith("%%"):
             continue
-        code = re.sub(r"^(\s*)[%!?].*$|^.*\?$", r"\1pass", code, flags=re.M)
-        with contextlib.suppress(SyntaxError):  # Leave out a cell that is not finished.
-            parsed(code)
-            kept.append(code)
+        # Commands are `%name ...`, `!program ...`, `?name` and `name?`. In a cell without commands,
+        # a line may begin with % and go on with an expression.
+        commands = r"^([ \t]*)(?:%{1,2}[A-Za-z].*|[!?].*|[\w.*]+\?+[ \t]*)$"
+        for text in (code, re.sub(commands, r"\1pass", code, flags=re.M)):
+            with contextlib.suppress(SyntaxError):  # Leave out a cell that is not finished.
+                parsed(text)
+                kept.append(text)
+                break
     return "\n\n".join(kept) + "\n"
 
 
